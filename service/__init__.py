@@ -1,0 +1,1 @@
+"""Sluice: text messages in, validated records out, on Kafka."""

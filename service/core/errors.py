@@ -1,0 +1,101 @@
+"""Every error of ours, by what the caller does about it.
+
+    SluiceError
+    ├── Retry                 wait, then try the same thing again
+    │   ├── TransientFailure    a call: connection, timeout, 408, 409, 425, 429, 5xx, overloaded
+    │   ├── ServiceFailure      a call: no call can succeed until somebody mends something
+    │   ├── PublishFailed       a send: not acknowledged, or not known to be
+    │   └── CommitFailed        a commit: refused (a rebalance) or not answered in time
+    ├── Reject                this message only; the next one is fine
+    │   └── OutputTooLarge      the output topic does not take a value of this size
+    └── Stop                  the process ends, with a sentence for a person
+        ├── WrongSettings       exit code 2
+        └── CannotRun           exit code 1
+
+What fails for good inside a call is no error but an outcome: `Rejected`. Texts of these errors
+may be logged, so they never hold a message's text or a model's answer.
+"""
+
+from service.core.messages import Provenance
+
+
+class SluiceError(Exception):
+    """Root of everything that this project raises on purpose."""
+
+
+class Retry(SluiceError):
+    """Wait, then try the same thing again."""
+
+
+class CallFailure(Retry):
+    """A call that failed for a reason that lies outside the message.
+
+    `reason` is a short word for logs and a metric's label. `retry_after_s` is what the provider
+    asked for, None where it asked for nothing. `progress` is what the extractor wants back at
+    the next attempt (answers already paid for); `provenance` what was spent so far.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        retry_after_s: float | None = None,
+        progress: object | None = None,
+        provenance: Provenance | None = None,
+    ) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+        self.progress = progress
+        self.provenance = provenance
+
+
+class TransientFailure(CallFailure):
+    """Another attempt may succeed by itself."""
+
+
+class ServiceFailure(CallFailure):
+    """No call can succeed until somebody mends something (401, 403, unknown model, quota)."""
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        remedy: str,
+        progress: object | None = None,
+        provenance: Provenance | None = None,
+    ) -> None:
+        super().__init__(reason, progress=progress, provenance=provenance)
+        self.remedy = remedy
+
+
+class PublishFailed(Retry):
+    """A send was not acknowledged, or it is not known whether it was."""
+
+
+class CommitFailed(Retry):
+    """A commit was refused or not answered in time; what it held is committed by a later one."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Reject(SluiceError):
+    """Concerns one message only."""
+
+
+class OutputTooLarge(Reject):
+    """The output topic (or the producer's request size) does not take a value of this size."""
+
+
+class Stop(SluiceError):
+    """Ends the process; the text is a sentence for a person: what, where, what to do."""
+
+
+class WrongSettings(Stop):
+    """The settings cannot work; exit code 2."""
+
+
+class CannotRun(Stop):
+    """The settings may be right but the world is not ready for them; exit code 1."""

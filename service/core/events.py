@@ -1,0 +1,138 @@
+"""What happened, told once and heard by metrics and by the demo's view.
+
+Rules of this file: past tense, frozen, no text of a message or an answer in them, labels from
+closed sets. Whoever does a thing tells it through the `Observe` it was built with.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from service.core.messages import Reason
+
+CallResult: TypeAlias = Literal[
+    "validated",
+    "invalid",
+    "refused",
+    "filtered",
+    "truncated",
+    "too_long",
+    "bad_request",
+    "user_code",
+    "rate_limited",
+    "overloaded",
+    "timeout",
+    "connection",
+    "server_error",
+    "broken_answer",
+    "service",
+    "cancelled",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A poll brought messages into the window."""
+
+    messages: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A fetched message was not taken: an older epoch, or known already (in flight, finished)."""
+
+    messages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A message got a slot after `waited_s` seconds in the queue."""
+
+    waited_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Called:
+    """One call ended (re-asks are calls too)."""
+
+    model: str
+    result: CallResult
+    duration_s: float
+    tokens_input: int = 0
+    tokens_output: int = 0
+    reask: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Retried:
+    """A message waits for another attempt; `reason` as in the call's failure."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PublishRetried:
+    """A send was not acknowledged and is tried again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """An outcome was acknowledged by Kafka (or needed no publish).
+
+    `publish_s` counts from the hand-over to the acknowledgement, `end_to_end_s` from the
+    message's own timestamp.
+    """
+
+    outcome: Literal["extracted", "rejected", "passed", "skipped"]
+    reason: Reason | None
+    records: int
+    publish_s: float
+    end_to_end_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Abandoned:
+    """A drain's deadline passed with these calls in flight: they may be paid for again."""
+
+    calls: int
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """A commit ended; `refused` means a rebalance was faster, which is no fault."""
+
+    result: Literal["ok", "refused", "failed"]
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rebalanced:
+    """Partitions were assigned; `kept` of them with their running calls."""
+
+    assigned: int
+    kept: int
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class OffsetsMissing:
+    """The log no longer holds messages that were never read (retention passed them)."""
+
+    messages: int
+
+
+Event: TypeAlias = (
+    Taken
+    | Dropped
+    | Admitted
+    | Called
+    | Retried
+    | PublishRetried
+    | Finished
+    | Abandoned
+    | Committed
+    | Rebalanced
+    | OffsetsMissing
+)
+Observe: TypeAlias = Callable[[Event], None]

@@ -1,0 +1,152 @@
+"""The values that travel from input to output.
+
+Rules of this file: frozen values only, no behaviour beyond reading them; bytes stay bytes, so
+that a dead letter can be the message again, byte for byte.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple, TypeAlias
+
+Headers: TypeAlias = tuple[tuple[str, bytes | None], ...]
+
+
+class Partition(NamedTuple):
+    """One partition of one topic."""
+
+    topic: str
+    partition: int
+
+    def __str__(self) -> str:
+        return f"{self.topic}[{self.partition}]"
+
+
+class Coordinates(NamedTuple):
+    """Where a message stands in the log; unique as long as its topic is not made again."""
+
+    topic: str
+    partition: int
+    offset: int
+
+    def __str__(self) -> str:
+        return f"{self.topic}[{self.partition}]@{self.offset}"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One input Kafka record, as it stands in the log.
+
+    `epoch` numbers the assignment under which it was fetched: an outcome whose epoch is not the
+    partition's present one is neither published nor committed.
+    """
+
+    partition: Partition
+    offset: int
+    epoch: int
+    key: bytes | None
+    value: bytes | None
+    headers: Headers
+    timestamp_ms: int
+
+    @property
+    def coordinates(self) -> Coordinates:
+        return Coordinates(self.partition.topic, self.partition.partition, self.offset)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that the window counts: key and value."""
+        return len(self.key or b"") + len(self.value or b"")
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one poll returned.
+
+    `positions` holds, for each held partition whose position is known, the offset of the next
+    message to be fetched *after these messages*: it steps over transaction markers and aborted
+    messages, which are never delivered. It travels with the messages so that nobody can read a
+    position that is ahead of what was delivered. `ends` holds the end of each partition where
+    it is known (last stable offset), for the lag.
+    """
+
+    messages: tuple[Message, ...] = ()
+    positions: Mapping[Partition, int] = field(default_factory=dict)
+    ends: Mapping[Partition, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A validated pydantic value that the model filled, as JSON (UTF-8).
+
+    `key` is set where the output's key is a field of the record (`output.key_field`); None means
+    the message's key.
+    """
+
+    json: bytes
+    key: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where an answer came from and what it cost, over all calls made for one message."""
+
+    model: str
+    prompt_version: str
+    schema_version: str
+    calls: int = 0
+    tokens_input: int = 0
+    tokens_output: int = 0
+
+
+class Reason(StrEnum):
+    """Why a message was rejected; also a metric's label, so the set is closed."""
+
+    INVALID = "invalid"  # the answer did not validate, re-asks included
+    REFUSED = "refused"  # the model declined
+    FILTERED = "filtered"  # the provider's content filter cut the answer
+    TRUNCATED = "truncated"  # the answer hit the output token limit
+    TOO_LONG = "too_long"  # text above input.text_max_bytes, or above the model's context
+    UNDECODABLE = "undecodable"  # not UTF-8, not JSON, no such field
+    BAD_REQUEST = "bad_request"  # the provider refused this very request (400, 422)
+    USER_CODE = "user_code"  # an exception in the user's own code
+    EXHAUSTED = "exhausted"  # kept failing while others succeeded
+    OUTPUT_TOO_LARGE = "output_too_large"  # the output topic does not take a value of this size
+
+
+@dataclass(frozen=True, slots=True)
+class Extracted:
+    """The records of one message; an empty tuple is an answer too."""
+
+    records: tuple[Record, ...]
+    provenance: Provenance
+    answer_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """Failed for good: becomes a dead letter that explains itself.
+
+    `detail` and `answer` may hold text of the message or of the model: they go into the dead
+    letter, never into a log, a metric or an exception.
+    """
+
+    reason: Reason
+    detail: str
+    provenance: Provenance | None = None
+    attempts: int = 0
+    first_failed_at_ms: int | None = None
+    answer: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """A tombstone handed on to the output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A deliberate nothing: finished without a publish."""
+
+
+Outcome: TypeAlias = Extracted | Rejected | Passed | Skipped

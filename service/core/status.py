@@ -1,0 +1,65 @@
+"""What the process says of itself; read by probes and by gauges when they are scraped."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from service.core.messages import Partition
+
+
+class State(StrEnum):
+    """One word for what is going on; exactly one holds."""
+
+    STARTING = "starting"
+    IDLE = "idle"  # caught up: nothing taken, nothing to take
+    RUNNING = "running"
+    WAITING_FOR_PROVIDER = "waiting_for_provider"  # the circuit is open, or all wait to retry
+    WAITING_FOR_KAFKA = "waiting_for_kafka"  # brokers don't answer, or sends are not acknowledged
+    REBALANCING = "rebalancing"
+    DRAINING = "draining"
+    STALLED = "stalled"  # there is work and nothing moves, for no reason that we know of
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionStatus:
+    """One held partition. `lag` counts messages behind the end, None while it is unknown."""
+
+    next_offset: int | None
+    lag: int | None
+    unfinished: int
+    oldest_unfinished_ms: int | None  # the message's own timestamp, epoch milliseconds
+
+
+@dataclass(frozen=True, slots=True)
+class GroupStatus:
+    """Membership as the source sees it.
+
+    `unsettled_s` counts only time in which a broker answered: an outage is no reason to restart.
+    `problem` is a sentence for a person: what holds intake up and what to do.
+    """
+
+    settled: bool = False
+    unsettled_s: float = 0.0
+    broker_answers: bool = False
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A snapshot; counts are messages unless named otherwise."""
+
+    state: State
+    slots: int
+    slots_busy: int
+    window: int
+    window_messages: int
+    window_bytes: int
+    queued: int  # waiting for a slot
+    retrying: int  # waiting for another attempt
+    waiting_in_lane: int  # answered, an earlier one of the lane is not
+    publishing: int  # handed over, not acknowledged
+    poll_turn_age_s: float  # since the poll loop last turned; 0 while a reassignment is going on
+    call_overdue_s: float  # the oldest call in flight beyond its own deadline; 0 if none is
+    not_ready: tuple[str, ...]  # sentences; empty means ready
+    group: GroupStatus = field(default_factory=GroupStatus)
+    partitions: Mapping[Partition, PartitionStatus] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""aiokafka behind the pipeline's Source and Sink."""

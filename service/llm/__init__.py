@@ -1,0 +1,1 @@
+"""openai and instructor behind the pipeline's Extractor."""
