@@ -1,0 +1,44 @@
+"""Attempts and backoff: when the next one is due, and when there is none."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Uniform = Callable[[float, float], float]
+
+RETRY_AFTER_MAX_S = 900.0
+"""A provider's Retry-After is honoured up to this: beyond it we ask again to see, once."""
+
+OTHERS_SUCCEED_WITHIN_S = 60.0
+"""A success of another message within this time shows that the provider is not the cause."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """Exponential backoff with full jitter.
+
+    delay = uniform(0, min(cap, base * 2^(attempt - 1))), after M. Brooker, "Exponential Backoff
+    and Jitter" (2015); what a provider asked for is waited in full, and the jitter after it.
+    """
+
+    base_s: float = 0.5
+    cap_s: float = 30.0
+
+    def delay_s(self, attempt: int, uniform: Uniform, retry_after_s: float | None = None) -> float:
+        """Seconds from the failure of attempt number `attempt` (from 1) to the next one."""
+        assert attempt >= 1, "attempts are counted from 1"
+        ceiling_s = min(self.cap_s, self.base_s * 2.0 ** min(attempt - 1, 32))
+        asked_s = min(max(retry_after_s or 0.0, 0.0), RETRY_AFTER_MAX_S)
+        return asked_s + uniform(0.0, ceiling_s)
+
+
+def exhausted(
+    attempts: int, attempts_max: int, now_s: float, other_success_s: float | None
+) -> bool:
+    """Whether a message is poison rather than hit by an outage.
+
+    It failed `attempts_max` times, and another message succeeded within the last minute
+    (`other_success_s` is that moment on the clock of `now_s`; None: never).
+    """
+    if attempts < attempts_max or other_success_s is None:
+        return False
+    return now_s - other_success_s <= OTHERS_SUCCEED_WITHIN_S
