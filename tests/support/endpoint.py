@@ -271,10 +271,7 @@ class _Connection(asyncio.Protocol):
         elif not self._allowed(request):
             self._reply(401, _error("Incorrect API key provided", "invalid_api_key"))
         elif path == "/v1/models":
-            rows = [
-                {"id": m, "object": "model", "created": 0, "owned_by": "us"} for m in self._models
-            ]
-            self._reply(200, {"object": "list", "data": rows})
+            self._reply(200, _models(self._endpoint.models))
         elif path == "/v1/chat/completions" and request.method == "POST":
             self._chat(request)
         else:
