@@ -1,0 +1,53 @@
+"""Brokers for tests: one real Kafka for the whole run, an embedded one for each test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from service.demo.broker import EmbeddedBroker
+from tests.support.kafka import Broker, KafkaUnavailable, find_broker
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`-m 'not real_kafka'` leaves out whatever asks for the fixture."""
+    for item in items:
+        if {"real_kafka", "real_broker"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.real_kafka)
+
+
+@pytest.fixture(scope="session")
+def real_broker() -> Iterator[Broker]:
+    """A real Kafka of our own that lives as long as the run; don't kill it in a test."""
+    try:
+        broker = find_broker()
+        broker.start()
+    except KafkaUnavailable as error:
+        _do_without(str(error))
+    try:
+        yield broker
+    finally:
+        broker.remove()
+
+
+@pytest.fixture(scope="session")
+def real_kafka(request: pytest.FixtureRequest) -> str:
+    """Bootstrap servers of a real Kafka: the one in the environment, else our own."""
+    given = os.environ.get("KAFKA_BOOTSTRAP_SERVERS")
+    return given or request.getfixturevalue("real_broker").bootstrap_servers
+
+
+@pytest.fixture
+def mock_kafka() -> Iterator[EmbeddedBroker]:
+    """A fresh embedded broker, without topics."""
+    with EmbeddedBroker() as broker:
+        yield broker
+
+
+def _do_without(reason: str) -> None:
+    """Skips what needs a real Kafka; fails it where SLUICE_TEST_KAFKA=required."""
+    if os.environ.get("SLUICE_TEST_KAFKA") == "required":
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
