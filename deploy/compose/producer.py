@@ -41,7 +41,7 @@ async def produce(servers: str, topic: str, per_second: float, stopped: asyncio.
             written += 1
             try:
                 await asyncio.wait_for(stopped.wait(), 1 / per_second)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 continue
     return written
 
