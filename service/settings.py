@@ -1,41 +1,126 @@
 """Every setting, once: name, unit, bound and reason; built once, frozen, passed in.
 
-They come from a YAML file and from the environment over it. Secrets come only from the
-environment or from files named here. A wrong setting is a sentence, never a stack trace.
+They come from a YAML file and from the environment over it, setting by setting. Secrets come only
+from the environment or from files named here. A wrong setting is a sentence, never a stack trace.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
+import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SecretStr,
+    ValidationError,
     field_validator,
     model_validator,
 )
-from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
-Start = Literal["earliest", "latest"] | datetime
+from service.core.errors import WrongSettings
+
+PREFIX = "SLUICE_"
+"""Every environment variable of ours starts with it."""
+
+DEFAULT_FILE = Path("sluice.yaml")
+"""Read where it lies in the working folder and no other file is named."""
+
+PUBLISH_MARGIN_S = 10.0
+"""What a drain needs beyond the calls: publishing their outcomes and one commit."""
+
+
+def _topic(name: str) -> str:
+    if not re.fullmatch(r"[a-zA-Z0-9._-]{1,249}", name) or name in {".", ".."}:
+        raise ValueError(
+            f"{name!r} is no legal topic name: letters, digits, dots, underscores and hyphens, "
+            "at most 249 of them"
+        )
+    return name
+
+
+def _start(value: Any) -> Any:
+    """A word or a time; a bare number or a time without an offset could mean too many things."""
+    if value in ("earliest", "latest"):
+        return value
+    try:
+        time = value if isinstance(value, datetime) else datetime.fromisoformat(str(value))
+    except ValueError:
+        raise ValueError(
+            f"{value!r} is neither earliest, latest nor a time such as 2026-01-31T08:00:00+00:00"
+        ) from None
+    if time.tzinfo is None:
+        raise ValueError(f"{value} needs its offset from UTC, as in {time.isoformat()}+00:00")
+    return time
+
+
+def _servers(value: str) -> str:
+    for server in value.split(","):
+        if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+)(:\d{1,5})?", server.strip()):
+            raise ValueError(f"{server.strip()!r} is no host:port; several are separated by commas")
+    return value
+
+
+def _record(value: str) -> str:
+    if not re.fullmatch(r".+:[A-Za-z_][\w.]*|.+\.json", value):
+        raise ValueError(
+            f"{value!r} is none of package.module:Model, path/to/file.py:Model, path/to/schema.json"
+        )
+    return value
+
+
+Topic: TypeAlias = Annotated[str, AfterValidator(_topic)]
+Start: TypeAlias = Annotated[Literal["earliest", "latest"] | datetime, BeforeValidator(_start)]
+
+
+@dataclass(frozen=True, slots=True)
+class Contradiction:
+    """Settings that are right one by one and cannot stand together; `text` says what to do."""
+
+    settings: tuple[str, ...]
+    text: str
+
+
+class Contradictions(ValueError):
+    """Several at once, through pydantic's single exception a validator."""
+
+    def __init__(self, found: list[Contradiction]) -> None:
+        super().__init__("; ".join(one.text for one in found))
+        self.found = found
 
 
 class Section(BaseModel):
     """One group of settings: frozen, and a name that is not known is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class SecuritySettings(Section):
     protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
-    """How the brokers are spoken to."""
+    """How the brokers are spoken to; only the SSL ones are encrypted."""
     sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] | None = None
-    """Needed with a SASL protocol."""
-    username: str | None = None
+    """How we say who we are; needed with a SASL protocol, refused without."""
+    username: str | None = Field(default=None, min_length=1)
     """For PLAIN and SCRAM."""
     password: SecretStr | None = None
     """For PLAIN and SCRAM; from the environment only, never from the YAML file."""
@@ -44,7 +129,7 @@ class SecuritySettings(Section):
     token_file: Path | None = None
     """For OAUTHBEARER: a file that holds the token, read anew at each connection."""
     ca_file: Path | None = None
-    """Certificates that sign the brokers' (PEM); None: the system's."""
+    """Certificates that sign the brokers' (PEM); without it, the system's."""
     certificate_file: Path | None = None
     """Our own certificate (PEM), where brokers ask for one."""
     key_file: Path | None = None
@@ -52,34 +137,38 @@ class SecuritySettings(Section):
     key_password_file: Path | None = None
     """A file that holds the private key's password."""
     check_hostname: bool = True
-    """False only where brokers' certificates don't carry their host names."""
+    """False only where brokers' certificates don't carry their host names: it lets an impostor in
+    that holds any certificate of the same authority."""
 
 
 class KafkaSettings(Section):
-    bootstrap_servers: str = Field(default="localhost:9092", min_length=1)
-    """Brokers to ask first, host:port, comma-separated."""
+    bootstrap_servers: Annotated[str, AfterValidator(_servers)] = "localhost:9092"
+    """Brokers to ask first, host:port, comma-separated; they name the others."""
     group_id: str = Field(default="sluice", min_length=1)
-    """The consumer group; its committed offsets say where to go on."""
+    """The consumer group; its committed offsets say where to go on, so that another name starts
+    anew and pays anew."""
     client_id: str = Field(default="sluice", min_length=1)
     """What brokers call us in their logs and quotas."""
     session_timeout_s: float = Field(default=10.0, ge=1, le=300)
-    """A dead worker's partitions move after this long; shorter is quicker and more nervous."""
+    """Seconds without a heartbeat after which a dead worker's partitions move; shorter is quicker
+    and more nervous. The broker's own limits are 6 s to 1800 s by default."""
     request_timeout_s: float = Field(default=30.0, ge=1, le=300)
-    """One request to a broker, and the longest a send waits for its acknowledgement."""
-    security: SecuritySettings = SecuritySettings()
+    """Seconds for one request to a broker, and the longest a send waits for its acknowledgement."""
+    security: SecuritySettings = Field(default_factory=SecuritySettings)
 
 
 class InputSettings(Section):
-    topics: Annotated[tuple[str, ...], NoDecode] = Field(default=("messages",), min_length=1)
+    topics: Annotated[tuple[Topic, ...], NoDecode] = Field(default=("messages",), min_length=1)
     """Topics to read; in the environment one name or a comma-separated list."""
     start: Start = "earliest"
-    """Where a new group starts; a time is ISO 8601 with its offset."""
+    """Where a new group starts: a word, or a time in ISO 8601 with its offset."""
     format: Literal["text", "json"] = "text"
     """`text`: the value is UTF-8 text. `json`: the value is a JSON object that holds it."""
     text_field: str = Field(default="text", min_length=1)
     """With `json`: the field that holds the text; dots step into objects."""
     text_max_bytes: int = Field(default=262_144, ge=1, le=104_857_600)
-    """Longer texts are rejected as `too_long` before any call: a bound on what one can cost."""
+    """Bytes; longer texts are rejected as `too_long` before any call: a bound on what one can
+    cost."""
     tombstones: Literal["pass", "skip"] = "skip"
     """A message without a value: hand it on to the output, or finish it without one."""
 
@@ -92,28 +181,26 @@ class InputSettings(Section):
 
     @field_validator("topics")
     @classmethod
-    def _legal(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for name in value:
-            if not re.fullmatch(r"[a-zA-Z0-9._-]{1,249}", name):
-                raise ValueError(f"{name!r} is no legal topic name")
+    def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(value)) != len(value):
             raise ValueError("a topic is named twice")
         return value
 
 
 class OutputSettings(Section):
-    topic: str = Field(default="records", pattern=r"^[a-zA-Z0-9._-]{1,249}$")
+    topic: Topic = "records"
     """Where records go."""
-    key_field: str | None = None
-    """A field of the record to use as the output's key; None: the input's key."""
+    key_field: str | None = Field(default=None, min_length=1)
+    """A field of the record to use as the output's key; without it, the input's key."""
     timestamp: Literal["input", "now"] = "input"
     """The output's timestamp: the message's own, or the time of publishing."""
     message_max_bytes: int = Field(default=1_048_576, ge=1024, le=104_857_600)
-    """The largest request to a broker; above the topic's own max.message.bytes it has no use."""
+    """Bytes of the largest request to a broker; above the topic's own max.message.bytes it has no
+    use."""
 
 
 class DeadLetterSettings(Section):
-    topic: str = Field(default="dead-letters", pattern=r"^[a-zA-Z0-9._-]{1,249}$")
+    topic: Topic = "dead-letters"
     """Where messages go that fail for good."""
 
 
@@ -126,12 +213,13 @@ class Example(Section):
 
 
 class ExtractionSettings(Section):
-    record: str = "service.demo.records:Person"
+    record: Annotated[str, AfterValidator(_record)] = "service.demo.records:Person"
     """The record's type: package.module:Model, path/to/file.py:Model or path/to/schema.json."""
     instructions: str = "Extract the record from the text."
     """What the model is told, before anything of the message."""
     examples: tuple[Example, ...] = ()
-    """Few-shot examples."""
+    """Texts with the records they should give; in the environment a JSON list of objects with
+    `text` and `records`. Each costs its tokens in every call."""
     cardinality: Literal["one", "many"] = "one"
     """One record a message, or a list of any length."""
     model: str = Field(default="gpt-4o-mini", min_length=1)
@@ -139,13 +227,13 @@ class ExtractionSettings(Section):
     mode: Literal["tools", "json_schema", "json"] = "json_schema"
     """How the schema is asked for; json_schema works with the most endpoints."""
     reasks_max: int = Field(default=2, ge=0, le=10)
-    """Further calls that tell the model why its answer did not validate."""
+    """Further calls that tell the model why its answer did not validate; each is paid for."""
     output_tokens_max: int = Field(default=1024, ge=1, le=1_000_000)
     """The answer's limit in tokens: what one call can cost."""
     temperature: float | None = Field(default=None, ge=0, le=2)
     """Passed on where set; some models refuse it."""
     call_timeout_s: float = Field(default=60.0, gt=0, le=3600)
-    """One call, from sending to the last byte of its answer."""
+    """Seconds for one call, from sending to the last byte of its answer."""
     attempts_max: int = Field(default=8, ge=1, le=1000)
     """A message that failed this often while others succeeded is rejected as `exhausted`."""
 
@@ -154,9 +242,10 @@ class LimitSettings(Section):
     concurrency: int = Field(default=50, ge=1, le=10_000)
     """Slots: calls in flight at once."""
     window: int | None = Field(default=None, ge=1, le=1_000_000)
-    """Messages taken and not finished; None: 4 x the slots (key, none), 16 x (partition)."""
+    """Messages taken and not finished, at least the slots; without it 4 x the slots (ordering key,
+    none) or 16 x (partition), so that a slow message does not leave slots idle."""
     window_bytes: int = Field(default=268_435_456, ge=1024)
-    """Keys and values in the window; intake stops above it (one poll may overshoot)."""
+    """Bytes of keys and values in the window; intake stops above it (one poll may overshoot)."""
 
 
 class DeliverySettings(Section):
@@ -165,20 +254,21 @@ class DeliverySettings(Section):
     ordering: Literal["key", "partition", "none"] = "key"
     """Whose outcomes are published in input order. Calls always run concurrently."""
     commit_interval_s: float = Field(default=1.0, ge=0.05, le=300)
-    """A crash repeats about what finished since the last commit."""
+    """Seconds between commits; a crash repeats about what finished since the last one."""
     drain_timeout_s: float = Field(default=200.0, ge=0, le=3600)
-    """A stop waits this long for what is in flight; should cover a message with its re-asks."""
+    """Seconds a stop waits for what is in flight; should cover a message with its re-asks:
+    (1 + reasks_max) x call_timeout_s and 10 s for publishing."""
     rebalance_drain_s: float = Field(default=10.0, ge=0, le=20)
-    """A rebalance waits this long for what is in flight: the whole group waits with it."""
+    """Seconds a rebalance waits for what is in flight: the whole group waits with it."""
 
 
 class TelemetrySettings(Section):
-    host: str = "0.0.0.0"  # probes and Prometheus come from other machines
+    host: str = Field(default="0.0.0.0", min_length=1)  # probes come from other machines
     """Address of /metrics, /livez and /readyz."""
     port: int = Field(default=9100, ge=0, le=65535)
     """Its port; 0 takes a free one and logs it."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    """Least severe line that is logged."""
+    """Least severe line that is logged; libraries never log below INFO, whatever is set here."""
     log_format: Literal["text", "json"] = "text"
     """Lines for people, or one JSON object each for machines."""
 
@@ -189,19 +279,19 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         frozen=True,
         extra="forbid",
-        env_prefix="SLUICE_",
+        env_prefix=PREFIX,
         env_nested_delimiter="__",
         use_attribute_docstrings=True,
     )
 
-    kafka: KafkaSettings = KafkaSettings()
-    input: InputSettings = InputSettings()
-    output: OutputSettings = OutputSettings()
-    dead_letters: DeadLetterSettings = DeadLetterSettings()
-    extraction: ExtractionSettings = ExtractionSettings()
-    limits: LimitSettings = LimitSettings()
-    delivery: DeliverySettings = DeliverySettings()
-    telemetry: TelemetrySettings = TelemetrySettings()
+    kafka: KafkaSettings = Field(default_factory=KafkaSettings)
+    input: InputSettings = Field(default_factory=InputSettings)
+    output: OutputSettings = Field(default_factory=OutputSettings)
+    dead_letters: DeadLetterSettings = Field(default_factory=DeadLetterSettings)
+    extraction: ExtractionSettings = Field(default_factory=ExtractionSettings)
+    limits: LimitSettings = Field(default_factory=LimitSettings)
+    delivery: DeliverySettings = Field(default_factory=DeliverySettings)
+    telemetry: TelemetrySettings = Field(default_factory=TelemetrySettings)
 
     @property
     def window(self) -> int:
@@ -210,3 +300,492 @@ class Settings(BaseSettings):
             return self.limits.window
         factor = 16 if self.delivery.ordering == "partition" else 4
         return factor * self.limits.concurrency
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what is passed in: a value built here never depends on the process's environment."""
+        return (init_settings,)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        found = list(_contradictions(self))
+        if found:
+            raise Contradictions(found)
+        return self
+
+
+def load(config: Path | None, environ: Mapping[str, str]) -> Settings:
+    """Settings from `config` (or sluice.yaml, where there is one) and `environ` over it.
+
+    Raises `WrongSettings`, whose text has a line for each thing that is wrong, all at once:
+    where it came from, what is wrong, what is allowed. An empty variable counts as not set.
+    """
+    file = _read(config)
+    variables, unknown = _variables(environ)
+    wrong = [*file.wrong, *unknown]
+    origins = _Origins(file.name, file.lines, frozenset(variables))
+    try:
+        settings = Settings(**_merged(file.values, _Environment(variables)()))
+    except ValidationError as error:
+        # It holds the inputs, secrets among them, so nothing is raised from it.
+        wrong += [line for one in error.errors() for line in _sentences(one, origins)]
+        settings = None
+    if wrong or settings is None:
+        raise WrongSettings("\n".join(wrong))
+    return settings
+
+
+def warnings(settings: Settings) -> tuple[str, ...]:
+    """Sentences about settings that work, but probably not as meant."""
+    found = []
+    extraction, delivery = settings.extraction, settings.delivery
+    needed_s = (1 + extraction.reasks_max) * extraction.call_timeout_s + PUBLISH_MARGIN_S
+    if delivery.drain_timeout_s < needed_s:
+        found.append(
+            f"delivery.drain_timeout_s is {delivery.drain_timeout_s:g}, but a message with its "
+            f"re-asks can take {needed_s:g} s: a stop may cut calls off that are paid for again"
+        )
+    security = settings.kafka.security
+    if (security.protocol, security.sasl_mechanism) == ("SASL_PLAINTEXT", "PLAIN"):
+        found.append(
+            "kafka.security.protocol SASL_PLAINTEXT with PLAIN sends the password in clear; "
+            "SASL_SSL encrypts it"
+        )
+    return tuple(found)
+
+
+def table() -> str:
+    """Every setting as a Markdown table, for the README."""
+    rows = ["| setting | default | allowed | meaning |", "|---|---|---|---|"]
+    for path, node in _leaves(Settings):
+        cells = (f"`{_dotted(path)}`", _default(node), _allowed(node), _meaning(node))
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+# --- what cannot stand together ---------------------------------------------------------------
+
+
+def _contradictions(settings: Settings) -> Iterator[Contradiction]:
+    yield from _loops(settings)
+    yield from _sasl_contradictions(settings.kafka.security)
+    yield from _credential_contradictions(settings.kafka.security)
+    yield from _tls_contradictions(settings.kafka.security)
+    if settings.input.tombstones == "pass" and settings.output.key_field is not None:
+        yield Contradiction(
+            ("input.tombstones", "output.key_field"),
+            "tombstones cannot be passed on with a key_field: without a value there is no record "
+            "whose field could be the key; set tombstones to skip, or leave key_field out",
+        )
+    window = settings.limits.window
+    if window is not None and window < settings.limits.concurrency:
+        yield Contradiction(
+            ("limits.window", "limits.concurrency"),
+            f"a window of {window} cannot fill {settings.limits.concurrency} slots; the window "
+            "must be at least limits.concurrency (4 times it keeps slots busy)",
+        )
+
+
+def _loops(settings: Settings) -> Iterator[Contradiction]:
+    """A topic that is read and written feeds itself, and each round is paid for."""
+    topics = settings.input.topics
+    output, letters = settings.output.topic, settings.dead_letters.topic
+    if output in topics:
+        yield Contradiction(
+            ("input.topics", "output.topic"),
+            f"{output!r} is input and output: each record would be read again and paid for "
+            "again, without end; give the output a topic of its own",
+        )
+    if letters in topics:
+        yield Contradiction(
+            ("input.topics", "dead_letters.topic"),
+            f"{letters!r} is input and dead letter topic: each dead letter would be read again "
+            "and paid for again, without end; give dead letters a topic of their own",
+        )
+    if output == letters:
+        yield Contradiction(
+            ("output.topic", "dead_letters.topic"),
+            f"{output!r} is output and dead letter topic: readers of records would get dead "
+            "letters; give dead letters a topic of their own",
+        )
+
+
+def _sasl_contradictions(security: SecuritySettings) -> Iterator[Contradiction]:
+    sasl = security.protocol.startswith("SASL")
+    if sasl and security.sasl_mechanism is None:
+        yield _security(
+            f"protocol {security.protocol} needs a sasl_mechanism: PLAIN, SCRAM-SHA-256, "
+            "SCRAM-SHA-512 or OAUTHBEARER",
+            "protocol",
+        )
+    if not sasl and security.sasl_mechanism is not None:
+        yield _security(
+            f"sasl_mechanism {security.sasl_mechanism} needs protocol SASL_SSL (or "
+            f"SASL_PLAINTEXT), not {security.protocol}",
+            "sasl_mechanism",
+        )
+    unused = [name for name in _CREDENTIALS if getattr(security, name) is not None]
+    if not sasl and unused:
+        yield _security(
+            f"{' and '.join(unused)} would not be used: protocol {security.protocol} does not "
+            "log in; set SASL_SSL (or SASL_PLAINTEXT) and a sasl_mechanism",
+            *unused,
+        )
+
+
+_CREDENTIALS = ("username", "password", "password_file", "token_file")
+
+
+def _credential_contradictions(security: SecuritySettings) -> Iterator[Contradiction]:
+    mechanism = security.sasl_mechanism
+    if security.password is not None and security.password_file is not None:
+        yield _security("set password or password_file, not both", "password", "password_file")
+    if mechanism == "OAUTHBEARER" and security.token_file is None:
+        yield _security("OAUTHBEARER needs token_file", "sasl_mechanism")
+    if mechanism in (None, "OAUTHBEARER"):
+        return
+    if security.username is None:
+        yield _security(f"{mechanism} needs a username", "sasl_mechanism")
+    if security.password is None and security.password_file is None:
+        yield _security(
+            f"{mechanism} needs a password: {PREFIX}KAFKA__SECURITY__PASSWORD or password_file",
+            "sasl_mechanism",
+        )
+
+
+def _tls_contradictions(security: SecuritySettings) -> Iterator[Contradiction]:
+    if (security.certificate_file is None) != (security.key_file is None):
+        yield _security(
+            "certificate_file and key_file belong together: set both or neither",
+            "certificate_file",
+            "key_file",
+        )
+    if security.key_password_file is not None and security.key_file is None:
+        yield _security("key_password_file needs a key_file", "key_password_file")
+    files = ("ca_file", "certificate_file", "key_file")
+    unused = [name for name in files if getattr(security, name) is not None]
+    if unused and not security.protocol.endswith("SSL"):
+        yield _security(
+            f"{' and '.join(unused)} would not be used: protocol {security.protocol} does not "
+            "encrypt; set SSL or SASL_SSL",
+            *unused,
+        )
+
+
+def _security(text: str, *names: str) -> Contradiction:
+    return Contradiction(tuple(f"kafka.security.{name}" for name in names), text)
+
+
+# --- where settings come from -----------------------------------------------------------------
+
+Path_: TypeAlias = tuple[str, ...]
+"""A setting's place: ("kafka", "group_id")."""
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A YAML file: its values, the line of each name, and sentences on what is wrong with it."""
+
+    name: str = ""
+    values: dict[str, Any] = field(default_factory=dict)
+    lines: Mapping[Path_, int] = field(default_factory=dict)
+    wrong: tuple[str, ...] = ()
+
+
+class _Environment(EnvSettingsSource):
+    """The variables that were passed in, not the process's own."""
+
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        super().__init__(Settings)
+        self.env_vars = {name.lower(): value for name, value in variables.items()}
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        """What is no JSON stays as it is, so that validation names it together with the rest."""
+        try:
+            return super().decode_complex_value(field_name, field, value)
+        except ValueError:
+            return value
+
+
+def _read(config: Path | None) -> _File:
+    if config is None and not DEFAULT_FILE.exists():
+        return _File()
+    path = config or DEFAULT_FILE
+    try:
+        return _parsed(str(path), path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise WrongSettings(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise WrongSettings(f"{path}: is not UTF-8 text") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{path} line {mark.line + 1}" if mark else str(path)
+        raise WrongSettings(f"{where}: is not YAML: {error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        # ValueError: PyYAML's own, for a date such as 2026-13-01.
+        raise WrongSettings(f"{path}: is not YAML ({type(error).__name__})") from None
+
+
+def _parsed(name: str, text: str) -> _File:
+    """Values and lines from one parse; the lines are read first, as merge keys change the tree."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return _File(name)
+        lines: dict[Path_, int] = {}
+        wrong = [f"{name} {sentence}" for sentence in _walk(node, (), lines)]
+        values = loader.construct_document(node)
+    finally:
+        loader.dispose()
+    if not isinstance(values, dict):
+        raise WrongSettings(f"{name}: holds no sections; it should start with one, as in kafka:")
+    if _take_password(values):
+        line = lines.get(("kafka", "security", "password"))
+        wrong.append(
+            f"{name} line {line}: kafka.security.password is not taken from a file that may be "
+            f"copied and committed; set {PREFIX}KAFKA__SECURITY__PASSWORD, or "
+            "kafka.security.password_file to a file that holds it"
+        )
+    return _File(name, _tidied(values), lines, tuple(wrong))
+
+
+_DEPTH = 3
+"""Levels of names: section, section in it, setting. Below are values, which may refer to
+themselves in YAML."""
+
+
+def _walk(node: yaml.Node, path: Path_, lines: dict[Path_, int]) -> Iterator[str]:
+    """Note the line of each name; yield a sentence for a name that stands twice."""
+    if not isinstance(node, yaml.MappingNode) or len(path) == _DEPTH:
+        return
+    for key, value in node.value:
+        here = (*path, str(key.value))
+        line = key.start_mark.line + 1
+        if here in lines:
+            yield f"line {line}: {_dotted(here)} stands twice (line {lines[here]} has it too)"
+        lines.setdefault(here, line)
+        yield from _walk(value, here, lines)
+
+
+def _take_password(values: dict[Any, Any]) -> bool:
+    """Remove the password, so that nothing that follows can show it."""
+    kafka = values.get("kafka")
+    security = kafka.get("security") if isinstance(kafka, dict) else None
+    if not isinstance(security, dict) or "password" not in security:
+        return False
+    del security["password"]
+    return True
+
+
+def _tidied(values: Any, depth: int = 1) -> Any:
+    """Names as text, and a section whose settings are all commented out as an empty one."""
+    tidy = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and depth < _DEPTH:
+            value = _tidied(value, depth + 1)
+        elif value is None and str(name) in _SECTIONS:
+            value = {}
+        tidy[str(name)] = value
+    return tidy
+
+
+_SECTIONS = frozenset({*Settings.model_fields, "security"})
+
+
+_KUBERNETES = re.compile(
+    rf"{PREFIX}(\w+_)?SERVICE_(HOST|PORT(_\w+)?)|{PREFIX}(\w+_)?PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?"
+)
+"""Variables that Kubernetes sets in every pod beside a Service called sluice or sluice-…"""
+
+
+def _of_kubernetes(name: str, value: str) -> bool:
+    if not _KUBERNETES.fullmatch(name):
+        return False
+    # SLUICE_PORT alone could be a person's mistake; Kubernetes puts a URL there.
+    return not name.endswith("_PORT") or "SERVICE" in name or "://" in value
+
+
+def _variables(environ: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Our variables by name, and a sentence for each that looks like ours and is not."""
+    known = {_variable(path) for path, _ in _leaves(Settings)}
+    ours = {name.upper(): value for name, value in environ.items() if value}
+    ours = {name: value for name, value in ours.items() if name.startswith(PREFIX)}
+    wrong = [
+        f"{name}: there is no such setting{_meant(name, known)}"
+        for name, value in sorted(ours.items())
+        if name not in known and not _of_kubernetes(name, value)
+    ]
+    return {name: value for name, value in ours.items() if name in known}, wrong
+
+
+def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` wins, setting by setting; a section that is no section stays, to be named wrong."""
+    merged = dict(under)
+    for name, value in over.items():
+        below = merged.get(name)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            merged[name] = _merged(below, value)
+        else:
+            merged[name] = value
+    return merged
+
+
+# --- what is wrong, in sentences --------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Origins:
+    """Says where a setting's value came from."""
+
+    file: str
+    lines: Mapping[Path_, int]
+    variables: frozenset[str]
+
+    def of(self, path: Path_) -> str | None:
+        if _variable(path) in self.variables:
+            return _variable(path)
+        if path in self.lines:
+            return f"{self.file} line {self.lines[path]}: {_dotted(path)}"
+        return None
+
+    def nearest(self, loc: tuple[str | int, ...]) -> str:
+        """The origin of the setting that holds `loc`, and the way on from there."""
+        names = tuple(str(part) for part in loc)
+        for length in range(len(names), 0, -1):
+            origin = self.of(names[:length])
+            if origin is not None:
+                return origin + _rest(loc[length:])
+        return _dotted(names)
+
+
+def _rest(loc: tuple[str | int, ...]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
+
+
+def _sentences(error: ErrorDetails, origins: _Origins) -> Iterator[str]:
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, Contradictions):
+        for one in cause.found:
+            yield f"{_where(one, origins)}: {one.text}"
+        return
+    loc = error["loc"]
+    where = origins.nearest(loc)
+    if error["type"] == "extra_forbidden":
+        names = tuple(str(part) for part in loc)
+        known = {_dotted(path) for path, _ in _leaves(Settings)}
+        yield f"{where}: there is no such setting{_meant(_dotted(names), known)}"
+    elif isinstance(cause, ValueError):
+        yield f"{where}: {cause}"
+    else:
+        yield f"{where}: {_shown(error)}; {_expected(loc, error)}"
+
+
+def _where(contradiction: Contradiction, origins: _Origins) -> str:
+    paths = [tuple(name.split(".")) for name in contradiction.settings]
+    return " and ".join(origins.of(path) or _dotted(path) for path in paths)
+
+
+def _meant(name: str, known: set[str]) -> str:
+    """A suggestion: the same last name elsewhere, or the most similar whole name."""
+    last = re.split(r"__|\.", name)[-1]
+    elsewhere = sorted(one for one in known if re.split(r"__|\.", one)[-1] == last)
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    meant = close if not elsewhere else difflib.get_close_matches(name, elsewhere, 1, 0.0)
+    return f"; did you mean {meant[0]}?" if meant else "; `sluice schema --settings` lists them all"
+
+
+SHOWN_MAX = 60
+"""Characters of a wrong value that a sentence repeats."""
+
+
+def _shown(error: ErrorDetails) -> str:
+    """What was given; never a secret, and never more than a glimpse."""
+    given, names = error["input"], error["loc"]
+    if error["type"] == "missing":
+        return "is missing"
+    if "password" in names or not isinstance(given, str | int | float | bool):
+        return "is not allowed"
+    text = repr(given) if isinstance(given, str) else str(given)
+    return f"{text if len(text) <= SHOWN_MAX else text[:SHOWN_MAX] + '…'} is not allowed"
+
+
+def _expected(loc: tuple[str | int, ...], error: ErrorDetails) -> str:
+    for path, node in _leaves(Settings):
+        if path == loc:
+            return f"allowed: {_allowed(node)}"
+    if loc and loc[-1] in _SECTIONS:
+        return "allowed: a section with settings below it"
+    return error["msg"][:1].lower() + error["msg"][1:]
+
+
+# --- names and texts of a setting -------------------------------------------------------------
+
+
+def _leaves(model: type[BaseModel], path: Path_ = ()) -> Iterator[tuple[Path_, dict[str, Any]]]:
+    """Every setting's place and JSON schema, in the order of the classes above."""
+    nodes = model.model_json_schema()["properties"]
+    for name, info in model.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            yield from _leaves(kind, (*path, name))
+        else:
+            yield (*path, name), nodes[name]
+
+
+def _dotted(path: Path_) -> str:
+    return ".".join(path)
+
+
+def _variable(path: Path_) -> str:
+    return PREFIX + "__".join(path).upper()
+
+
+def _allowed(node: Mapping[str, Any]) -> str:
+    if "anyOf" in node:
+        return " or ".join(_allowed(one) for one in node["anyOf"] if one.get("type") != "null")
+    if "enum" in node or "const" in node:
+        return " or ".join(node.get("enum", [node.get("const")]))
+    kind = node.get("type")
+    if kind in ("integer", "number"):
+        return f"a {'whole ' if kind == 'integer' else ''}number{_bounds(node)}"
+    return _WORDS.get(node.get("format") or kind or "", "text")
+
+
+_WORDS = {
+    "boolean": "true or false",
+    "array": "a list",
+    "path": "a path",
+    "password": "a secret",
+    "date-time": "a time such as 2026-01-31T08:00:00+00:00",
+}
+
+
+def _bounds(node: Mapping[str, Any]) -> str:
+    low = f" from {node['minimum']}" if "minimum" in node else ""
+    if "exclusiveMinimum" in node:
+        low = f" above {node['exclusiveMinimum']},"
+    high = f" up to {node['maximum']}" if "maximum" in node else ""
+    return low + high
+
+
+def _default(node: Mapping[str, Any]) -> str:
+    value = node.get("default")
+    if value is None or value == []:
+        return "none"
+    if isinstance(value, list):
+        value = ",".join(value)
+    if isinstance(value, bool):
+        value = str(value).lower()
+    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+
+
+def _meaning(node: Mapping[str, Any]) -> str:
+    return " ".join(str(node.get("description", "")).split())
