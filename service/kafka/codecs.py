@@ -1,0 +1,157 @@
+"""From a Kafka record to a text, and from an outcome to an output's headers: pure functions.
+
+Nothing here quotes a message: a detail says what is wrong and where, never what stood there.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from pydantic_core import from_json
+
+from service.core.messages import (
+    Extracted,
+    Headers,
+    Message,
+    Passed,
+    Reason,
+    Rejected,
+    Skipped,
+)
+from service.settings import InputSettings
+
+Decoded: TypeAlias = str | Rejected | Passed | Skipped
+Decoder: TypeAlias = Callable[[Message], Decoded]
+HeaderList: TypeAlias = list[tuple[str, bytes | None]]
+
+OUR_PREFIXES = ("sluice.", "__dlq.errors.")
+"""Header names that are ours to write; an input's own are not carried into outputs."""
+ID_HEADER = "sluice.id"
+"""On an output `topic:partition:offset:index`, on a message sent again `topic:partition:offset`."""
+
+_ORIGIN = re.compile(rb"[a-zA-Z0-9._-]{1,249}:[0-9]{1,10}:[0-9]{1,19}")
+
+
+def decoder(settings: InputSettings) -> Decoder:
+    """What turns a message into its text, or into the outcome that it has without a call.
+
+    An empty text (white space alone is one too) is rejected: no record can stand in it, a call
+    would cost money for nothing, and skipping it would lose it without a word.
+    """
+    tombstone = Passed() if settings.tombstones == "pass" else Skipped()
+    if settings.format == "text":
+        text_of: Callable[[bytes], str | Rejected] = _utf8
+    else:
+        text_of = _field_reader(settings.text_field)
+    size_max = settings.text_max_bytes
+    whole_value = settings.format == "text"
+
+    def decode(message: Message) -> Decoded:
+        value = message.value
+        if value is None:
+            return tombstone
+        if whole_value and len(value) > size_max:  # before any work on it
+            return _too_long(len(value), size_max)
+        text = text_of(value)
+        return text if isinstance(text, Rejected) else _bounded(text, size_max)
+
+    return decode
+
+
+def _bounded(text: str, size_max: int) -> str | Rejected:
+    if not text or text.isspace():
+        return _undecodable("the text is empty")
+    # A character takes four bytes at most: most texts need no second encoding to be measured.
+    if len(text) * 4 > size_max and (size := len(text.encode())) > size_max:
+        return _too_long(size, size_max)
+    return text
+
+
+def _utf8(value: bytes) -> str | Rejected:
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return _undecodable(f"the value is not UTF-8: invalid byte at position {error.start}")
+
+
+def _field_reader(path: str) -> Callable[[bytes], str | Rejected]:
+    names = path.split(".")
+
+    def read(value: bytes) -> str | Rejected:
+        try:
+            # Lone surrogates and invalid UTF-8 are errors here, unlike in the standard library.
+            found: Any = from_json(value, cache_strings="keys")
+        except ValueError as error:
+            return _undecodable(f"the value is not JSON: {error}")
+        for name in names:
+            if not isinstance(found, dict) or name not in found:
+                return _undecodable(f"the value has no field {path!r}")
+            found = found[name]
+        return found if isinstance(found, str) else _undecodable(f"field {path!r} is no text")
+
+    return read
+
+
+def _undecodable(detail: str) -> Rejected:
+    return Rejected(Reason.UNDECODABLE, detail)
+
+
+def _too_long(size: int, size_max: int) -> Rejected:
+    return Rejected(
+        Reason.TOO_LONG, f"the text has {size} bytes, input.text_max_bytes is {size_max}"
+    )
+
+
+def origin(message: Message) -> bytes:
+    """`topic:partition:offset` under which a message first came in.
+
+    A message that is sent again (redrive, retry) carries it as `sluice.id`, so that its outputs
+    keep their ids. Only that well-formed shape is taken over: an output of another Sluice has
+    four parts, and two records of one message there must not end under one id here. Whoever may
+    write the input topic can claim an origin; that is no more than they can do anyway.
+    """
+    for name, value in reversed(message.headers):
+        if name == ID_HEADER:
+            if value is not None and _ORIGIN.fullmatch(value):
+                return value
+            break
+    at = message.coordinates
+    return f"{at.topic}:{at.partition}:{at.offset}".encode()
+
+
+def record_headers(message: Message, extracted: Extracted, index: int) -> HeaderList:
+    """The headers of record `index` of a message: the input's own, then where it came from."""
+    provenance = extracted.provenance
+    headers = _source_headers(message, index)
+    headers.insert(-4, ("sluice.answer.id", extracted.answer_id.encode()))
+    headers += (
+        ("sluice.record.index", b"%d" % index),
+        ("sluice.record.count", b"%d" % len(extracted.records)),
+        ("sluice.model", provenance.model.encode()),
+        ("sluice.prompt.version", provenance.prompt_version.encode()),
+        ("sluice.schema.version", provenance.schema_version.encode()),
+        ("sluice.tokens.input", b"%d" % provenance.tokens_input),
+        ("sluice.tokens.output", b"%d" % provenance.tokens_output),
+    )
+    return headers
+
+
+def tombstone_headers(message: Message) -> HeaderList:
+    """The headers of a tombstone that is handed on: no model has seen it."""
+    return _source_headers(message, 0)
+
+
+def _source_headers(message: Message, index: int) -> HeaderList:
+    return [
+        *own_headers(message.headers),
+        (ID_HEADER, b"%b:%d" % (origin(message), index)),
+        ("sluice.source.topic", message.partition.topic.encode()),
+        ("sluice.source.partition", b"%d" % message.partition.partition),
+        ("sluice.source.offset", b"%d" % message.offset),
+        ("sluice.source.timestamp", b"%d" % message.timestamp_ms),
+    ]
+
+
+def own_headers(headers: Headers) -> HeaderList:
+    """An input's headers without ours, so that a second pass does not pile them up."""
+    return [header for header in headers if not header[0].startswith(OUR_PREFIXES)]

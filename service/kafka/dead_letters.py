@@ -1,0 +1,125 @@
+"""A rejected message as a dead letter: the message byte for byte, and why it was rejected.
+
+Pure functions. The message's own headers come first; ours begin at the last
+`__dlq.errors.topic`, so that `original_headers` gives the message back exactly as it was, even
+where it carried headers of these names itself. Readers take the last header of a name.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from service.core.messages import Headers, Message, Reason, Rejected
+from service.kafka.codecs import ID_HEADER, HeaderList, origin
+
+ANSWER_MAX_BYTES = 32_768
+"""The longest answer kept: enough to see what the model did, far below a topic's limit."""
+DETAIL_MAX_BYTES = 4_096
+"""The longest detail kept: validation errors of a large record can be long."""
+MARKER = "__dlq.errors.topic"
+"""The first of our headers; its last occurrence separates the original ones from ours."""
+
+SENTENCES: dict[Reason, str] = {
+    Reason.INVALID: "The model's answer did not validate, re-asks included.",
+    Reason.REFUSED: "The model declined to answer.",
+    Reason.FILTERED: "The provider's content filter cut the answer.",
+    Reason.TRUNCATED: "The answer reached the output token limit.",
+    Reason.TOO_LONG: "The text is longer than the settings or the model allow.",
+    Reason.UNDECODABLE: "The value could not be read as a text.",
+    Reason.BAD_REQUEST: "The provider refused this request.",
+    Reason.USER_CODE: "The user's own code raised an exception.",
+    Reason.EXHAUSTED: "The message kept failing while others succeeded.",
+    Reason.OUTPUT_TOO_LARGE: "The output topic does not take a value of this size.",
+}
+"""Generic on purpose: tools show `__dlq.errors.message` anywhere, so it quotes nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """What is published: key and value are the message's own bytes."""
+
+    key: bytes | None
+    value: bytes | None
+    headers: HeaderList
+
+
+def dead_letter(message: Message, rejected: Rejected, group: str, now_ms: int) -> DeadLetter:
+    """The message and why it was rejected; `now_ms` stands in where no earlier failure is known.
+
+    `sluice.answer` and `sluice.error.detail` may quote the message or the model: they belong to
+    whoever may read the dead letter topic.
+    """
+    headers = [
+        *message.headers,
+        *_broker_headers(message, rejected, group),
+        *_our_headers(message, rejected, now_ms),
+    ]
+    return DeadLetter(message.key, message.value, headers)
+
+
+def smaller(message: Message, rejected: Rejected, group: str, now_ms: int) -> Iterator[DeadLetter]:
+    """The same dead letter, from whole to smallest: without the answer, without the detail too.
+
+    Key, value and original headers are never cut: where the last one is too large as well, the
+    topic has to take larger messages.
+    """
+    yield dead_letter(message, rejected, group, now_ms)
+    if rejected.answer is not None:
+        rejected = replace(rejected, answer=None)
+        yield dead_letter(message, rejected, group, now_ms)
+    if rejected.detail:
+        yield dead_letter(message, replace(rejected, detail=""), group, now_ms)
+
+
+def original_headers(headers: Headers) -> Headers:
+    """The headers that the message had when it was read: all before the last marker."""
+    for index in range(len(headers) - 1, -1, -1):
+        if headers[index][0] == MARKER:
+            return headers[:index]
+    return headers
+
+
+def _broker_headers(message: Message, rejected: Rejected, group: str) -> HeaderList:
+    """The set that brokers write for share groups (KIP-1191), so that its tools work here too."""
+    at = message.coordinates
+    return [
+        (MARKER, at.topic.encode()),
+        ("__dlq.errors.partition", b"%d" % at.partition),
+        ("__dlq.errors.offset", b"%d" % at.offset),
+        ("__dlq.errors.group", group.encode()),
+        ("__dlq.errors.delivery.count", b"%d" % max(1, rejected.attempts)),
+        ("__dlq.errors.message", SENTENCES[rejected.reason].encode()),
+    ]
+
+
+def _our_headers(message: Message, rejected: Rejected, now_ms: int) -> HeaderList:
+    failed_ms = now_ms if rejected.first_failed_at_ms is None else rejected.first_failed_at_ms
+    headers: HeaderList = [
+        (ID_HEADER, origin(message)),
+        ("sluice.source.timestamp", b"%d" % message.timestamp_ms),
+        ("sluice.error.reason", rejected.reason.value.encode()),
+        ("sluice.error.detail", _capped(rejected.detail, DETAIL_MAX_BYTES)),
+        ("sluice.attempts", b"%d" % rejected.attempts),
+        (
+            "sluice.first.failed.at",
+            b"%d" % failed_ms,
+        ),
+    ]
+    if (provenance := rejected.provenance) is not None:
+        headers += (
+            ("sluice.model", provenance.model.encode()),
+            ("sluice.prompt.version", provenance.prompt_version.encode()),
+            ("sluice.schema.version", provenance.schema_version.encode()),
+            ("sluice.tokens.input", b"%d" % provenance.tokens_input),
+            ("sluice.tokens.output", b"%d" % provenance.tokens_output),
+        )
+    if rejected.answer is not None:
+        headers.append(("sluice.answer", _capped(rejected.answer, ANSWER_MAX_BYTES)))
+    return headers
+
+
+def _capped(text: str, size_max: int) -> bytes:
+    """UTF-8, at most `size_max` bytes, cut between characters; lone surrogates become `?`."""
+    encoded = text.encode("utf-8", "replace")
+    if len(encoded) <= size_max:
+        return encoded
+    return encoded[:size_max].decode("utf-8", "ignore").encode()
