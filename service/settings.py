@@ -158,7 +158,7 @@ class KafkaSettings(Section):
 
 
 class InputSettings(Section):
-    topics: Annotated[tuple[Topic, ...], NoDecode] = Field(default=("messages",), min_length=1)
+    topics: Annotated[tuple[Topic, ...], NoDecode] = ("messages",)
     """Topics to read; in the environment one name or a comma-separated list."""
     start: Start = "earliest"
     """Where a new group starts: a word, or a time in ISO 8601 with its offset."""
@@ -182,6 +182,8 @@ class InputSettings(Section):
     @field_validator("topics")
     @classmethod
     def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("no topic is named")
         if len(set(value)) != len(value):
             raise ValueError("a topic is named twice")
         return value
@@ -543,6 +545,8 @@ def _parsed(name: str, text: str) -> _File:
         lines: dict[Path_, int] = {}
         wrong = [f"{name} {sentence}" for sentence in _walk(node, (), lines)]
         values = loader.construct_document(node)
+        if values is None:
+            return _File(name)
     finally:
         loader.dispose()
     if not isinstance(values, dict):
@@ -606,7 +610,10 @@ _KUBERNETES = re.compile(
 """Variables that Kubernetes sets in every pod beside a Service called sluice or sluice-…"""
 
 
-def _of_kubernetes(name: str, value: str) -> bool:
+def _of_others(name: str, value: str) -> bool:
+    """Kubernetes' variables, and the switches of our tests that a process they start inherits."""
+    if name.startswith(f"{PREFIX}TEST_"):
+        return True
     if not _KUBERNETES.fullmatch(name):
         return False
     # SLUICE_PORT alone could be a person's mistake; Kubernetes puts a URL there.
@@ -621,7 +628,7 @@ def _variables(environ: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     wrong = [
         f"{name}: there is no such setting{_meant(name, known)}"
         for name, value in sorted(ours.items())
-        if name not in known and not _of_kubernetes(name, value)
+        if name not in known and not _of_others(name, value)
     ]
     return {name: value for name, value in ours.items() if name in known}, wrong
 
@@ -680,7 +687,7 @@ def _sentences(error: ErrorDetails, origins: _Origins) -> Iterator[str]:
     where = origins.nearest(loc)
     if error["type"] == "extra_forbidden":
         names = tuple(str(part) for part in loc)
-        known = {_dotted(path) for path, _ in _leaves(Settings)}
+        known = {_dotted(path) for path, _ in _leaves(Settings)} | _SECTIONS
         yield f"{where}: there is no such setting{_meant(_dotted(names), known)}"
     elif isinstance(cause, ValueError):
         yield f"{where}: {cause}"
