@@ -1,0 +1,209 @@
+"""What lies around the service: image, compose file, Prometheus, Grafana, pinned versions."""
+
+import importlib.util
+import re
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+
+from service import settings
+from service.core.status import State
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+OURS = {name: one for name, one in SERVICES.items() if "build" in one}
+
+
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"deploy_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+dashboard = _load(DEPLOY / "grafana" / "dashboard.py")
+
+
+def _interpolated(text: str) -> str:
+    """What compose makes of a value where none of its variables is set."""
+    return re.sub(r"\$\{[A-Z_]+:-([^}]*)\}", r"\1", text)
+
+
+def _seconds(duration: str) -> float:
+    minutes, seconds = re.fullmatch(r"(?:(\d+)m)?(?:(\d+)s)?", duration).groups()  # type: ignore[union-attr]
+    return 60 * int(minutes or 0) + int(seconds or 0)
+
+
+def _environment() -> dict[str, str]:
+    return {k: _interpolated(v) for k, v in SERVICES["sluice"]["environment"].items()}
+
+
+# --- compose ----------------------------------------------------------------------------------
+
+
+def test_compose_settings_are_settings() -> None:
+    """Every SLUICE_ variable of the compose file is a setting with an allowed value."""
+    loaded = settings.load(None, _environment())
+    assert loaded.kafka.bootstrap_servers == "kafka:19092"
+    assert settings.warnings(loaded) == ()
+
+
+def test_compose_gives_a_stop_the_time_it_takes() -> None:
+    """Docker waits longer than a drain, a commit and the goodbye to the group may take."""
+    loaded = settings.load(None, _environment())
+    needed_s = loaded.delivery.drain_timeout_s + loaded.kafka.request_timeout_s
+    assert _seconds(SERVICES["sluice"]["stop_grace_period"]) >= needed_s
+
+
+def test_images_are_pinned() -> None:
+    """An image of others is named by an exact version, so that tomorrow's run is today's."""
+    for name, one in SERVICES.items():
+        if name not in OURS:
+            assert re.search(r":v?\d+\.\d+\.\d+$", one["image"]), one["image"]
+    assert re.search(r"^ARG PYTHON_IMAGE=python:\d+\.\d+\.\d+-slim-\w+$", DOCKERFILE, re.M)
+
+
+def test_containers_of_ours_are_locked_down() -> None:
+    """They write nowhere but to /tmp, hold no capability and cannot gain one."""
+    assert set(OURS) == {"topics", "model", "producer", "sluice"}
+    for one in OURS.values():
+        assert one["read_only"]
+        assert one["cap_drop"] == ["ALL"]
+        assert one["security_opt"] == ["no-new-privileges:true"]
+        assert "privileged" not in one
+
+
+def test_ports_are_open_on_loopback_only() -> None:
+    """Nothing that compose starts can be reached from another machine."""
+    ports = [port for one in SERVICES.values() for port in one.get("ports", [])]
+    assert ports
+    assert all(port.startswith("127.0.0.1:") for port in ports)
+
+
+def test_a_key_alone_leaves_the_local_model_in_place() -> None:
+    """Only OPENAI_BASE_URL moves calls elsewhere, so no exported key is spent by surprise."""
+    assert _environment()["OPENAI_BASE_URL"] == "http://model:8080/v1"
+    assert "OPENAI_API_KEY" not in SERVICES["sluice"]["environment"]["OPENAI_BASE_URL"]
+
+
+def test_prometheus_scrapes_the_port_that_the_service_opens() -> None:
+    """The job for Sluice asks its default port, every five seconds."""
+    config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
+    jobs = {job["job_name"]: job for job in config["scrape_configs"]}
+    (target,) = jobs["sluice"]["dns_sd_configs"]
+    assert target["names"] == ["sluice"]
+    assert target["port"] == settings.load(None, {}).telemetry.port
+    assert config["global"]["scrape_interval"] == "5s"
+
+
+# --- image ------------------------------------------------------------------------------------
+
+
+def test_the_image_runs_as_a_number_that_is_not_root() -> None:
+    """Every image ends as uid 10001: a number, because runAsNonRoot cannot check a name."""
+    stages = re.split(r"^FROM ", DOCKERFILE, flags=re.M)[1:]
+    finals = [one for one in stages if re.search(r" AS (service|demo)$", one, re.M)]
+    assert [re.findall(r"^USER (.*)$", one, re.M)[-1] for one in finals] == ["10001:10001"] * 2
+
+
+def test_the_service_is_the_image_that_a_plain_build_gives() -> None:
+    """The last stage is the service, started without a shell between it and SIGTERM."""
+    assert DOCKERFILE.rindex("FROM runtime AS service") > DOCKERFILE.rindex("FROM runtime AS demo")
+    assert 'ENTRYPOINT ["sluice"]\nCMD ["run"]\n' in DOCKERFILE
+
+
+def test_what_the_image_copies_is_let_through_to_the_builder() -> None:
+    """.dockerignore refuses everything but what the Dockerfile copies."""
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    allowed = {line[1:] for line in lines if line.startswith("!")}
+    copied = re.findall(r"^COPY (?!--from)(.*) \S+$", DOCKERFILE, re.M)
+    assert "*" in lines
+    assert {name for names in copied for name in names.split()} == allowed
+
+
+# --- pinned versions --------------------------------------------------------------------------
+
+
+def test_every_dependency_is_pinned() -> None:
+    """constraints.txt holds exact versions, no addresses, and one for each direct dependency."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", pin) for pin in pins)
+    pinned = {_normal(pin.split("==")[0]) for pin in pins}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [one for extra in project["optional-dependencies"].values() for one in extra]
+    wanted = {_normal(re.split(r"[\[<>=~!; ]", one)[0]) for one in project["dependencies"] + extras}
+    assert wanted - {"kafka-sluice"} <= pinned
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+# --- dashboard --------------------------------------------------------------------------------
+
+
+def _panels() -> list[dict[str, Any]]:
+    return [panel for panel in dashboard.dashboard()["panels"] if panel["type"] != "row"]
+
+
+def _queries() -> list[str]:
+    return [target["expr"] for panel in _panels() for target in panel["targets"]]
+
+
+def test_the_dashboard_is_what_its_source_writes() -> None:
+    """The committed JSON is the output of dashboard.py."""
+    assert dashboard.OUTPUT.read_text() == dashboard.text(), "run deploy/grafana/dashboard.py"
+
+
+def test_every_panel_says_which_question_it_answers() -> None:
+    """Each has a title, a question, a unit and at least one query, and none stands on another."""
+    places = set()
+    for panel in _panels():
+        assert panel["title"]
+        assert panel["description"].endswith((".", "?"))
+        assert panel["fieldConfig"]["defaults"]["unit"]
+        assert panel["targets"]
+        place = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert place["x"] + place["w"] <= dashboard.WIDTH
+        assert not cells & places
+        places |= cells
+
+
+def test_every_query_is_bound_to_the_chosen_instances() -> None:
+    """Two deployments in one Prometheus don't mix, and rates span more than one scrape."""
+    for query in _queries():
+        selectors = re.findall(r"sluice_\w+\{([^}]*)\}", query)
+        assert selectors, query
+        assert len(selectors) == len(re.findall(r"sluice_\w+", query)), query
+        assert all(dashboard.CHOSEN in selector for selector in selectors), query
+        assert len(re.findall(r"\brate\(", query)) == query.count("[$__rate_interval]"), query
+
+
+def test_every_state_has_a_colour() -> None:
+    """The state panel knows the states that the service has, and no others."""
+    assert list(dashboard.STATES) == [state.value for state in State]
+
+
+def test_the_dashboard_finds_its_datasource() -> None:
+    """The uid that the dashboard starts with is the one that is provisioned."""
+    path = DEPLOY / "grafana" / "provisioning" / "datasources" / "prometheus.yml"
+    (source,) = yaml.safe_load(path.read_text())["datasources"]
+    variables = {one["name"]: one for one in dashboard.dashboard()["templating"]["list"]}
+    assert variables["datasource"]["current"]["value"] == source["uid"]
+    assert set(variables) == {"datasource", "job", "instance"}
