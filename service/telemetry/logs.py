@@ -1,0 +1,275 @@
+"""Log lines: for people or as JSON, to stderr, without the text of a message or an answer.
+
+Our own lines hold none because of how they are written. What libraries log is made safe here:
+
+- `instructor` logs the model's answers, at ERROR: none of its lines gets out;
+- others log request bodies at DEBUG: they stay at INFO and above, and the talkative at WARNING;
+- texts of foreign exceptions can hold what was parsed (pydantic's do): an exception is shown as
+  its type and its frames, wherever it comes up. Only our own say more.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from typing import Any, Literal, TextIO, TypeAlias
+
+from service.core.errors import SluiceError
+from service.settings import TelemetrySettings
+
+Level: TypeAlias = Literal["warning", "error"]
+
+OURS = ("service", "sluice")
+"""Loggers whose lines are written by us; `sluice` is for user code that wants to log."""
+
+SILENT = ("instructor",)
+"""Loggers whose lines hold what a model answered, at any level."""
+
+LEAST: dict[str, int] = {
+    "httpx2": logging.WARNING,  # a line for each request
+    "httpx": logging.WARNING,
+    "httpcore2": logging.WARNING,
+    "httpcore": logging.WARNING,
+    "openai": logging.WARNING,  # the same, and retries, which are not its own here
+    "aiohttp.access": logging.WARNING,  # a line for each probe
+    "aiokafka.consumer.subscription_state": logging.WARNING,  # the topics, at every start
+}
+"""Least severe line of a library that gets out; of all others that is INFO."""
+
+CHAIN_MAX = 8
+"""Exceptions of one chain or group that are shown; a task group of 10,000 has said enough by
+then."""
+
+REPEAT_S = 10.0
+"""Seconds in which a library's line comes once."""
+
+REPEAT_MAX = 500
+"""Different lines that are remembered for that; then it starts anew."""
+
+_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+@contextmanager
+def configured(
+    telemetry: TelemetrySettings,
+    count: Callable[[Level], None] | None = None,
+    stream: TextIO | None = None,
+) -> Iterator[None]:
+    """Log as the settings say, and as before again afterwards; `count` hears of each warning and
+    error."""
+    root, shown_before = logging.getLogger(), warnings.showwarning
+    level, handlers = root.level, root.handlers[:]
+    formatter = JsonLines() if telemetry.log_format == "json" else TextLines()
+    root.handlers[:] = [_Lines(formatter, count, stream or sys.stderr)]
+    root.setLevel(telemetry.log_level)
+    warnings.showwarning = _warned
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers
+        warnings.showwarning = shown_before
+
+
+class _Lines(logging.StreamHandler[TextIO]):
+    """Writes what may be logged, and counts what a person should look at."""
+
+    def __init__(
+        self,
+        formatter: logging.Formatter,
+        count: Callable[[Level], None] | None,
+        stream: TextIO,
+    ) -> None:
+        super().__init__(stream)
+        self.setFormatter(formatter)
+        self.addFilter(may_be_logged)
+        self.addFilter(_Repeats())
+        self._count = count
+
+    def emit(self, record: logging.LogRecord) -> None:
+        super().emit(record)
+        if self._count is not None and record.levelno >= logging.WARNING:
+            self._count("error" if record.levelno >= logging.ERROR else "warning")
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Unlike logging's own, without the line's arguments."""
+        with suppress(OSError, ValueError):
+            self.stream.write(f"a log line of {record.name}:{record.lineno} could not be written\n")
+
+
+class _Repeats(logging.Filter):
+    """Lets a library say the same thing once in `REPEAT_S`; the next line tells how often it did.
+
+    A client without its brokers logs each attempt, many a second.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: dict[tuple[str, str], tuple[float, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if _under(record.name, OURS):
+            return True
+        same = (record.name, str(record.msg))
+        said_at, kept_back = self._said.get(same, (-REPEAT_S, 0))
+        if record.created - said_at < REPEAT_S:
+            self._said[same] = (said_at, kept_back + 1)
+            return False
+        if len(self._said) >= REPEAT_MAX:
+            self._said.clear()
+        self._said[same] = (record.created, 0)
+        if kept_back:
+            record.__dict__["kept_back"] = kept_back
+        return True
+
+
+def may_be_logged(record: logging.LogRecord) -> bool:
+    """Whether a line gets out: ours do, a library's where it cannot hold a message's text."""
+    if _under(record.name, OURS):
+        return True
+    if _under(record.name, SILENT):
+        return False
+    least = (level for name, level in LEAST.items() if _under(record.name, (name,)))
+    return record.levelno >= max(least, default=logging.INFO)
+
+
+def _under(name: str, parents: tuple[str, ...]) -> bool:
+    return any(name == parent or name.startswith(parent + ".") for parent in parents)
+
+
+def _warned(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Python's own warnings, without their text: pydantic's show the value that they are about."""
+    logging.getLogger("py.warnings").warning("%s at %s:%d", category.__name__, filename, lineno)
+
+
+class TextLines(logging.Formatter):
+    """`12:00:00.123 WARNING kafka.source  text key=value`: UTC, one line, then the frames."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = _time(record).strftime("%H:%M:%S.%f")[:-3]
+        name = record.name.removeprefix("service.")
+        extras = "".join(f" {key}={_plain(value)}" for key, value in _extras(record).items())
+        line = f"{time} {record.levelname:<7} {name:<14} {text_of(record)}{extras}"
+        error = _error(record)
+        return f"{line}\n{error}" if error else line
+
+
+class JsonLines(logging.Formatter):
+    """One object a line: ts, level, logger, message, the extra fields, exception."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {
+            "ts": _time(record).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": text_of(record),
+        }
+        fields = {**_extras(record), **fields}
+        error = _error(record)
+        if error:
+            fields["exception"] = error
+        return json.dumps(fields, default=_plain, ensure_ascii=False)
+
+
+def _time(record: logging.LogRecord) -> datetime:
+    return datetime.fromtimestamp(record.created, UTC)
+
+
+def _extras(record: logging.LogRecord) -> dict[str, Any]:
+    return {key: value for key, value in vars(record).items() if key not in _ATTRIBUTES}
+
+
+def _plain(value: object) -> str:
+    text = named(value) if isinstance(value, BaseException) else str(value)
+    return text.replace("\n", "\\n")
+
+
+def text_of(record: logging.LogRecord) -> str:
+    """The line's text, with exceptions among its arguments shown by their type.
+
+    asyncio's hold the repr of callbacks, tasks and their exceptions: cut off where it starts.
+    """
+    if isinstance(record.args, tuple) and record.args:
+        args = tuple(named(one) if isinstance(one, BaseException) else one for one in record.args)
+        text = str(record.msg) % args
+    elif isinstance(record.msg, BaseException):
+        text = named(record.msg)
+    else:
+        text = record.getMessage()
+    if _under(record.name, ("asyncio",)):
+        text = re.split(r"[\n<(]", text)[0].strip()
+    return text.replace("\n", "\\n")
+
+
+# --- exceptions -------------------------------------------------------------------------------
+
+
+def named(error: BaseException) -> str:
+    """An exception's type, and its text where it is one of ours or the operating system's."""
+    kind = type(error)
+    name = kind.__qualname__
+    if kind.__module__ != "builtins":
+        name = f"{kind.__module__}.{name}"
+    if isinstance(error, SluiceError):
+        return f"{name}: {error}"
+    if isinstance(error, OSError) and isinstance(error.errno, int):
+        return f"{name}: {os.strerror(error.errno)}"
+    return name
+
+
+def shown(error: BaseException) -> str:
+    """A traceback without foreign texts: type, frames, causes and members of a group."""
+    return "\n".join(_lines(error, set()))
+
+
+def _lines(error: BaseException, seen: set[int]) -> Iterator[str]:
+    seen.add(id(error))
+    cause, link = _before(error)
+    if cause is not None and id(cause) not in seen and len(seen) < CHAIN_MAX:
+        yield from _lines(cause, seen)
+        yield link
+    yield "Traceback (most recent call last):"
+    for frame in traceback.format_tb(error.__traceback__):
+        yield frame.rstrip("\n")
+    yield named(error)
+    if isinstance(error, BaseExceptionGroup):
+        yield from _members(error, seen)
+
+
+def _members(group: BaseExceptionGroup[BaseException], seen: set[int]) -> Iterator[str]:
+    for number, member in enumerate(group.exceptions, 1):
+        if len(seen) >= CHAIN_MAX:
+            yield f"  … and {len(group.exceptions) - number + 1} more"
+            return
+        yield f"  {number} of {len(group.exceptions)}:"
+        for line in _lines(member, seen):
+            yield "\n".join("  " + part for part in line.split("\n"))
+
+
+def _before(error: BaseException) -> tuple[BaseException | None, str]:
+    if error.__cause__ is not None:
+        return error.__cause__, "which is why:"
+    if error.__suppress_context__:
+        return None, ""
+    return error.__context__, "and while that was handled:"
+
+
+def _error(record: logging.LogRecord) -> str | None:
+    if record.exc_info and record.exc_info[1] is not None:
+        return shown(record.exc_info[1])
+    return None
