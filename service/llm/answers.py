@@ -1,0 +1,101 @@
+"""A chat completion's body, read as far as we need it.
+
+Rules of this file: pure; an answer comes from outside, so every field may be missing or of
+another type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic_core import from_json, to_json
+
+Mode = Literal["tools", "json_schema", "json"]
+
+
+class BrokenAnswer(Exception):
+    """The body is no chat completion; `error` holds the provider's error if that is what it is."""
+
+    def __init__(self, error: object = None) -> None:
+        super().__init__("no chat completion")
+        self.error = error
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer. `text` is the JSON that we asked for, None where it was not given.
+
+    `message` is the answer as it can be said again in a re-ask.
+    """
+
+    message: Mapping[str, Any] = field(repr=False)
+    text: str | None = field(repr=False)
+    refusal: str | None = field(repr=False)
+    finish_reason: str | None
+    tokens_input: int
+    tokens_output: int
+
+
+def read_completion(body: bytes, mode: Mode) -> Completion:
+    """Reads the first choice. Raises `BrokenAnswer`."""
+    try:
+        completion = from_json(body, allow_inf_nan=False)
+    except ValueError:
+        raise BrokenAnswer from None
+    match completion:
+        case {"choices": [{"message": dict(message)} as choice, *_]}:
+            usage = completion.get("usage")
+        case {"error": error} if error:
+            raise BrokenAnswer(error)
+        case _:
+            raise BrokenAnswer
+    return Completion(
+        message=_repeatable(message),
+        text=_arguments(message) if mode == "tools" else _content(message),
+        refusal=_text_or_none(message.get("refusal")),
+        finish_reason=_text_or_none(choice.get("finish_reason")),
+        tokens_input=_count(usage, "prompt_tokens"),
+        tokens_output=_count(usage, "completion_tokens"),
+    )
+
+
+def _content(message: Mapping[str, Any]) -> str:
+    return _text_or_none(message.get("content")) or ""
+
+
+def _arguments(message: Mapping[str, Any]) -> str | None:
+    match message.get("tool_calls"):
+        case [{"function": {"arguments": str(arguments)}}, *_]:
+            return arguments
+        case [{"function": {"arguments": dict(arguments)}}, *_]:
+            return to_json(arguments).decode()  # some servers send the object itself
+        case _:
+            return None
+
+
+def _repeatable(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The message with a role, and without calls that could not be referred to."""
+    calls = message.get("tool_calls") or ()
+    kept = {key: value for key, value in message.items() if key != "tool_calls"}
+    if calls and all(map(_is_call, calls)):
+        kept["tool_calls"] = calls
+    return {"role": "assistant", **kept}
+
+
+def _is_call(call: object) -> bool:
+    match call:
+        case {"id": str(), "function": {"name": str(), "arguments": str()}}:
+            return True
+        case _:
+            return False
+
+
+def _text_or_none(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _count(usage: object, name: str) -> int:
+    count = usage.get(name) if isinstance(usage, Mapping) else None
+    return count if isinstance(count, int) and count > 0 else 0

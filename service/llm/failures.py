@@ -1,0 +1,216 @@
+"""What a failed call means: one table from statuses and error bodies to what is done about it.
+
+    connection, timeout, 408, 409, 425, 429, 5xx, a broken answer   wait and try again
+    401, 402, 403, 404, 405, other 4xx, no quota left, a setting
+    that the provider refuses                                       nobody can call until mended
+    400, 413, 422                                                   this message is rejected
+
+Rules of this file: no texts of the provider in what is raised or logged (they can repeat the
+request); they go into a verdict's `detail`, which only a dead letter shows.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeAlias
+
+from service.core.events import CallResult
+from service.core.messages import Reason
+
+RETRY_AFTER_MAX_S = 3600.0
+"""A provider that asks for more is asked again after an hour: it may have been wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transient:
+    """Try again; `result` is the metric's label too."""
+
+    result: CallResult
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unserviceable:
+    """No call can succeed until somebody does what `remedy` says."""
+
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The provider does not take this very message."""
+
+    reason: Reason
+    result: CallResult
+    detail: str = field(repr=False)
+
+
+Failure: TypeAlias = Transient | Unserviceable | Refused
+
+_QUOTA = frozenset(
+    {
+        "insufficient_quota",
+        "billing_hard_limit_reached",
+        "billing_not_active",
+        "access_terminated",
+    }
+)
+_FILTERED = frozenset(
+    {
+        "content_filter",
+        "content_policy_violation",
+        "moderation_blocked",
+        "responsibleaipolicyviolation",
+    }
+)
+_TOO_LONG = re.compile(
+    r"context.?(length|window|size)|maximum context|too many tokens|(prompt|input) is too long"
+    r"|reduce the length|string_above_max_length",
+    re.IGNORECASE,
+)
+"""How OpenAI, Azure, vLLM, llama.cpp and others word it: there is no common code."""
+_SETTING_OF = {
+    "model": "extraction.model",
+    "response_format": "extraction.mode or the record type",
+    "tools": "extraction.mode or the record type",
+    "tool_choice": "extraction.mode",
+    "temperature": "extraction.temperature",
+    "max_tokens": "extraction.output_tokens_max",
+    "max_completion_tokens": "extraction.output_tokens_max",
+}
+"""What we send that is the same for every message, by the provider's name for it."""
+
+
+def from_status(
+    status: int, headers: Mapping[str, str], error: object, *, model: str, base_url: str
+) -> Failure:
+    """What an answer with an error status means; `error` is its body's error, if it has one."""
+    body = error if isinstance(error, Mapping) else {}
+    words = {str(body.get("code")).lower(), str(body.get("type")).lower()} | _inner_codes(body)
+    detail = f"{status}: {_text(error)}"
+    match status:
+        case _ if words & _FILTERED or _is_flagged(body):
+            return Refused(Reason.FILTERED, "filtered", detail)
+        case 402 | 429 if status == 402 or words & _QUOTA:
+            return _quota()
+        case 408:
+            return Transient("timeout", retry_after_s(headers))
+        case 429:
+            return Transient("rate_limited", retry_after_s(headers))
+        case 503 | 529:
+            return Transient("overloaded", retry_after_s(headers))
+        case 409 | 425:
+            return Transient("server_error", retry_after_s(headers))
+        case _ if status >= 500:
+            return Transient("server_error", retry_after_s(headers))
+        case 400 | 413 | 422:
+            return _about_the_message(status, body, words, detail)
+        case _:
+            return _unserviceable(status, words, model, base_url)
+
+
+def _about_the_message(
+    status: int, body: Mapping[str, Any], words: set[str], detail: str
+) -> Failure:
+    if status == 413 or any(_TOO_LONG.search(word) for word in (*words, _text(body))):
+        return Refused(Reason.TOO_LONG, "too_long", detail)
+    # Else every message of a whole topic would be rejected for a setting of ours.
+    if setting := _SETTING_OF.get(str(body.get("param")).split(".")[0].split("[")[0]):
+        return Unserviceable(
+            "setting", f"The model endpoint refuses a setting of ours: look at {setting}."
+        )
+    return Refused(Reason.BAD_REQUEST, "bad_request", detail)
+
+
+def _unserviceable(status: int, words: set[str], model: str, base_url: str) -> Unserviceable:
+    match status:
+        case 401:
+            return Unserviceable(
+                "credentials",
+                f"{base_url} refuses the credentials: set OPENAI_API_KEY to a key that it knows.",
+            )
+        case 403:
+            return Unserviceable(
+                "permission",
+                f"{base_url} forbids these calls: give the key of OPENAI_API_KEY access to the "
+                f"model {model!r}.",
+            )
+        case 404 if "model_not_found" in words or "notfounderror" in words:
+            return Unserviceable(
+                "model", f"{base_url} has no model {model!r}: set extraction.model to one it has."
+            )
+        case 404 | 405:
+            return Unserviceable(
+                "endpoint",
+                f"{base_url} answers {status} to chat completions: check OPENAI_BASE_URL (many "
+                f"endpoints want /v1 at its end) and extraction.model ({model!r}).",
+            )
+        case _:
+            return Unserviceable(
+                "refused", f"{base_url} answers {status} to every call: check OPENAI_BASE_URL."
+            )
+
+
+def _quota() -> Unserviceable:
+    return Unserviceable(
+        "quota", "The account behind OPENAI_API_KEY has no quota left: add credit or raise it."
+    )
+
+
+def _inner_codes(body: Mapping[str, Any]) -> set[str]:
+    """Azure names its filter one level deeper."""
+    inner = body.get("innererror")
+    return {str(inner.get("code")).lower()} if isinstance(inner, Mapping) else set()
+
+
+def _is_flagged(body: Mapping[str, Any]) -> bool:
+    """OpenRouter answers 403 to a text that its moderation flags."""
+    metadata = body.get("metadata")
+    return isinstance(metadata, Mapping) and "flagged_input" in metadata
+
+
+def _text(error: object) -> str:
+    if isinstance(error, Mapping):
+        return str(error.get("message") or error)
+    return str(error)
+
+
+def retry_after_s(headers: Mapping[str, str], now_s: float | None = None) -> float | None:
+    """Seconds that the provider asks us to wait: `retry-after-ms`, seconds, or an HTTP date.
+
+    None where it asks for nothing, or for something that cannot be read or is in the past.
+    """
+    asked = _milliseconds(headers.get("retry-after-ms"))
+    if asked is None:
+        asked = _seconds_or_date(
+            headers.get("retry-after"), time.time() if now_s is None else now_s
+        )
+    if asked is None or not 0 < asked < float("inf"):
+        return None
+    return min(asked, RETRY_AFTER_MAX_S)
+
+
+def _milliseconds(value: str | None) -> float | None:
+    number = _number(value)
+    return None if number is None else number / 1000
+
+
+def _seconds_or_date(value: str | None, now_s: float) -> float | None:
+    if (number := _number(value)) is not None or value is None:
+        return number
+    try:
+        return parsedate_to_datetime(value).timestamp() - now_s
+    except (ValueError, OverflowError):
+        return None
+
+
+def _number(value: str | None) -> float | None:
+    try:
+        return None if value is None else float(value)
+    except ValueError:
+        return None

@@ -1,0 +1,108 @@
+"""The request's JSON: what is the same for every message once, each text spliced in.
+
+instructor's own handlers say how a schema is asked for and how a re-ask is worded, so that our
+requests are instructor's; what they return is serialised once for the whole process.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from instructor.v2.core.mode import Mode
+from instructor.v2.core.providers import Provider
+from instructor.v2.core.registry import mode_registry
+from instructor.v2.core.response_model import prepare_response_model
+from openai.types.chat import ChatCompletion
+from pydantic import BaseModel
+
+from service.llm.prompt import Prompt, delimited
+from service.llm.records import version_of
+from service.llm.strictness import allows_strict
+from service.settings import ExtractionSettings
+
+_MODES = {"tools": Mode.TOOLS, "json_schema": Mode.JSON_SCHEMA, "json": Mode.JSON}
+_ANY_TEXT = "any"
+"""Stands for the message's text while the request is prepared."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTemplate:
+    """Bytes around the text, and how to go on when an answer did not validate.
+
+    `version` is a hash of all that is the same for every message, the model's name apart.
+    """
+
+    head: bytes
+    foot: bytes
+    version: str
+    _reask: Callable[..., dict[str, Any]]
+
+    @staticmethod
+    def build(
+        prompt: Prompt, answer: type[BaseModel], extraction: ExtractionSettings, base_url: str
+    ) -> RequestTemplate:
+        handlers = mode_registry.get_handlers(Provider.OPENAI, _MODES[extraction.mode])
+        _, prepared = handlers.request_handler(
+            response_model=prepare_response_model(answer),
+            kwargs=_arguments(prompt, extraction, base_url),
+        )
+        *stable, last = prepared.pop("messages")
+        assert last == {"role": "user", "content": delimited(_ANY_TEXT)}
+        rest = _with_strict(prepared)
+        unnamed = {key: value for key, value in rest.items() if key != "model"}
+        return RequestTemplate(
+            head=b'{"messages":' + _json(stable)[:-1] + b',{"role":"user","content":',
+            foot=b"]," + _json(rest)[1:],
+            version=version_of([stable, last, unnamed]),
+            _reask=handlers.reask_handler,
+        )
+
+    def opening(self, text: str) -> bytes:
+        """The text as its message's content. Raises `UnicodeEncodeError` for half a character."""
+        return _json(delimited(text))
+
+    def body(self, opening: bytes, tail: bytes) -> bytes:
+        """The whole request: `tail` is what was said behind the text."""
+        return self.head + opening + b"}" + tail + self.foot
+
+    def reask(self, answer: Mapping[str, Any], error: Exception) -> bytes:
+        """What goes behind the text: the answer's message, and what was wrong with it."""
+        response = ChatCompletion.construct(choices=[{"index": 0, "message": answer}])
+        said = self._reask(kwargs={"messages": []}, response=response, exception=error)
+        return b"," + _json(said["messages"])[1:-1]
+
+
+def _arguments(prompt: Prompt, extraction: ExtractionSettings, base_url: str) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "messages": prompt.ask(_ANY_TEXT),
+        "model": extraction.model,
+        _limit_name(base_url): extraction.output_tokens_max,
+    }
+    if extraction.temperature is not None:
+        arguments["temperature"] = extraction.temperature
+    return arguments
+
+
+def _limit_name(base_url: str) -> str:
+    """OpenAI's newer models refuse max_tokens; many other endpoints know nothing else."""
+    host = urlsplit(base_url).hostname or ""
+    new = host.endswith((".openai.com", ".openai.azure.com"))
+    return "max_completion_tokens" if new else "max_tokens"
+
+
+def _with_strict(request: dict[str, Any]) -> dict[str, Any]:
+    """instructor never asks chat completions to be strict: do where the schema allows it."""
+    form = request.get("response_format", {}).get("json_schema")
+    if form is None or not allows_strict(form["schema"]):
+        return request
+    strict = {"type": "json_schema", "json_schema": {**form, "strict": True}}
+    return {**request, "response_format": strict}
+
+
+def _json(value: object) -> bytes:
+    """JSON as the SDK writes it: UTF-8 without spaces."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
