@@ -1,12 +1,75 @@
-"""The way of a message: poll, window, admission, call, lane, publish, finish, commit."""
+"""The way of a message: poll, window, admission, call, lane, publish, finish, commit.
+
+Everything here runs on one event loop and changes state only between two awaits, so that a
+check ("is it still ours?") and the act that depends on it are never apart. Tasks are born in one
+`TaskGroup`: one for the intake, one for the commits, one for each call, which afterwards hands
+over what its lane has ready. An unexpected exception in any of them ends the run, and what is
+not committed is delivered again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Mapping
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping
 from collections.abc import Set as AbstractSet
-from typing import Protocol
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal, Protocol, assert_never
 
-from service.core.messages import Batch, Extracted, Message, Outcome, Partition, Rejected
+from service.core.errors import (
+    CallFailure,
+    CommitFailed,
+    OutputTooLarge,
+    PublishFailed,
+    ServiceFailure,
+)
+from service.core.events import (
+    Abandoned,
+    Admitted,
+    Dropped,
+    Finished,
+    Observe,
+    PublishRetried,
+    Retried,
+    Taken,
+)
+from service.core.lanes import Lane, Ordering
+from service.core.limits import Admission, Circuit, CircuitState
+from service.core.messages import (
+    Batch,
+    Extracted,
+    Message,
+    Outcome,
+    Partition,
+    Passed,
+    Reason,
+    Rejected,
+    Skipped,
+)
+from service.core.retry import Backoff, Uniform, exhausted
+from service.core.status import GroupStatus, State, Status
+from service.core.window import Entry, Holding, Stage, Window
+
+log = logging.getLogger(__name__)
+
+IDLE_TURN_S = 1.0
+"""The longest that the intake waits for room before it polls anyway, taking nothing: the group
+wants to see polls, and the clock of the liveness probe wants turns."""
+
+POLL_SHARE = 8
+"""A poll waits until an eighth of the window is free: one for each finished message would cost
+more than it brings, and the rest of the window keeps the slots busy meanwhile."""
+
+FINAL_COMMITS_MAX = 5
+"""A rebalance refuses commits for a moment; the last commit of a run is worth waiting for."""
+
+STALLED_AFTER_S = 60.0
+"""Work in the window, no call, no wait that we know of, nothing moving for this long."""
+
+KAFKA_SLOW_AFTER_S = 5.0
+"""An acknowledgement that takes longer means that we wait for Kafka."""
 
 
 class Assignment(Protocol):
@@ -57,9 +120,546 @@ class Extractor(Protocol):
 class Sink(Protocol):
     """Where outcomes go."""
 
-    async def publish(self, message: Message, outcome: Outcome) -> Awaitable[None]:
+    async def publish(self, message: Message, outcome: Outcome) -> asyncio.Future[None]:
         """Hand an outcome over; the order of these calls is the order in the log.
 
-        Returns once it is in the producer's hands; the awaitable ends with the acknowledgement
+        Returns once it is in the producer's hands; the future ends with the acknowledgement
         of all in-sync replicas, or raises `PublishFailed` or `OutputTooLarge`.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What the pipeline may take and how long it may wait; messages, bytes, seconds."""
+
+    concurrency: int
+    window: int
+    window_bytes: int
+    ordering: Ordering
+    attempts_max: int
+    call_deadline_s: float  # one attempt with its re-asks: beyond it a call is overdue
+    commit_interval_s: float
+    drain_timeout_s: float
+    rebalance_drain_s: float
+
+
+class Pipeline:
+    """The sliding window between a source and a sink; also the source's `Assignment`."""
+
+    def __init__(
+        self,
+        source: Source,
+        extractor: Extractor,
+        sink: Sink,
+        decode: Callable[[Message], str | Outcome],
+        bounds: Bounds,
+        *,
+        observe: Observe,
+        uniform: Uniform,
+        wall_clock: Callable[[], float],
+    ) -> None:
+        self._source, self._extractor, self._sink = source, extractor, sink
+        self._decode, self._bounds, self._observe = decode, bounds, observe
+        self._uniform, self._wall_clock = uniform, wall_clock
+        self._backoff = Backoff()
+        self._admission = Admission(bounds.concurrency, Circuit(uniform))
+        self._window = Window(bounds.ordering)
+        self._tasks: asyncio.TaskGroup | None = None  # only while work may be started
+        self._working: dict[asyncio.Task[None], Holding] = {}
+        self._lanes_at_work: set[Lane] = set()  # a task is handing over their outcomes
+        self._lanes_resting: set[Lane] = set()  # a send failed; a timer will go on with them
+        self._moved = asyncio.Event()  # set whenever something may have become possible
+        self._wake: asyncio.TimerHandle | None = None
+        self._committing = asyncio.Lock()
+        self._held_out = True  # from a revoke until the next assignment
+        self._reassigning = False
+        self._assigned_once = False
+        self._stopping = self._draining = self._forced = False
+        self._last_success_s: float | None = None
+        self._turned_at_s = self._moved_at_s = 0.0
+
+    # --- the life of a run ---------------------------------------------------------------------
+
+    async def run(self, until: Mapping[Partition, int] | None = None) -> None:
+        """Work until `stop`, or until the partitions held have reached the offsets in `until`.
+
+        Returns with everything finished committed, as far as the source let it. When it is
+        cancelled or raises, what is not committed is left to be delivered again.
+        """
+        self._turned_at_s = self._moved_at_s = self._now_s()
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            intake = tasks.create_task(self._take_in(until))
+            commits = tasks.create_task(self._commit_regularly())
+            await self._until(lambda: self._stopping)
+            await self._drain()
+            commits.cancel()
+            await self._commit_finally()
+            intake.cancel()
+            self._end()
+
+    def stop(self) -> None:
+        """Take no more, finish what is in flight, commit, return from `run`."""
+        self._stopping = True
+        self._moved.set()
+
+    def force(self) -> None:
+        """Stop without waiting: what is in flight is abandoned, what is finished committed."""
+        self._forced = True
+        self.stop()
+
+    async def _drain(self) -> None:
+        self._draining = True
+        self._window.let_go()
+        drained = await self._until(
+            lambda: self._forced or not self._window.messages, self._bounds.drain_timeout_s
+        )
+        if not drained or self._forced:
+            self._abandon(len(self._window.calling))
+
+    def _end(self) -> None:
+        """Whatever still runs is called off; nothing may start any more."""
+        self._tasks = None
+        if self._wake is not None:
+            self._wake.cancel()
+        self._call_off(self._window.assign({}))
+
+    # --- intake ----------------------------------------------------------------------------------
+
+    async def _take_in(self, until: Mapping[Partition, int] | None) -> None:
+        while True:
+            self._turned_at_s = self._now_s()
+            limit = self._room()
+            if limit == 0 and await self._until(lambda: self._room() > 0, IDLE_TURN_S):
+                continue
+            self._take(await self._source.poll(limit, frozenset()))
+            if until is not None and self._reached(until):
+                self.stop()
+
+    def _room(self) -> int:
+        """How many messages to poll for; 0 while it isn't worth it, or not allowed."""
+        if self._stopping or self._reassigning or self._held_out:
+            return 0
+        if self._window.size_bytes >= self._bounds.window_bytes:
+            return 0
+        if self._admission.circuit.state is not CircuitState.CLOSED:
+            return 0
+        room = self._bounds.window - self._window.messages
+        return room if room >= max(1, self._bounds.window // POLL_SHARE) else 0
+
+    def _take(self, batch: Batch) -> None:
+        """Messages enter the window; then the positions, which stand behind these messages."""
+        now_s = self._now_s()
+        taken = taken_bytes = 0
+        for message in batch.messages:
+            entry = self._window.take(message, now_s)
+            if entry is None:
+                continue
+            taken += 1
+            taken_bytes += message.size_bytes
+            decoded = self._decode(message)
+            if isinstance(decoded, str):
+                entry.text = decoded
+                self._window.queue(entry)
+            else:
+                self._answer(entry, decoded)
+                self._start_hand_over(entry)
+        for partition, position in batch.positions.items():
+            if (holding := self._window.held.get(partition)) is not None:
+                holding.tracker.advance(position)
+                holding.end = batch.ends.get(partition, holding.end)
+        if taken:
+            self._observe(Taken(taken, taken_bytes))
+        if taken < len(batch.messages):
+            self._observe(Dropped(len(batch.messages) - taken))
+        self._admit()
+
+    def _reached(self, until: Mapping[Partition, int]) -> bool:
+        """Everything below the wanted offsets of the partitions held is finished."""
+        if self._held_out or not self._assigned_once:
+            return False
+        for partition, end in until.items():
+            holding = self._window.held.get(partition)
+            if holding is not None:
+                next_offset = holding.tracker.next_offset
+                if next_offset is None or next_offset < end:
+                    return False
+        return True
+
+    # --- calls -----------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Start calls while there are slots, and see to it that somebody asks again."""
+        if self._tasks is None or self._reassigning or self._held_out:
+            return
+        now_s = self._now_s()
+        self._window.requeue_due(now_s)
+        ask_again_s = self._window.next_retry_s
+        while self._window.next_queued() is not None:
+            wait_s = self._admission.wait_s(now_s)
+            if wait_s != 0.0:
+                if wait_s is not None:
+                    ask_again_s = min(now_s + wait_s, ask_again_s or now_s + wait_s)
+                break
+            entry = self._window.next_queued()
+            assert entry is not None, "the loop's condition"
+            self._observe(Admitted(now_s - entry.since_s))
+            self._window.call_next(now_s)
+            self._admission.admit()
+            self._start(self._call(entry), entry.holding)
+        self._wake_at(ask_again_s)
+
+    async def _call(self, entry: Entry) -> None:
+        """One attempt; then whatever the lane can publish."""
+        result: Extracted | Rejected | CallFailure
+        try:
+            result = await self._extractor.call(entry.text, entry.progress)
+        except CallFailure as failure:
+            result = failure
+        except asyncio.CancelledError:
+            self._admission.circuit.cancelled()
+            self._wake_at(self._now_s())  # the slot is free for another
+            raise
+        finally:
+            self._window.call_ended(entry)
+            self._admission.release()
+            self._moved_on()
+        if isinstance(result, CallFailure):
+            self._failed(entry, result)
+        else:
+            self._succeeded(entry, result)
+        self._admit()
+        await self._hand_over(entry.holding, entry.lane)
+
+    def _succeeded(self, entry: Entry, outcome: Extracted | Rejected) -> None:
+        self._last_success_s = self._now_s()
+        self._admission.circuit.succeeded()
+        self._answer(entry, outcome)
+
+    def _failed(self, entry: Entry, failure: CallFailure) -> None:
+        now_s = self._now_s()
+        service = isinstance(failure, ServiceFailure)
+        self._admission.circuit.failed(now_s, _sentence(failure), service=service)
+        if failure.retry_after_s:
+            self._admission.cool_down(now_s, failure.retry_after_s)
+        self._observe(Retried(failure.reason))
+        entry.progress = failure.progress
+        entry.attempts += 1
+        if entry.first_failed_at_ms is None:
+            entry.first_failed_at_ms = self._wall_ms()
+        if not service and exhausted(
+            entry.attempts, self._bounds.attempts_max, now_s, self._last_success_s
+        ):
+            self._answer(entry, _exhausted(entry, failure))
+            return
+        delay_s = self._backoff.delay_s(entry.attempts, self._uniform, failure.retry_after_s)
+        self._window.retry(entry, now_s, now_s + delay_s)
+        if self._draining:
+            self._window.let_go()
+
+    def _answer(self, entry: Entry, outcome: Outcome) -> None:
+        """The message has its outcome; a rejected one is told how it came to it."""
+        if entry.holding.lost:
+            return
+        if isinstance(outcome, Rejected):
+            first_ms = (
+                self._wall_ms() if entry.first_failed_at_ms is None else entry.first_failed_at_ms
+            )
+            calls = outcome.provenance.calls if outcome.provenance else 0
+            outcome = replace(
+                outcome, attempts=max(calls, entry.attempts), first_failed_at_ms=first_ms
+            )
+        self._window.answered(entry, outcome, self._now_s())
+
+    # --- publishing ------------------------------------------------------------------------------
+
+    def _start_hand_over(self, entry: Entry) -> None:
+        if entry.lane.ready and self._may_hand_over(entry.holding, entry.lane):
+            self._start(self._hand_over(entry.holding, entry.lane), entry.holding)
+
+    async def _hand_over(self, holding: Holding, lane: Lane) -> None:
+        """Give the sink what the lane has ready, in order; one task at a time for a lane."""
+        while self._may_hand_over(holding, lane):
+            entry = self._window.hand_over(holding, lane, self._now_s())
+            if entry is None:
+                return
+            self._lanes_at_work.add(lane)
+            try:
+                await self._publish(entry)
+            finally:
+                self._lanes_at_work.discard(lane)
+
+    def _may_hand_over(self, holding: Holding, lane: Lane) -> bool:
+        if holding.lost or self._held_out:
+            return False
+        return lane not in self._lanes_at_work and lane not in self._lanes_resting
+
+    async def _publish(self, entry: Entry) -> None:
+        assert entry.outcome is not None, "handed over without an outcome"
+        try:
+            acknowledged = await self._sink.publish(entry.message, entry.outcome)
+        except (OutputTooLarge, PublishFailed) as failure:
+            self._not_published(entry, failure)
+        else:
+            acknowledged.add_done_callback(partial(self._settled, entry))
+
+    def _settled(self, entry: Entry, acknowledged: asyncio.Future[None]) -> None:
+        """The sink's word on one outcome; too late if the partition is not ours any more."""
+        failure = PublishFailed() if acknowledged.cancelled() else acknowledged.exception()
+        if entry.holding.lost:
+            return
+        if failure is None:
+            self._finish(entry)
+        elif isinstance(failure, OutputTooLarge | PublishFailed):
+            self._not_published(entry, failure)
+        else:
+            self._start(_raise(failure), entry.holding)
+
+    def _finish(self, entry: Entry) -> None:
+        assert entry.outcome is not None, "finished without an outcome"
+        reopened = entry.lane.acknowledge(entry.message.offset)
+        self._window.finish(entry)
+        self._observe(
+            Finished(
+                outcome=_word(entry.outcome),
+                reason=entry.outcome.reason if isinstance(entry.outcome, Rejected) else None,
+                records=len(entry.outcome.records) if isinstance(entry.outcome, Extracted) else 0,
+                publish_s=self._now_s() - entry.since_s,
+                end_to_end_s=self._wall_clock() - entry.message.timestamp_ms / 1000,
+            )
+        )
+        if reopened:
+            self._rest(entry, self._backoff.delay_s(1, self._uniform))
+        self._moved_on()
+
+    def _not_published(self, entry: Entry, failure: OutputTooLarge | PublishFailed) -> None:
+        """The lane stops; once all it had handed over is settled, it starts again in order."""
+        if entry.holding.lost:
+            return
+        rest_s = 0.0
+        if isinstance(failure, OutputTooLarge) and isinstance(entry.outcome, Extracted):
+            entry.outcome = _too_large(entry.outcome)
+        else:
+            entry.publish_attempts += 1
+            rest_s = self._backoff.delay_s(entry.publish_attempts, self._uniform)
+            self._observe(PublishRetried())
+        if entry.lane.fail(entry.message.offset):
+            self._rest(entry, rest_s)
+
+    def _rest(self, entry: Entry, rest_s: float) -> None:
+        """The entry's lane goes on after this time."""
+        self._lanes_resting.add(entry.lane)
+        asyncio.get_running_loop().call_later(rest_s, self._rested, entry)
+
+    def _rested(self, entry: Entry) -> None:
+        self._lanes_resting.discard(entry.lane)
+        self._start_hand_over(entry)
+
+    # --- commits ---------------------------------------------------------------------------------
+
+    async def _commit_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(self._bounds.commit_interval_s)
+            await self._commit()
+
+    async def _commit_finally(self) -> None:
+        for _ in range(FINAL_COMMITS_MAX):
+            if await self._commit():
+                return
+            await asyncio.sleep(self._bounds.commit_interval_s)
+        log.error("the last commit failed; what finished since the one before may be repeated")
+
+    async def _commit(self) -> bool:
+        """Store the next offsets; False if the source refused. One commit at a time."""
+        async with self._committing:
+            offsets = self._window.committable()
+            if not offsets:
+                return True
+            holdings = {partition: self._window.held[partition] for partition in offsets}
+            try:
+                await self._source.commit(offsets)
+            except CommitFailed:
+                return False
+            for partition, holding in holdings.items():
+                holding.committed = offsets[partition]
+            return True
+
+    # --- assignment ------------------------------------------------------------------------------
+
+    async def revoked(self) -> None:
+        self._reassigning = True
+        await self._until(
+            lambda: self._forced or not (self._window.calling or self._window.handed),
+            self._bounds.rebalance_drain_s,
+        )
+        self._held_out = True
+        await self._commit()
+
+    def assigned(self, epochs: Mapping[Partition, int]) -> None:
+        self._call_off(self._window.assign(epochs))
+        self._held_out = self._reassigning = False
+        self._assigned_once = True
+        self._turned_at_s = self._now_s()
+        for entry in tuple(self._window.entries()):
+            self._start_hand_over(entry)
+        self._admit()
+        self._moved.set()
+
+    def _call_off(self, lost: list[Holding]) -> None:
+        """Cancel the work for partitions that are not ours any more."""
+        for task, holding in self._working.items():
+            if holding in lost:
+                task.cancel()
+        called_off = sum(1 for entry in self._window.calling if entry.holding in lost)
+        if called_off and not self._draining:
+            self._abandon(called_off)
+
+    def _abandon(self, calls: int) -> None:
+        if calls:
+            log.warning("%d calls were cut off; their messages may be paid for again", calls)
+            self._observe(Abandoned(calls))
+
+    # --- what it says of itself ------------------------------------------------------------------
+
+    def status(self, group: GroupStatus) -> Status:
+        """A snapshot; walks the window, so it is for scrapes and probes, not for the hot path."""
+        now_s = self._now_s()
+        stages = Counter(entry.stage for entry in self._window.entries())
+        oldest_call = next(iter(self._window.calling), None)
+        overdue_s = 0.0 if oldest_call is None else now_s - oldest_call.since_s
+        between = self._reassigning or self._held_out
+        return Status(
+            state=self._state(group, now_s, stages),
+            slots=self._bounds.concurrency,
+            slots_busy=self._admission.busy,
+            window=self._bounds.window,
+            window_messages=self._window.messages,
+            window_bytes=self._window.size_bytes,
+            queued=stages[Stage.QUEUED],
+            retrying=stages[Stage.RETRYING],
+            waiting_in_lane=stages[Stage.ANSWERED],
+            publishing=stages[Stage.HANDED],
+            poll_turn_age_s=0.0 if between else now_s - self._turned_at_s,
+            call_overdue_s=max(0.0, overdue_s - self._bounds.call_deadline_s),
+            not_ready=self._not_ready(group),
+            group=group,
+            partitions={p: holding.status() for p, holding in self._window.held.items()},
+        )
+
+    def _state(self, group: GroupStatus, now_s: float, stages: Counter[Stage]) -> State:
+        if self._draining:
+            return State.DRAINING
+        if not self._assigned_once:
+            return State.STARTING
+        if not group.broker_answers or self._slowest_publish_s(now_s) > KAFKA_SLOW_AFTER_S:
+            return State.WAITING_FOR_KAFKA
+        if self._reassigning or self._held_out:
+            return State.REBALANCING
+        if self._admission.circuit.state is not CircuitState.CLOSED:
+            return State.WAITING_FOR_PROVIDER
+        if self._window.calling:
+            return State.RUNNING
+        if stages[Stage.RETRYING]:
+            return State.WAITING_FOR_PROVIDER
+        lag = sum(holding.status().lag or 0 for holding in self._window.held.values())
+        if not lag and not self._window.messages:
+            return State.IDLE
+        return State.STALLED if now_s - self._moved_at_s > STALLED_AFTER_S else State.RUNNING
+
+    def _slowest_publish_s(self, now_s: float) -> float:
+        handed = (e.since_s for e in self._window.entries() if e.stage is Stage.HANDED)
+        return now_s - min(handed, default=now_s)
+
+    def _not_ready(self, group: GroupStatus) -> tuple[str, ...]:
+        """Sentences for a person; none: ready. A spare member of a settled group is ready."""
+        sentences = []
+        if self._draining:
+            sentences.append("it is stopping")
+        elif not self._assigned_once:
+            sentences.append("the group has not settled: no assignment yet")
+        if group.problem is not None:
+            sentences.append(group.problem)
+        if self._admission.circuit.reason is not None:
+            sentences.append(self._admission.circuit.reason)
+        return tuple(sentences)
+
+    # --- time and tasks --------------------------------------------------------------------------
+
+    def _now_s(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _wall_ms(self) -> int:
+        return int(self._wall_clock() * 1000)
+
+    def _start(self, work: Coroutine[None, None, None], holding: Holding) -> None:
+        """A task that is called off when the holding is lost."""
+        if self._tasks is None:
+            work.close()
+            return
+        task = self._tasks.create_task(work)
+        self._working[task] = holding
+        task.add_done_callback(self._working.pop)
+
+    def _wake_at(self, when_s: float | None) -> None:
+        if self._wake is not None:
+            self._wake.cancel()
+            self._wake = None
+        if when_s is not None:
+            self._wake = asyncio.get_running_loop().call_at(when_s, self._admit)
+
+    def _moved_on(self) -> None:
+        self._moved_at_s = self._now_s()
+        self._moved.set()
+
+    async def _until(self, possible: Callable[[], bool], timeout_s: float | None = None) -> bool:
+        """Wait until `possible`, at most `timeout_s`; says whether it is."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not possible():
+                    self._moved.clear()
+                    await self._moved.wait()
+        except TimeoutError:
+            return possible()
+        return True
+
+
+async def _raise(failure: BaseException) -> None:
+    raise failure
+
+
+def _sentence(failure: CallFailure) -> str:
+    """What readiness says while the circuit is open."""
+    if isinstance(failure, ServiceFailure):
+        return f"calls to the model fail ({failure.reason}): {failure.remedy}"
+    return f"calls to the model fail ({failure.reason}); they are tried again"
+
+
+def _exhausted(entry: Entry, failure: CallFailure) -> Rejected:
+    return Rejected(
+        Reason.EXHAUSTED,
+        f"failed {entry.attempts} times while others succeeded, the last time: {failure.reason}",
+        provenance=failure.provenance,
+    )
+
+
+def _too_large(outcome: Extracted) -> Rejected:
+    largest = max((len(record.json) for record in outcome.records), default=0)
+    return Rejected(
+        Reason.OUTPUT_TOO_LARGE,
+        f"the output topic takes no record of this size (the largest has {largest} bytes)",
+        provenance=outcome.provenance,
+    )
+
+
+def _word(outcome: Outcome) -> Literal["extracted", "rejected", "passed", "skipped"]:
+    match outcome:
+        case Extracted():
+            return "extracted"
+        case Rejected():
+            return "rejected"
+        case Passed():
+            return "passed"
+        case Skipped():
+            return "skipped"
+        case _:
+            assert_never(outcome)

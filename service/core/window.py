@@ -1,0 +1,252 @@
+"""The window: every message that was taken and is not finished, and where it stands.
+
+Rules of this file: pure state, changed only by the pipeline between two of its awaits. An entry
+belongs to one holding; a holding that is lost is lost for good, and so are its entries.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Hashable, Iterator, Mapping
+from enum import Enum
+
+from service.core.lanes import Lane, Ordering, lane_id
+from service.core.messages import Message, Outcome, Partition
+from service.core.offsets import PartitionTracker
+from service.core.status import PartitionStatus
+
+
+class Stage(Enum):
+    """Where a message in the window stands."""
+
+    QUEUED = "queued"  # waits for a slot
+    CALLING = "calling"  # a call is running
+    RETRYING = "retrying"  # waits for another attempt; holds nothing but its place
+    ANSWERED = "answered"  # has its outcome; an earlier one of its lane may not
+    HANDED = "handed"  # given to the producer, not acknowledged
+
+
+class Entry:
+    """One message in the window."""
+
+    __slots__ = (
+        "attempts",
+        "first_failed_at_ms",
+        "holding",
+        "lane",
+        "lane_id",
+        "message",
+        "outcome",
+        "progress",
+        "publish_attempts",
+        "since_s",
+        "stage",
+        "text",
+    )
+
+    def __init__(self, message: Message, holding: Holding, identity: Hashable, now_s: float):
+        self.message = message
+        self.holding = holding
+        self.lane_id = identity
+        self.lane = holding.lane(identity)
+        self.stage = Stage.QUEUED
+        self.since_s = now_s  # when it came to this stage
+        self.text = ""
+        self.outcome: Outcome | None = None
+        self.attempts = 0  # failed ones
+        self.progress: object | None = None  # what the extractor wants back
+        self.first_failed_at_ms: int | None = None
+        self.publish_attempts = 0  # failed ones
+
+
+class Holding:
+    """One partition under one epoch: its tracker, its lanes, its part of the window."""
+
+    __slots__ = ("committed", "end", "entries", "epoch", "lanes", "lost", "tracker")
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.tracker = PartitionTracker()
+        self.lanes: dict[Hashable, Lane] = {}
+        self.entries: dict[int, Entry] = {}  # by offset, in order
+        self.committed: int | None = None
+        self.end: int | None = None
+        self.lost = False
+
+    def lane(self, identity: Hashable) -> Lane:
+        lane = self.lanes.get(identity)
+        if lane is None:
+            lane = self.lanes[identity] = Lane()
+        return lane
+
+    def status(self) -> PartitionStatus:
+        next_offset = self.tracker.next_offset
+        return PartitionStatus(
+            next_offset=next_offset,
+            lag=None if self.end is None or next_offset is None else max(0, self.end - next_offset),
+            unfinished=self.tracker.unfinished,
+            oldest_unfinished_ms=self.tracker.oldest_unfinished_ms,
+        )
+
+
+class Window:
+    """All holdings, and their entries by stage."""
+
+    def __init__(self, ordering: Ordering) -> None:
+        self._ordering = ordering
+        self.held: dict[Partition, Holding] = {}
+        self.messages = 0
+        self.size_bytes = 0
+        self.calling: dict[Entry, None] = {}  # the longest running first
+        self.handed = 0
+        self._queue: deque[Entry] = deque()
+        self._retries: list[tuple[float, int, Entry]] = []  # a heap by due time
+        self._sequence = itertools.count()
+
+    # --- partitions ----------------------------------------------------------------------------
+
+    def assign(self, epochs: Mapping[Partition, int]) -> list[Holding]:
+        """Hold these and no others; returns the holdings that are lost by it."""
+        lost = [
+            self._lose(partition)
+            for partition, holding in tuple(self.held.items())
+            if epochs.get(partition) != holding.epoch
+        ]
+        for partition, epoch in epochs.items():
+            if partition not in self.held:
+                self.held[partition] = Holding(epoch)
+        return lost
+
+    def _lose(self, partition: Partition) -> Holding:
+        holding = self.held.pop(partition)
+        holding.lost = True
+        for entry in tuple(holding.entries.values()):
+            self._remove(entry)
+        return holding
+
+    # --- one message's way -----------------------------------------------------------------------
+
+    def take(self, message: Message, now_s: float) -> Entry | None:
+        """Enter a message; None where it is stale or known already."""
+        holding = self.held.get(message.partition)
+        if holding is None or holding.epoch != message.epoch:
+            return None
+        if not holding.tracker.deliver(message.offset, message.timestamp_ms):
+            return None
+        entry = Entry(message, holding, lane_id(self._ordering, message), now_s)
+        entry.lane.enter(message.offset)
+        holding.entries[message.offset] = entry
+        self.messages += 1
+        self.size_bytes += message.size_bytes
+        return entry
+
+    def queue(self, entry: Entry) -> None:
+        self._queue.append(entry)
+
+    def next_queued(self) -> Entry | None:
+        """The entry to call next, without taking it."""
+        while self._queue and self._gone(self._queue[0], Stage.QUEUED):
+            self._queue.popleft()
+        return self._queue[0] if self._queue else None
+
+    def call_next(self, now_s: float) -> Entry:
+        """Take the next entry of the queue for a call."""
+        entry = self._queue.popleft()
+        self._move(entry, Stage.CALLING, now_s)
+        self.calling[entry] = None
+        return entry
+
+    def call_ended(self, entry: Entry) -> None:
+        del self.calling[entry]
+
+    def retry(self, entry: Entry, now_s: float, due_s: float) -> None:
+        self._move(entry, Stage.RETRYING, now_s)
+        heapq.heappush(self._retries, (due_s, next(self._sequence), entry))
+
+    def requeue_due(self, now_s: float) -> None:
+        """Put retries whose time has come before everything queued, the earliest first."""
+        due = []
+        while self._retries and self._retries[0][0] <= now_s:
+            entry = heapq.heappop(self._retries)[2]
+            if not self._gone(entry, Stage.RETRYING):
+                self._move(entry, Stage.QUEUED, now_s)
+                due.append(entry)
+        self._queue.extendleft(reversed(due))
+
+    @property
+    def next_retry_s(self) -> float | None:
+        """When the next retry is due."""
+        while self._retries and self._gone(self._retries[0][2], Stage.RETRYING):
+            heapq.heappop(self._retries)
+        return self._retries[0][0] if self._retries else None
+
+    def answered(self, entry: Entry, outcome: Outcome, now_s: float) -> None:
+        entry.outcome = outcome
+        self._move(entry, Stage.ANSWERED, now_s)
+        entry.lane.answer(entry.message.offset)
+
+    def hand_over(self, holding: Holding, lane: Lane, now_s: float) -> Entry | None:
+        """The lane's next outcome to publish, counted as handed over."""
+        offset = lane.hand_over()
+        if offset is None:
+            return None
+        entry = holding.entries[offset]
+        if entry.stage is not Stage.HANDED:
+            self._move(entry, Stage.HANDED, now_s)
+            self.handed += 1
+        return entry
+
+    def finish(self, entry: Entry) -> None:
+        """Its outcome is acknowledged."""
+        assert entry.stage is Stage.HANDED, f"finished while {entry.stage}"
+        entry.holding.tracker.finish(entry.message.offset)
+        self._remove(entry)
+        if entry.lane.empty:
+            entry.holding.lanes.pop(entry.lane_id, None)
+
+    def let_go(self) -> None:
+        """Forget messages that cost nothing to forget: they stay uncommitted.
+
+        These are the ends of the partitions that wait for a slot or for another attempt. One
+        that stands before a message with a call running, an answer or an acknowledgement is not
+        forgotten, since what is behind it would then be paid for and published again.
+        """
+        for holding in self.held.values():
+            keep_from = max(holding.tracker.finished_ahead, default=-1)
+            for offset, entry in reversed(tuple(holding.entries.items())):
+                if offset < keep_from or entry.stage not in (Stage.QUEUED, Stage.RETRYING):
+                    break
+                self._remove(entry)
+
+    # --- what it says of itself --------------------------------------------------------------
+
+    def entries(self) -> Iterator[Entry]:
+        for holding in self.held.values():
+            yield from holding.entries.values()
+
+    def committable(self) -> dict[Partition, int]:
+        """Next offsets that are known and not committed yet."""
+        offsets = {}
+        for partition, holding in self.held.items():
+            next_offset = holding.tracker.next_offset
+            if next_offset is not None and next_offset != holding.committed:
+                offsets[partition] = next_offset
+        return offsets
+
+    # --- inside ----------------------------------------------------------------------------------
+
+    def _move(self, entry: Entry, stage: Stage, now_s: float) -> None:
+        entry.stage, entry.since_s = stage, now_s
+
+    def _gone(self, entry: Entry, stage: Stage) -> bool:
+        """Queue and heap keep entries that were let go or lost until they come to the front."""
+        return entry.stage is not stage or entry.message.offset not in entry.holding.entries
+
+    def _remove(self, entry: Entry) -> None:
+        del entry.holding.entries[entry.message.offset]
+        self.messages -= 1
+        self.size_bytes -= entry.message.size_bytes
+        if entry.stage is Stage.HANDED:
+            self.handed -= 1

@@ -1,0 +1,181 @@
+"""Rebalances under virtual time: who may publish and commit what, and when."""
+
+import asyncio
+from dataclasses import replace
+
+from service.core.errors import TransientFailure
+from service.core.events import Dropped
+from service.core.status import State
+from tests.pipeline.test_way import BOUNDS, SETTLED, Stage
+from tests.support.fakes import partition
+
+
+def test_calls_in_flight_are_waited_for_and_committed() -> None:
+    """A revoke waits for short calls, publishes them and commits before it returns."""
+    stage = Stage()
+    for n in range(8):
+        stage.broker.append(f"text {n}")
+    stage.extractor.latency_s = lambda _: 2.0
+
+    async def lose() -> None:
+        await asyncio.sleep(1)
+        assert stage.source.assignment is not None
+        await stage.source.assignment.revoked()
+        assert stage.broker.committed == {partition(): 4}
+        assert len(stage.extractor.calls) == 4, "a call was admitted during the revoke"
+        stage.source._hold({})
+        await asyncio.sleep(10)
+
+    stage.show(lose)
+    assert len(stage.extractor.calls) == 4
+    assert stage.broker.committed == {partition(): 4}
+
+
+def test_the_wait_is_bounded() -> None:
+    """A call that is too slow does not hold the whole group longer than the rebalance drain."""
+    stage = Stage()
+    stage.broker.append("slow")
+    stage.extractor.latency_s = lambda _: 100.0
+
+    async def lose() -> None:
+        await asyncio.sleep(1)
+        before_s = asyncio.get_running_loop().time()
+        await stage.source.rebalance()
+        assert asyncio.get_running_loop().time() - before_s < 6
+
+    stage.show(lose)
+    assert stage.extractor.cancelled == ["slow"]
+
+
+def test_waiting_retries_are_not_waited_for() -> None:
+    """A message that waits for another attempt does not hold a revoke up."""
+    stage = Stage()
+    stage.broker.append("fails")
+    stage.extractor.latency_s = lambda _: 0.01
+    stage.extractor.scripts["fails"] = [TransientFailure("timeout", retry_after_s=60)]
+
+    async def lose() -> None:
+        await asyncio.sleep(1)
+        before_s = asyncio.get_running_loop().time()
+        await stage.source.rebalance()
+        assert asyncio.get_running_loop().time() - before_s < 0.1
+
+    stage.show(lose)
+
+
+def test_a_kept_partition_keeps_its_running_call() -> None:
+    """A partition that comes back with its epoch keeps the call: it is not made twice."""
+    stage = Stage(partitions=2)
+    stage.broker.append("slow", number=0)
+    stage.extractor.latency_s = lambda _: 20.0
+
+    async def keep() -> None:
+        await asyncio.sleep(1)
+        await stage.source.rebalance(keep={partition(0)})
+        await asyncio.sleep(30)
+
+    stage.show(keep)
+    assert stage.extractor.calls == ["slow"]
+    assert stage.broker.texts() == ["slow"]
+    assert stage.broker.committed[partition(0)] == 1
+    assert [e.messages for e in stage.events if isinstance(e, Dropped)] == [1], "fetched again"
+
+
+def test_a_late_outcome_of_a_lost_partition_goes_nowhere() -> None:
+    """After the partition came back with a new epoch, the old call is neither kept nor used."""
+    stage = Stage()
+    stage.broker.append("slow")
+    stage.extractor.latency_s = lambda _: 20.0
+
+    async def lose() -> None:
+        await asyncio.sleep(1)
+        await stage.source.rebalance(fresh={partition()})
+        await asyncio.sleep(40)
+
+    stage.show(lose)
+    assert stage.extractor.cancelled == ["slow"]
+    assert stage.extractor.calls == ["slow", "slow"]
+    assert stage.broker.texts() == ["slow"]
+
+
+def test_nothing_is_published_between_revoke_and_assignment() -> None:
+    """An answer that comes while nobody knows whose the partition is waits for the assignment."""
+    stage = Stage()
+    stage.broker.append("slow")
+    stage.extractor.latency_s = lambda _: 7.0
+
+    async def between() -> None:
+        await asyncio.sleep(1)
+        assert stage.source.assignment is not None
+        await stage.source.assignment.revoked()
+        stage.source._between = True
+        await asyncio.sleep(5)
+        assert stage.extractor.in_flight == []
+        assert stage.sink.handed == []
+        assert stage.pipeline.status(SETTLED).state is State.REBALANCING
+        stage.source._between = False
+        stage.source._hold(dict(stage.source.epochs))
+        await asyncio.sleep(1)
+
+    stage.show(between)
+    assert stage.broker.texts() == ["slow"]
+    assert stage.broker.committed == {partition(): 1}
+
+
+def test_an_acknowledgement_after_the_loss_marks_nothing() -> None:
+    """A send that is acknowledged after its partition was lost does not move the new epoch."""
+    stage = Stage()
+    stage.broker.append("one")
+    stage.broker.append("two")
+    stage.sink.ack_s = 8.0
+    stage.extractor.latency_s = lambda _: 0.1
+
+    async def lose() -> None:
+        await asyncio.sleep(1)
+        await stage.source.rebalance(fresh={partition()})
+        stage.sink.ack_s = 0.01
+        await asyncio.sleep(20)
+
+    stage.show(lose)
+    assert stage.broker.committed == {partition(): 2}
+    assert sorted(set(stage.broker.texts())) == ["one", "two"]
+
+
+def test_slots_are_whole_after_many_rebalances() -> None:
+    """However often calls are cut off, no slot is lost and none is given back twice."""
+    stage = Stage(partitions=3, bounds=replace(BOUNDS, rebalance_drain_s=0.05))
+    for n in range(300):
+        stage.broker.append(f"text {n}", number=n % 3)
+    stage.extractor.latency_s = lambda text: 0.05 + (hash(text) % 7) / 10
+
+    async def shake() -> None:
+        for turn in range(40):
+            await asyncio.sleep(0.3)
+            everything = {partition(n) for n in range(3)}
+            kept = {partition(turn % 3)} & stage.source.epochs.keys()
+            await stage.source.rebalance(keep=kept, fresh=everything - kept)
+        await asyncio.sleep(100)
+        assert stage.pipeline.status(SETTLED).slots_busy == 0
+        assert stage.pipeline.status(SETTLED).state is State.IDLE
+
+    stage.show(shake)
+    assert stage.extractor.in_flight_max == 4
+    assert stage.broker.committed == {partition(n): 100 for n in range(3)}
+    assert len(set(stage.broker.texts())) == 300
+
+
+def test_a_rebalance_during_a_drain_loses_nothing() -> None:
+    """Stopping while the group rebalances still finishes and commits what is kept."""
+    stage = Stage()
+    for n in range(4):
+        stage.broker.append(f"text {n}")
+    stage.extractor.latency_s = lambda _: 8.0
+
+    async def stop() -> None:
+        await asyncio.sleep(1)
+        stage.pipeline.stop()
+        await stage.source.rebalance(keep={partition()})
+
+    stage.show(stop)
+    assert stage.broker.committed == {partition(): 4}
+    assert len(stage.extractor.calls) == 4

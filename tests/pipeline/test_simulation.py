@@ -1,0 +1,146 @@
+"""Seeded simulations: random latencies, failures and rebalances; the fakes check every call.
+
+A seed that fails is replayed with `pytest -k 'seed-17'`.
+"""
+
+import asyncio
+import random
+from collections import defaultdict
+from dataclasses import replace
+
+import pytest
+
+from service.core.errors import OutputTooLarge, TransientFailure
+from service.core.messages import Message, Reason, Rejected
+from tests.pipeline.test_way import BOUNDS, SETTLED, Stage
+from tests.support.fakes import partition
+
+PARTITIONS = 3
+MESSAGES = 200
+
+
+def scene(rng: random.Random) -> Stage:
+    """Random traffic with holes, keys, poison, flaky sends and refused commits."""
+    ordering = rng.choice(["key", "partition", "none"])
+    concurrency = rng.choice([1, 3, 10])
+    bounds = replace(
+        BOUNDS,
+        ordering=ordering,
+        concurrency=concurrency,
+        window=concurrency * rng.choice([1, 4, 16]),
+        rebalance_drain_s=rng.choice([0.0, 0.5, 5.0]),
+    )
+    stage = Stage(partitions=PARTITIONS, bounds=bounds)
+    for n in range(MESSAGES):
+        number = rng.randrange(PARTITIONS)
+        if rng.random() < 0.1:
+            stage.broker.logs[partition(number)].hole()
+        key = None if rng.random() < 0.2 else f"{number}-{rng.randrange(5)}"
+        stage.broker.append(f"text {n}", key=key, number=number)
+        for _ in range(rng.choice([0, 0, 0, 1, 2])):
+            stage.extractor.scripts[f"text {n}"].append(
+                TransientFailure("timeout", retry_after_s=rng.choice([None, None, 1.0]))
+            )
+        if rng.random() < 0.05:
+            stage.extractor.scripts[f"text {n}"].append(Rejected(Reason.INVALID, "no"))
+    stage.extractor.latency_s = lambda _: rng.lognormvariate(-1, 1)
+    share = rng.choice([0.0, 0.02])
+    stage.sink.flaky = lambda: rng.random() < share
+    if rng.random() < 0.3:
+        stage.sink.failures[rng.randrange(20)] = [OutputTooLarge()]
+    stage.source.refuse_commits = rng.randrange(4)
+    return stage
+
+
+def lane_of(stage: Stage, message: Message) -> tuple[object, ...]:
+    if stage.bounds.ordering == "partition":
+        return ()
+    return (message.offset,) if message.key is None else (message.key,)
+
+
+def check(stage: Stage) -> None:
+    """Everything has an outcome, everything is committed, keys are in order."""
+    for where, log in stage.broker.logs.items():
+        assert set(log.values) <= stage.broker.acknowledged[where], f"lost in {where}"
+        assert stage.broker.committed.get(where, 0) == log.end, f"{where} did not catch up"
+    if stage.bounds.ordering == "none":
+        return
+    first: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    # A dead letter goes to another topic: it has no order with the outputs of its lane.
+    seen = {m.coordinates for m, outcome in stage.broker.published if isinstance(outcome, Rejected)}
+    for message, _ in stage.broker.published:
+        if message.coordinates in seen:
+            continue
+        seen.add(message.coordinates)
+        first[(message.partition, *lane_of(stage, message))].append(message.offset)
+    for lane, offsets in first.items():
+        assert offsets == sorted(offsets), f"out of order in {lane}"
+
+
+@pytest.mark.parametrize("seed", range(60), ids=lambda seed: f"seed-{seed}")
+def test_nothing_lost_in_order_whatever_happens(seed: int) -> None:
+    """With random faults and no rebalance, each message is published once it can be."""
+    rng = random.Random(seed)
+    stage = scene(rng)
+
+    async def wait() -> None:
+        while any(
+            stage.broker.committed.get(where, 0) < log.end
+            for where, log in stage.broker.logs.items()
+        ):
+            assert asyncio.get_running_loop().time() < 3600, stage.pipeline.status(SETTLED)
+            await asyncio.sleep(5)
+
+    stage.show(wait)
+    check(stage)
+    published = [message.coordinates for message, _ in stage.broker.published]
+    assert len(published) == len(set(published)), "published twice without a rebalance"
+
+
+@pytest.mark.parametrize("seed", range(60), ids=lambda seed: f"seed-{seed}")
+def test_nothing_lost_through_rebalances(seed: int) -> None:
+    """With partitions lost, kept and given back at random, nothing is lost nor out of order."""
+    rng = random.Random(1000 + seed)
+    stage = scene(rng)
+    everything = {partition(n) for n in range(PARTITIONS)}
+
+    async def shake() -> None:
+        for _ in range(rng.randrange(1, 8)):
+            await asyncio.sleep(rng.uniform(0, 5))
+            held = stage.source.epochs.keys()
+            mine = {p for p in everything if rng.random() < 0.7}
+            kept = {p for p in mine & held if rng.random() < 0.6}
+            await stage.source.rebalance(keep=kept, fresh=mine - kept)
+        await stage.source.rebalance(
+            keep=everything & stage.source.epochs.keys(),
+            fresh=everything - stage.source.epochs.keys(),
+        )
+        while any(
+            stage.broker.committed.get(where, 0) < log.end
+            for where, log in stage.broker.logs.items()
+        ):
+            assert asyncio.get_running_loop().time() < 3600, stage.pipeline.status(SETTLED)
+            await asyncio.sleep(5)
+
+    stage.show(shake)
+    check(stage)
+
+
+@pytest.mark.parametrize("seed", range(30), ids=lambda seed: f"seed-{seed}")
+def test_a_stop_at_any_moment_repeats_nothing(seed: int) -> None:
+    """Stopped at a random moment and started again: one outcome each, no call made twice."""
+    rng = random.Random(2000 + seed)
+    stage = scene(rng)
+    stage.sink.flaky = lambda: False
+    stage.extractor.scripts.clear()
+
+    async def stop() -> None:
+        await asyncio.sleep(rng.uniform(0, 20))
+
+    stage.show(stop)
+    stage.pipeline = stage.new_pipeline()
+    stage.show()
+    check(stage)
+    published = [message.coordinates for message, _ in stage.broker.published]
+    assert len(published) == len(set(published)) == MESSAGES
+    assert len(stage.extractor.calls) == len(set(stage.extractor.calls)) == MESSAGES

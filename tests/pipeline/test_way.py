@@ -1,0 +1,426 @@
+"""The way of a message, under virtual time, against fakes that check every call."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+import pytest
+
+from service.core.errors import OutputTooLarge, PublishFailed, ServiceFailure, TransientFailure
+from service.core.events import Abandoned, Event, Finished
+from service.core.messages import Message, Outcome, Passed, Reason, Rejected, Skipped
+from service.core.status import GroupStatus, State
+from service.pipeline import Bounds, Pipeline
+from tests.support import virtual_time
+from tests.support.fakes import FakeBroker, FakeExtractor, FakeSink, FakeSource, partition
+
+BOUNDS = Bounds(
+    concurrency=4,
+    window=16,
+    window_bytes=1_000_000,
+    ordering="key",
+    attempts_max=3,
+    call_deadline_s=60,
+    commit_interval_s=0.5,
+    drain_timeout_s=30,
+    rebalance_drain_s=5,
+)
+SETTLED = GroupStatus(settled=True, broker_answers=True)
+
+
+def decode(message: Message) -> str | Outcome:
+    match message.value:
+        case None:
+            return Passed()
+        case b"skip":
+            return Skipped()
+        case b"bad":
+            return Rejected(Reason.UNDECODABLE, "not UTF-8")
+        case value:
+            return value.decode()
+
+
+class Stage:
+    """A pipeline on fakes; `show` runs it to the end of what the broker holds."""
+
+    def __init__(self, partitions: int = 1, bounds: Bounds = BOUNDS) -> None:
+        self.broker = FakeBroker(partitions)
+        self.source = FakeSource(self.broker)
+        self.extractor = FakeExtractor()
+        self.sink = FakeSink(self.broker)
+        self.events: list[Event] = []
+        self.bounds = bounds
+        self.pipeline = self.new_pipeline()
+
+    def new_pipeline(self) -> Pipeline:
+        return Pipeline(
+            self.source,
+            self.extractor,
+            self.sink,
+            decode,
+            self.bounds,
+            observe=self.events.append,
+            uniform=lambda low, high: high,
+            wall_clock=lambda: asyncio.get_running_loop().time(),
+        )
+
+    def show(self, act: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Run until caught up; `act` happens beside it."""
+
+        async def play() -> None:
+            self.source.assign(self.pipeline)
+            ends = {p: log.end for p, log in self.broker.logs.items()}
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self.pipeline.run(None if act else ends))
+                if act is not None:
+                    await act()
+                    self.pipeline.stop()
+
+        virtual_time.run(play())
+
+    def finished(self) -> list[Finished]:
+        return [event for event in self.events if isinstance(event, Finished)]
+
+    def rejected(self) -> list[Rejected]:
+        return [o for _, o in self.broker.published if isinstance(o, Rejected)]
+
+
+@pytest.fixture
+def stage() -> Stage:
+    return Stage()
+
+
+def test_everything_is_published_and_committed(stage: Stage) -> None:
+    """Each message gets one outcome and the commit ends at the end."""
+    for n in range(100):
+        stage.broker.append(f"text {n}", key=str(n % 7))
+    stage.show()
+    assert sorted(stage.broker.texts()) == sorted(f"text {n}" for n in range(100))
+    assert stage.broker.committed == {partition(): 100}
+    assert len(stage.extractor.calls) == 100
+
+
+def test_slots_bound_the_calls(stage: Stage) -> None:
+    """Never more calls in flight than slots, and all slots are used."""
+    for n in range(50):
+        stage.broker.append(f"text {n}")
+    stage.show()
+    assert stage.extractor.in_flight_max == 4
+
+
+@pytest.mark.parametrize(
+    ("ordering", "expected"),
+    [
+        ("key", ["a2", "b0", "b1", "b3"]),
+        ("partition", ["b0", "b1", "a2", "b3"]),
+        ("none", ["b3", "a2", "b1", "b0"]),
+    ],
+)
+def test_order_is_restored_lane_by_lane(ordering: str, expected: list[str]) -> None:
+    """With answers that come in the reverse order, each ordering publishes as it promises."""
+    stage = Stage(bounds=replace(BOUNDS, ordering=ordering))
+    latencies = {"b0": 4.0, "b1": 3.0, "a2": 2.0, "b3": 1.0}
+    for text in latencies:
+        stage.broker.append(text, key=text[0])
+    stage.extractor.latency_s = latencies.__getitem__
+    stage.show()
+    assert stage.broker.texts() == expected
+
+
+def test_a_slow_message_holds_only_its_slot_and_lane() -> None:
+    """One call of an hour does not keep the others from being published."""
+    stage = Stage(bounds=replace(BOUNDS, window=40))
+    stage.broker.append("slow", key="s")
+    for n in range(30):
+        stage.broker.append(f"text {n}", key=str(n))
+    stage.extractor.latency_s = lambda text: 3600.0 if text == "slow" else 0.1
+    stage.show()
+    assert stage.broker.texts()[-1] == "slow"
+    quick = [event for event in stage.finished() if event.end_to_end_s < 10]
+    assert len(quick) == 30
+
+
+def test_holes_do_not_hold_the_commit(stage: Stage) -> None:
+    """Markers and compacted offsets between and after the messages end caught up, lag 0."""
+    log = stage.broker.logs[partition()]
+    stage.broker.append("one")
+    log.hole()
+    stage.broker.append("two")
+    log.hole()
+    log.hole()
+    stage.show()
+    assert stage.broker.committed == {partition(): 5}
+
+
+def test_what_needs_no_call_makes_none(stage: Stage) -> None:
+    """Tombstones, skipped and undecodable messages are finished without a call, in order."""
+    stage.broker.logs[partition()].append(None, b"k")
+    stage.broker.append("skip", key="k")
+    stage.broker.append("bad", key="k")
+    stage.show()
+    assert stage.extractor.calls == []
+    assert [event.outcome for event in stage.finished()] == ["passed", "skipped", "rejected"]
+    assert stage.broker.committed == {partition(): 3}
+
+
+def test_a_transient_failure_is_tried_again_in_its_place(stage: Stage) -> None:
+    """The retry keeps its place in the lane, and gets back what its first attempt had."""
+    stage.broker.append("first", key="k")
+    stage.broker.append("second", key="k")
+    stage.extractor.scripts["first"] = [TransientFailure("timeout", progress="paid answer")]
+    stage.show()
+    assert stage.broker.texts() == ["first", "second"]
+    assert stage.extractor.progress == [None, None, "paid answer"]
+
+
+def test_a_waiting_retry_holds_no_slot() -> None:
+    """With one slot, others are called while a message waits for its next attempt."""
+    stage = Stage(bounds=replace(BOUNDS, concurrency=1))
+    stage.broker.append("waits")
+    stage.broker.append("goes on")
+    stage.extractor.scripts["waits"] = [TransientFailure("rate_limited", retry_after_s=None)]
+    stage.show()
+    assert stage.extractor.calls == ["waits", "goes on", "waits"]
+
+
+def test_retry_after_is_waited_by_all(stage: Stage) -> None:
+    """After a Retry-After of 10 s no call starts for 10 s, whichever message it is for."""
+    started: dict[str, float] = {}
+
+    def latency(text: str) -> float:
+        started[text] = asyncio.get_running_loop().time()
+        return 0.1
+
+    stage.extractor.latency_s = latency
+    stage.extractor.scripts["t0"] = [TransientFailure("rate_limited", retry_after_s=10.0)]
+    for n in range(8):
+        stage.broker.append(f"t{n}")
+    stage.show()
+    assert all(at < 0.2 or at >= 10.0 for at in started.values())
+    assert sum(at >= 10.0 for at in started.values()) >= 4
+
+
+def test_poison_is_rejected_while_others_succeed(stage: Stage) -> None:
+    """A message that keeps failing while others succeed is rejected as exhausted."""
+    stage.extractor.scripts["poison"] = [TransientFailure("server_error") for _ in range(9)]
+    stage.broker.append("poison")
+    for n in range(400):
+        stage.broker.append(f"text {n}")
+    stage.show()
+    [rejected] = stage.rejected()
+    assert (rejected.reason, rejected.attempts) == (Reason.EXHAUSTED, 3)
+    assert stage.extractor.calls.count("poison") == 3
+
+
+def test_an_outage_rejects_nothing(stage: Stage) -> None:
+    """When every call fails for an hour, nothing is rejected and nothing committed meanwhile."""
+    for n in range(40):
+        stage.broker.append(f"text {n}")
+    stage.extractor.always = TransientFailure("connection")
+
+    async def outage() -> None:
+        await asyncio.sleep(3600)
+        assert stage.pipeline.status(SETTLED).state is State.WAITING_FOR_PROVIDER
+        assert stage.pipeline.status(SETTLED).not_ready
+        assert not any(stage.broker.committed.values())
+        calls = len(stage.extractor.calls)
+        assert calls < 400, f"{calls} calls to a dead provider in an hour"
+        stage.extractor.always = None
+        await asyncio.sleep(60)
+        assert stage.pipeline.status(SETTLED).not_ready == ()
+
+    stage.show(outage)
+    assert stage.rejected() == []
+    assert stage.broker.committed == {partition(): 40}
+
+
+def test_a_service_failure_stops_intake_at_once_and_heals(stage: Stage) -> None:
+    """With refused credentials only probes are sent; mended, everything goes through."""
+    for n in range(200):
+        stage.broker.append(f"text {n}")
+    stage.extractor.always = ServiceFailure("unauthorized", remedy="check OPENAI_API_KEY")
+
+    async def mend() -> None:
+        await asyncio.sleep(300)
+        assert any("OPENAI_API_KEY" in s for s in stage.pipeline.status(SETTLED).not_ready)
+        assert len(stage.extractor.calls) < 40
+        stage.extractor.always = None
+        await asyncio.sleep(120)
+
+    stage.show(mend)
+    assert stage.rejected() == []
+    assert stage.broker.committed == {partition(): 200}
+
+
+def test_a_failed_send_is_sent_again_in_order(stage: Stage) -> None:
+    """After a failed send the lane stops; everything lands in order, committed only then."""
+    for n in range(6):
+        stage.broker.append(f"text {n}", key="k")
+    stage.sink.failures[2] = [PublishFailed(), PublishFailed()]
+    stage.show()
+    assert stage.broker.outcomes() == list(range(6))
+    assert stage.broker.committed == {partition(): 6}
+
+
+def test_an_output_too_large_becomes_a_dead_letter(stage: Stage) -> None:
+    """Only the guilty message is rejected, once, without another call."""
+    stage.broker.append("large", key="k")
+    stage.broker.append("small", key="k")
+    stage.sink.failures[0] = [OutputTooLarge()]
+    stage.show()
+    [rejected] = stage.rejected()
+    assert rejected.reason is Reason.OUTPUT_TOO_LARGE
+    assert stage.broker.texts() == ["small"]
+    assert sorted(stage.extractor.calls) == ["large", "small"]
+
+
+def test_a_dead_letter_that_cannot_be_published_holds_its_offset(stage: Stage) -> None:
+    """While sends fail, the offset stays; nothing is dropped, and it goes on when they work."""
+    stage.broker.append("bad")
+    stage.sink.down = True
+
+    async def later() -> None:
+        await asyncio.sleep(600)
+        assert stage.broker.committed.get(partition(), 0) == 0
+        stage.sink.down = False
+        await asyncio.sleep(60)
+
+    stage.show(later)
+    assert [rejected.reason for rejected in stage.rejected()] == [Reason.UNDECODABLE]
+    assert stage.broker.committed == {partition(): 1}
+
+
+def test_the_window_bounds_what_is_taken(stage: Stage) -> None:
+    """With calls that never end, no more than the window is taken and polling goes on."""
+    for n in range(100):
+        stage.broker.append(f"text {n}")
+    stage.extractor.latency_s = lambda _: 1e9
+
+    async def look() -> None:
+        await asyncio.sleep(100)
+        status = stage.pipeline.status(SETTLED)
+        assert (status.window_messages, status.slots_busy, status.queued) == (16, 4, 12)
+        polls = len(stage.source.polls)
+        await asyncio.sleep(100)
+        assert len(stage.source.polls) - polls > 50
+        stage.pipeline.force()
+
+    stage.show(look)
+
+
+def test_window_bytes_bound_what_is_taken() -> None:
+    """Intake stops once the bytes are reached; one poll may overshoot."""
+    stage = Stage(bounds=replace(BOUNDS, window=1000, window_bytes=500))
+    for n in range(3000):
+        stage.broker.append(f"text {n:05}")
+    stage.show()
+    assert stage.broker.committed == {partition(): 3000}
+    assert max(stage.source.polls) <= 1000
+    taken = [event.messages for event in stage.events if type(event).__name__ == "Taken"]
+    assert len(taken) <= 4
+
+
+def test_stop_lets_go_of_what_costs_nothing(stage: Stage) -> None:
+    """A stop finishes the calls in flight, makes no new ones, and commits behind them."""
+    for n in range(100):
+        stage.broker.append(f"text {n}", key=str(n))
+    stage.extractor.latency_s = lambda _: 10.0
+
+    async def stop() -> None:
+        await asyncio.sleep(5)
+
+    stage.show(stop)
+    assert sorted(stage.broker.outcomes()) == [0, 1, 2, 3]
+    assert stage.broker.committed == {partition(): 4}
+    assert len(stage.extractor.calls) == 4
+    assert not [event for event in stage.events if isinstance(event, Abandoned)]
+
+
+def test_stop_finishes_what_stands_before_finished_ones(stage: Stage) -> None:
+    """A retry that finished messages stand behind is finished too, so that none is repeated."""
+    stage.extractor.scripts["text 0"] = [TransientFailure("timeout", retry_after_s=8.0)]
+    for n in range(4):
+        stage.broker.append(f"text {n}", key=str(n))
+
+    async def stop() -> None:
+        await asyncio.sleep(2)
+
+    stage.show(stop)
+    assert stage.broker.committed == {partition(): 4}
+    assert len(stage.extractor.calls) == 5
+
+
+def test_a_drain_ends_at_its_deadline(stage: Stage) -> None:
+    """A call that never returns is called off at the deadline and counted as abandoned."""
+    stage.broker.append("quick")
+    stage.broker.append("hangs")
+    stage.extractor.latency_s = lambda text: 1e9 if text == "hangs" else 0.1
+    ended = 0.0
+
+    async def stop() -> None:
+        nonlocal ended
+        await asyncio.sleep(1)
+        stage.pipeline.stop()
+        await asyncio.sleep(31)
+        ended = asyncio.get_running_loop().time()
+
+    stage.show(stop)
+    assert stage.extractor.cancelled == ["hangs"]
+    assert [e.calls for e in stage.events if isinstance(e, Abandoned)] == [1]
+    assert stage.broker.committed == {partition(): 1}
+
+
+def test_force_ends_a_drain_at_once(stage: Stage) -> None:
+    """A second signal abandons what is in flight, and still commits what is finished."""
+    stage.broker.append("quick")
+    stage.broker.append("hangs")
+    stage.extractor.latency_s = lambda text: 1e9 if text == "hangs" else 0.1
+
+    async def stop() -> None:
+        await asyncio.sleep(0.2)
+        stage.pipeline.stop()
+        await asyncio.sleep(0.1)
+        stage.pipeline.force()
+        await asyncio.sleep(0.1)
+        assert stage.broker.committed == {partition(): 1}
+
+    stage.show(stop)
+
+
+def test_a_refused_commit_is_made_good(stage: Stage) -> None:
+    """Refused commits, the last one included, are tried again before the run ends."""
+    for n in range(20):
+        stage.broker.append(f"text {n}")
+    stage.source.refuse_commits = 4
+    stage.show()
+    assert stage.broker.committed == {partition(): 20}
+
+
+def test_a_bug_ends_the_run_uncommitted(stage: Stage) -> None:
+    """An unexpected exception ends the run with its offset uncommitted."""
+    stage.broker.append("fine")
+    stage.broker.append("boom")
+    stage.extractor.scripts["boom"] = [RuntimeError("bug")]
+    with pytest.raises(ExceptionGroup) as caught:
+        stage.show()
+    assert caught.group_contains(RuntimeError, match="bug")
+    assert stage.broker.committed.get(partition(), 0) <= 1
+
+
+def test_states_tell_idle_running_and_kafka_apart(stage: Stage) -> None:
+    """The state is one word for what is going on."""
+
+    async def look() -> None:
+        await asyncio.sleep(1)
+        assert stage.pipeline.status(SETTLED).state is State.IDLE
+        stage.extractor.latency_s = lambda _: 5.0
+        stage.broker.append("text")
+        await asyncio.sleep(2)
+        assert stage.pipeline.status(SETTLED).state is State.RUNNING
+        stage.sink.ack_s = 30.0
+        await asyncio.sleep(10)
+        assert stage.pipeline.status(SETTLED).state is State.WAITING_FOR_KAFKA
+        assert stage.pipeline.status(GroupStatus()).state is State.WAITING_FOR_KAFKA
+        await asyncio.sleep(30)
+
+    stage.show(look)
