@@ -207,3 +207,25 @@ def test_the_dashboard_finds_its_datasource() -> None:
     variables = {one["name"]: one for one in dashboard.dashboard()["templating"]["list"]}
     assert variables["datasource"]["current"]["value"] == source["uid"]
     assert set(variables) == {"datasource", "job", "instance"}
+
+
+# --- README -----------------------------------------------------------------------------------
+
+README = (ROOT / "README.md").read_text()
+
+
+def _generated(name: str) -> str:
+    """What stands between the markers of that name."""
+    return README.split(f"<!-- {name}:begin -->\n")[1].split(f"<!-- {name}:end -->")[0]
+
+
+def test_the_readme_lists_the_settings_there_are() -> None:
+    """The table is what `service.settings.table()` gives; paste it anew after a change."""
+    assert _generated("settings") == settings.table()
+
+
+def test_the_readme_points_to_files_that_exist() -> None:
+    """Every relative link, the picture's too, leads to something."""
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    assert len(targets) > 10
+    assert [one for one in targets if not (ROOT / one).exists()] == []
