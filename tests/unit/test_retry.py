@@ -1,0 +1,29 @@
+"""Backoff, and when a message is poison."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.core.retry import RETRY_AFTER_MAX_S, Backoff, exhausted
+
+
+@given(st.integers(1, 10_000), st.floats(0, 1))
+def test_delay_is_full_jitter_under_a_cap(attempt: int, share: float) -> None:
+    """delay = share x min(cap, base x 2^(attempt - 1)), however many attempts there were."""
+    backoff = Backoff(base_s=0.5, cap_s=30)
+    expected = share * min(30.0, 0.5 * 2.0 ** min(attempt - 1, 100))
+    assert backoff.delay_s(attempt, lambda low, high: low + share * (high - low)) == expected
+
+
+def test_retry_after_is_waited_in_full() -> None:
+    """What the provider asked for is never undercut, and bounded."""
+    assert Backoff().delay_s(1, lambda low, _: low, retry_after_s=7.5) == 7.5
+    assert Backoff().delay_s(1, lambda low, _: low, retry_after_s=-3) == 0
+    assert Backoff().delay_s(1, lambda low, _: low, retry_after_s=1e9) == RETRY_AFTER_MAX_S
+
+
+def test_poison_needs_attempts_and_a_fresh_success_of_others() -> None:
+    """Neither many failures alone nor other successes alone reject a message."""
+    assert exhausted(8, 8, now_s=100, other_success_s=41)
+    assert not exhausted(7, 8, now_s=100, other_success_s=99)
+    assert not exhausted(99, 8, now_s=100, other_success_s=None)
+    assert not exhausted(99, 8, now_s=100, other_success_s=39)
