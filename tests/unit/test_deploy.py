@@ -188,9 +188,9 @@ def test_every_panel_says_which_question_it_answers() -> None:
 def test_every_query_is_bound_to_the_chosen_instances() -> None:
     """Two deployments in one Prometheus don't mix, and rates span more than one scrape."""
     for query in _queries():
-        selectors = re.findall(r"sluice_\w+\{([^}]*)\}", query)
+        selectors = re.findall(r"(?:sluice|process)_\w+\{([^}]*)\}", query)
         assert selectors, query
-        assert len(selectors) == len(re.findall(r"sluice_\w+", query)), query
+        assert len(selectors) == len(re.findall(r"(?:sluice|process)_\w+", query)), query
         assert all(dashboard.CHOSEN in selector for selector in selectors), query
         assert len(re.findall(r"\brate\(", query)) == query.count("[$__rate_interval]"), query
 
