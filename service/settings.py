@@ -303,6 +303,12 @@ class Settings(BaseSettings):
         factor = 16 if self.delivery.ordering == "partition" else 4
         return factor * self.limits.concurrency
 
+    @property
+    def rebalance_timeout_s(self) -> float:
+        """How long the group waits for a member at a rebalance: the drain, one bounded commit and
+        the way to the broker."""
+        return self.delivery.rebalance_drain_s + 2 * self.kafka.request_timeout_s
+
     @classmethod
     def settings_customise_sources(
         cls,

@@ -1,0 +1,501 @@
+"""Every metric, once: its name, labels, unit and meaning.
+
+Counters and histograms hear of events; gauges are read from the status when they are scraped, so
+that they cannot drift from it. Rules of this file: names are a contract (tests/data/metrics.txt);
+prefix `sluice_`; seconds and bytes; labels from closed sets, all of whose values are there from
+the first scrape on, so that a rate starts at the first event; a help text says what the figure
+means and, where it asks for something, what to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, TypeAlias, get_args
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    GCCollector,
+    Histogram,
+    Info,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from service.core.events import (
+    Abandoned,
+    Admitted,
+    Called,
+    CallResult,
+    Committed,
+    Dropped,
+    Event,
+    Finished,
+    OffsetsMissing,
+    PublishRetried,
+    Rebalanced,
+    Retried,
+    Taken,
+)
+from service.core.messages import Partition, Reason
+from service.core.status import PartitionStatus, State, Status
+from service.pipeline import POLL_SHARE
+from service.telemetry.probes import not_ready
+
+OUTCOMES = ("extracted", "rejected", "passed", "skipped")
+COMMITS = ("ok", "refused", "failed")
+CALL_RESULTS: tuple[CallResult, ...] = get_args(CallResult)
+
+ANSWERED = frozenset({"validated", "invalid", "refused", "filtered", "truncated", "user_code"})
+"""Results for which the model did its work; the others end early or late for other reasons."""
+
+RETRY_REASONS = (
+    *("rate_limited", "overloaded", "timeout", "connection", "server_error", "broken_answer"),
+    *("credentials", "permission", "quota", "model", "endpoint", "setting", "refused"),
+)
+OTHER = "other"
+"""Label of what is in no closed set: better a coarse figure than a series for each text."""
+
+MODELS_MAX = 20
+"""Names of models that get series of their own."""
+
+QUEUE_EDGES_S = (0.001, 0.005, 0.025, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+CALL_EDGES_S = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120)
+"""A small local model to a long answer with thinking; a third apart where most calls lie."""
+PUBLISH_EDGES_S = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+END_TO_END_EDGES_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 900, 3600, 14400, 86400)
+"""Up to a day: a backlog waits as long as it is old."""
+REBALANCE_EDGES_S = (0.1, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120)
+LOOP_EDGES_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
+
+SAMPLE_S = 0.5
+"""Between two looks of `watch`: a look walks the window, and what moves faster averages out."""
+
+_Handler: TypeAlias = Callable[[Any], None]
+
+
+class Metrics:
+    """Counters and histograms of one process; `observe` is what the others are built with."""
+
+    def __init__(self, registry: CollectorRegistry, models: Iterable[str] = ()) -> None:
+        # Their _created series would double ours and say only when this process started.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self._registry = registry
+        self._models: dict[str, _ModelMetrics] = {}
+        self._declare_messages()
+        self._declare_calls()
+        self._declare_kafka()
+        self._declare_process()
+        for model in models:
+            self._of_model(model)
+        self._by_type: dict[type, _Handler] = {
+            Taken: self._taken,
+            Dropped: self._dropped,
+            Admitted: self._admitted,
+            Called: self._called,
+            Retried: self._retried,
+            PublishRetried: self._publish_retried,
+            Finished: self._finished,
+            Abandoned: self._abandoned,
+            Committed: self._committed,
+            Rebalanced: self._rebalanced,
+            OffsetsMissing: self._offsets_missing,
+        }
+
+    def observe(self, event: Event) -> None:
+        """Count one event."""
+        self._by_type[type(event)](event)
+
+    def log_line(self, level: str) -> None:
+        """Count a line that was logged as a warning or an error."""
+        self._log_lines[level].inc()
+
+    async def watch(self, status: Callable[[], Status]) -> None:
+        """Sample until cancelled: the event loop's delay, busy slots and the full window over
+        time."""
+        loop = asyncio.get_running_loop()
+        before_s = loop.time()
+        while True:
+            await asyncio.sleep(SAMPLE_S)
+            now_s = loop.time()
+            self._sampled(now_s - before_s, status())
+            before_s = now_s
+
+    def _sampled(self, elapsed_s: float, status: Status) -> None:
+        self._loop_delay.observe(max(0.0, elapsed_s - SAMPLE_S))
+        self._slots_busy_s.inc(elapsed_s * status.slots_busy)
+        # The pipeline polls only when a share of the window is free: with less it is full.
+        if status.window - status.window_messages < max(1, status.window // POLL_SHARE):
+            self._window_full_s.inc(elapsed_s)
+
+    # --- declarations ------------------------------------------------------------------------
+
+    def _declare_messages(self) -> None:
+        self._messages_taken = self._counter(
+            "sluice_messages_taken", "Messages that came into the window."
+        )
+        self._bytes_taken = self._counter(
+            "sluice_messages_taken_bytes",
+            "Bytes of keys and values of the messages that came into the window.",
+        )
+        self._messages_dropped = self._counter(
+            "sluice_messages_dropped",
+            "Fetched messages that were not taken: known already, or of an older assignment; some "
+            "at each rebalance are as it should be.",
+        )
+        self._messages_finished = self._counters(
+            "sluice_messages_finished",
+            "Messages whose outcome Kafka has acknowledged (skipped: that needed none).",
+            "outcome",
+            OUTCOMES,
+        )
+        self._messages_rejected = self._counters(
+            "sluice_messages_rejected",
+            "Messages that went to the dead letter topic, by why; each dead letter says more.",
+            "reason",
+            [reason.value for reason in Reason],
+        )
+        self._records_published = self._counter(
+            "sluice_records_published", "Records acknowledged in the output topic."
+        )
+        self._messages_missing = self._counter(
+            "sluice_messages_missing",
+            "Offsets that were gone before they were read: retention was faster. They are lost to "
+            "us; lengthen retention.ms of the input topic or add workers.",
+        )
+        self._queue_wait = self._histogram(
+            "sluice_queue_wait_seconds",
+            "From the poll that took a message to its slot; grows when slots or limits are short.",
+            QUEUE_EDGES_S,
+        )
+        self._end_to_end = self._histogram(
+            "sluice_end_to_end_seconds",
+            "From a message's own timestamp to the acknowledgement of its outcome.",
+            END_TO_END_EDGES_S,
+        )
+
+    def _declare_calls(self) -> None:
+        self._calls = Counter(
+            "sluice_calls",
+            "Calls to the model that ended, by how; re-asks are calls too.",
+            ("model", "result"),
+            registry=self._registry,
+        )
+        self._reasks = Counter(
+            "sluice_reasks",
+            "Calls that told the model why its answer did not validate; many of them mean that the "
+            "schema or the instructions ask too much of it.",
+            ("model",),
+            registry=self._registry,
+        )
+        self._tokens = Counter(
+            "sluice_tokens",
+            "Tokens as the endpoint counts them, failed calls included where it says so.",
+            ("model", "type"),
+            registry=self._registry,
+        )
+        self._call_duration = Histogram(
+            "sluice_call_duration_seconds",
+            "One call, from sending to the last byte; answered=false: errors and timeouts, which "
+            "would flatter or spoil the figure.",
+            ("model", "answered"),
+            buckets=CALL_EDGES_S,
+            registry=self._registry,
+        )
+        self._retries = self._counters(
+            "sluice_retries",
+            "Messages that went to wait for another attempt because the provider failed, by why.",
+            "reason",
+            (*RETRY_REASONS, OTHER),
+        )
+        self._calls_abandoned = self._counter(
+            "sluice_calls_abandoned",
+            "Calls cut off at the end of a drain, which may be paid for again; lengthen "
+            "delivery.drain_timeout_s.",
+        )
+        self._slots_busy_s = self._counter(
+            "sluice_slots_busy_seconds",
+            "Slots in use, summed over time; its rate divided by sluice_slots is the utilisation.",
+        )
+        self._window_full_s = self._counter(
+            "sluice_window_full_seconds",
+            "Time with a full window; if slots are idle meanwhile, enlarge limits.window.",
+        )
+
+    def _declare_kafka(self) -> None:
+        self._publish_duration = self._histogram(
+            "sluice_publish_duration_seconds",
+            "From handing an outcome to the producer to the acknowledgement of all replicas.",
+            PUBLISH_EDGES_S,
+        )
+        self._publish_retries = self._counter(
+            "sluice_publish_retries", "Sends that were not acknowledged and are tried again."
+        )
+        self._commits = self._counters(
+            "sluice_commits",
+            "Commits of next offsets; refused: a rebalance was faster, which is no fault.",
+            "result",
+            COMMITS,
+        )
+        self._commit_duration = self._histogram(
+            "sluice_commit_duration_seconds", "One commit, failed ones included.", PUBLISH_EDGES_S
+        )
+        self._rebalances = self._counter(
+            "sluice_rebalances", "Assignments of partitions to this worker, empty ones included."
+        )
+        self._partitions_assigned = self._counters(
+            "sluice_partitions_assigned",
+            "Partitions assigned; kept: with their running calls, new: from the stored offset.",
+            "progress",
+            ("kept", "new"),
+        )
+        self._rebalance_duration = self._histogram(
+            "sluice_rebalance_duration_seconds",
+            "From the loss of the old partitions to the first poll of the new ones.",
+            REBALANCE_EDGES_S,
+        )
+
+    def _declare_process(self) -> None:
+        self._log_lines = self._counters(
+            "sluice_log_lines", "Lines logged as a warning or an error.", "level", _LOG_LEVELS
+        )
+        self._loop_delay = self._histogram(
+            "sluice_event_loop_delay_seconds",
+            "How late the event loop gets to a timer; above 0.1 the process is out of CPU or "
+            "something blocks it: fewer slots or more workers.",
+            LOOP_EDGES_S,
+        )
+        build = Info("sluice_build", "The version that runs.", registry=self._registry)
+        build.info({"version": _version()})
+
+    def _counter(self, name: str, meaning: str) -> Counter:
+        return Counter(name, meaning, registry=self._registry)
+
+    def _counters(
+        self, name: str, meaning: str, label: str, values: Iterable[str]
+    ) -> dict[str, Counter]:
+        """One series for each value, at 0, bound now: counting looks up no labels."""
+        parent = Counter(name, meaning, (label,), registry=self._registry)
+        return {value: parent.labels(value) for value in values}
+
+    def _histogram(self, name: str, meaning: str, edges: tuple[float, ...]) -> Histogram:
+        return Histogram(name, meaning, buckets=edges, registry=self._registry)
+
+    def _of_model(self, model: str) -> _ModelMetrics:
+        """The series of a model; beyond `MODELS_MAX` names they share one."""
+        found = self._models.get(model)
+        if found is not None:
+            return found
+        if len(self._models) >= MODELS_MAX and model != OTHER:
+            return self._of_model(OTHER)
+        self._models[model] = _ModelMetrics(
+            model, self._calls, self._reasks, self._tokens, self._call_duration
+        )
+        return self._models[model]
+
+    # --- events ------------------------------------------------------------------------------
+
+    def _taken(self, event: Taken) -> None:
+        self._messages_taken.inc(event.messages)
+        self._bytes_taken.inc(event.size_bytes)
+
+    def _dropped(self, event: Dropped) -> None:
+        self._messages_dropped.inc(event.messages)
+
+    def _admitted(self, event: Admitted) -> None:
+        self._queue_wait.observe(event.waited_s)
+
+    def _called(self, event: Called) -> None:
+        self._of_model(event.model).called(event)
+
+    def _retried(self, event: Retried) -> None:
+        known = event.reason in self._retries
+        self._retries[event.reason if known else OTHER].inc()
+
+    def _publish_retried(self, _: PublishRetried) -> None:
+        self._publish_retries.inc()
+
+    def _finished(self, event: Finished) -> None:
+        self._messages_finished[event.outcome].inc()
+        self._end_to_end.observe(max(0.0, event.end_to_end_s))
+        self._records_published.inc(event.records)
+        if event.reason is not None:
+            self._messages_rejected[event.reason.value].inc()
+        if event.outcome != "skipped":
+            self._publish_duration.observe(event.publish_s)
+
+    def _abandoned(self, event: Abandoned) -> None:
+        self._calls_abandoned.inc(event.calls)
+
+    def _committed(self, event: Committed) -> None:
+        self._commits[event.result].inc()
+        self._commit_duration.observe(event.duration_s)
+
+    def _rebalanced(self, event: Rebalanced) -> None:
+        self._rebalances.inc()
+        self._partitions_assigned["kept"].inc(event.kept)
+        self._partitions_assigned["new"].inc(event.assigned - event.kept)
+        self._rebalance_duration.observe(event.duration_s)
+
+    def _offsets_missing(self, event: OffsetsMissing) -> None:
+        self._messages_missing.inc(event.messages)
+
+
+_LOG_LEVELS = ("warning", "error")
+
+
+class _ModelMetrics:
+    """The series of one model, bound once."""
+
+    def __init__(
+        self, model: str, calls: Counter, reasks: Counter, tokens: Counter, duration: Histogram
+    ) -> None:
+        self._calls = {result: calls.labels(model, result) for result in CALL_RESULTS}
+        self._reasks = reasks.labels(model)
+        self._tokens_input = tokens.labels(model, "input")
+        self._tokens_output = tokens.labels(model, "output")
+        self._answered = duration.labels(model, "true")
+        self._failed = duration.labels(model, "false")
+
+    def called(self, event: Called) -> None:
+        self._calls[event.result].inc()
+        self._tokens_input.inc(event.tokens_input)
+        self._tokens_output.inc(event.tokens_output)
+        if event.reask:
+            self._reasks.inc()
+        duration = self._answered if event.result in ANSWERED else self._failed
+        duration.observe(event.duration_s)
+
+
+# --- gauges -----------------------------------------------------------------------------------
+
+
+class StatusGauges(Collector):
+    """The status at the moment of the scrape."""
+
+    def __init__(self, status: Callable[[], Status]) -> None:
+        self._status = status
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        status = self._status()
+        yield _states(status.state)
+        for name, meaning, value in _figures(status):
+            yield GaugeMetricFamily(name, meaning, value=value)
+        for name, meaning, read in _PARTITION_FIGURES:
+            yield _by_partition(name, meaning, read, status)
+
+
+def _states(state: State) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(
+        "sluice_state",
+        "What is going on: 1 for the state that holds, 0 for others.",
+        None,
+        ["state"],
+    )
+    for one in State:
+        family.add_metric([one.value], float(one is state))
+    return family
+
+
+def _figures(status: Status) -> tuple[tuple[str, str, float], ...]:
+    group = status.group
+    return (
+        ("sluice_ready", "1 if /readyz says so; it also says why not.", not not_ready(status)),
+        ("sluice_slots", "Calls that may be in flight at once now.", status.slots),
+        ("sluice_slots_busy", "Calls in flight.", status.slots_busy),
+        ("sluice_window_messages_max", "Messages that the window takes.", status.window),
+        ("sluice_window_messages", "Messages taken and not finished.", status.window_messages),
+        ("sluice_window_bytes", "Bytes of keys and values in the window.", status.window_bytes),
+        ("sluice_messages_queued", "Messages that wait for a slot.", status.queued),
+        ("sluice_messages_retrying", "Messages that wait for another attempt.", status.retrying),
+        (
+            "sluice_messages_waiting_in_lane",
+            "Messages that are answered and wait for an earlier one of their lane.",
+            status.waiting_in_lane,
+        ),
+        (
+            "sluice_messages_publishing",
+            "Messages whose outcome Kafka has not acknowledged yet.",
+            status.publishing,
+        ),
+        (
+            "sluice_poll_turn_age_seconds",
+            "Since the poll loop last turned; /livez fails far above its usual second.",
+            status.poll_turn_age_s,
+        ),
+        (
+            "sluice_call_overdue_seconds",
+            "The oldest call in flight beyond its own deadline; anything but 0 is a fault of ours.",
+            status.call_overdue_s,
+        ),
+        ("sluice_group_settled", "1 while the group has given out its partitions.", group.settled),
+        (
+            "sluice_group_unsettled_seconds",
+            "How long the group has not settled although a broker answers.",
+            group.unsettled_s,
+        ),
+        ("sluice_broker_answers", "1 while a broker answers.", group.broker_answers),
+    )
+
+
+_Read: TypeAlias = Callable[[PartitionStatus], float | None]
+
+
+def _oldest_s(one: PartitionStatus) -> float | None:
+    return None if one.oldest_unfinished_ms is None else one.oldest_unfinished_ms / 1000
+
+
+_PARTITION_FIGURES: tuple[tuple[str, str, _Read], ...] = (
+    (
+        "sluice_partition_lag",
+        "Messages between the next offset and the end of the partition; absent while unknown.",
+        lambda one: one.lag,
+    ),
+    (
+        "sluice_partition_next_offset",
+        "The smallest offset that is not finished: what the next commit stores.",
+        lambda one: one.next_offset,
+    ),
+    (
+        "sluice_partition_unfinished",
+        "Messages of the partition in the window.",
+        lambda one: one.unfinished,
+    ),
+    (
+        "sluice_partition_oldest_unfinished_timestamp_seconds",
+        "Own timestamp of the oldest unfinished message, since the epoch; absent without one.",
+        _oldest_s,
+    ),
+)
+
+
+def _by_partition(name: str, meaning: str, read: _Read, status: Status) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(name, meaning, None, ["topic", "partition"])
+    for held, one in status.partitions.items():
+        value = read(one)
+        if value is not None:
+            family.add_metric(_labels(held), value)
+    return family
+
+
+def _labels(held: Partition) -> list[str]:
+    return [held.topic, str(held.partition)]
+
+
+def expose_process(registry: CollectorRegistry) -> None:
+    """Add the process's memory, CPU and file descriptors, and Python's version and collector."""
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    GCCollector(registry=registry)
+
+
+def _version() -> str:
+    try:
+        return version("kafka-sluice")
+    except PackageNotFoundError:
+        return "unknown"  # run from a checkout that is not installed

@@ -1,0 +1,159 @@
+"""What others ask over HTTP: /metrics, /livez and /readyz.
+
+Liveness fails only when a restart would help; it never follows the broker or the provider down.
+Readiness says whether intake goes on, and if not, why, in sentences.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from aiohttp import hdrs, web
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+
+from service.core.errors import CannotRun
+from service.core.status import Status
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+POLL_TURN_S = 60.0
+"""The poll loop turns about once a second; this long, and one request's timeout, it stands."""
+
+CALL_OVERDUE_S = 60.0
+"""Each call has a deadline of its own; one that outlives it this long will never end."""
+
+UNSETTLED_MARGIN_S = 30.0
+"""Above the group's own timeouts, so that a slow neighbour is not our fault."""
+
+CLOSE_S = 1.0
+"""The longest that closing waits for answers that are being written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How long each clock of ours may run; seconds."""
+
+    poll_turn_s: float
+    call_overdue_s: float
+    unsettled_s: float
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        kafka = settings.kafka
+        return cls(
+            poll_turn_s=POLL_TURN_S + kafka.request_timeout_s,
+            call_overdue_s=CALL_OVERDUE_S,
+            unsettled_s=settings.rebalance_timeout_s + kafka.session_timeout_s + UNSETTLED_MARGIN_S,
+        )
+
+
+def not_alive(status: Status, bounds: Bounds) -> tuple[str, ...]:
+    """Why a restart would help; empty while it would not.
+
+    The source counts `unsettled_s` only while a broker answers; asked for here once more, as a
+    restart in an outage helps nobody.
+    """
+    reasons = []
+    if status.poll_turn_age_s > bounds.poll_turn_s:
+        reasons.append(f"the poll loop has not turned for {status.poll_turn_age_s:.0f} s")
+    if status.call_overdue_s > bounds.call_overdue_s:
+        reasons.append(f"a call outlives its deadline by {status.call_overdue_s:.0f} s")
+    group = status.group
+    if group.broker_answers and not group.settled and group.unsettled_s > bounds.unsettled_s:
+        reasons.append(
+            f"the group has not settled for {group.unsettled_s:.0f} s although a broker answers"
+        )
+    return tuple(reasons)
+
+
+def not_ready(status: Status) -> tuple[str, ...]:
+    """Why no messages are taken that should be; empty means ready."""
+    problem = status.group.problem
+    if problem is None or problem in status.not_ready:
+        return status.not_ready
+    return (*status.not_ready, problem)
+
+
+class Probes:
+    """The HTTP server; an async context manager that leaves nothing behind.
+
+    Entering raises `CannotRun` where the address cannot be had. `port` is the one that was bound.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        registry: CollectorRegistry,
+        status: Callable[[], Status],
+        bounds: Bounds,
+    ) -> None:
+        self.host, self.port = host, port
+        self._registry, self._status, self._bounds = registry, status, bounds
+        application = web.Application()
+        application.add_routes(
+            [
+                web.get("/metrics", self._metrics),
+                web.get("/livez", self._livez),
+                web.get("/readyz", self._readyz),
+            ]
+        )
+        self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=CLOSE_S)
+
+    async def __aenter__(self) -> Self:
+        await self._runner.setup()
+        try:
+            await web.TCPSite(self._runner, self.host, self.port).start()
+        except OSError as error:
+            await self._runner.cleanup()
+            raise CannotRun(_unavailable(self.host, self.port, error)) from error
+        self.port = int(self._runner.addresses[0][1])
+        logger.info("metrics and probes on http://%s:%d/metrics", self.host, self.port)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._runner.cleanup()
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        encode, content_type = choose_encoder(",".join(request.headers.getall(hdrs.ACCEPT, [])))
+        body = encode(self._registry)
+        return web.Response(body=body, headers={hdrs.CONTENT_TYPE: content_type})
+
+    async def _livez(self, _: web.Request) -> web.Response:
+        reasons = not_alive(self._status(), self._bounds)
+        return _answer({"alive": not reasons, "reasons": reasons}, good=not reasons)
+
+    async def _readyz(self, _: web.Request) -> web.Response:
+        status = self._status()
+        reasons = not_ready(status)
+        body = {"ready": not reasons, "state": status.state.value, "reasons": reasons}
+        return _answer(body, good=not reasons)
+
+
+def _answer(body: Mapping[str, object], *, good: bool) -> web.Response:
+    return web.json_response(
+        body, status=200 if good else 503, headers={hdrs.CACHE_CONTROL: "no-store"}
+    )
+
+
+def _unavailable(host: str, port: int, error: OSError) -> str:
+    match error.errno:
+        case errno.EADDRINUSE:
+            why = "is taken; set telemetry.port to another (0 takes a free one)"
+        case errno.EACCES | errno.EPERM:
+            why = "is not allowed to this user; set telemetry.port above 1023"
+        case _:
+            why = "cannot be bound; set telemetry.host to an address of this machine"
+    return f"{host} port {port} for metrics and probes {why}"
