@@ -153,6 +153,12 @@ def _normal(name: str) -> str:
 # --- dashboard --------------------------------------------------------------------------------
 
 
+def _metrics() -> list[list[str]]:
+    """Name, type, labels and meaning of each metric, from the golden list."""
+    lines = (ROOT / "tests" / "data" / "metrics.txt").read_text().splitlines()
+    return [line.split(" | ", 3) for line in lines if not line.startswith("#")]
+
+
 def _panels() -> list[dict[str, Any]]:
     return [panel for panel in dashboard.dashboard()["panels"] if panel["type"] != "row"]
 
@@ -195,6 +201,29 @@ def test_every_query_is_bound_to_the_chosen_instances() -> None:
         assert len(re.findall(r"\brate\(", query)) == query.count("[$__rate_interval]"), query
 
 
+def _series() -> dict[str, set[str]]:
+    """The labels of every series that the service exposes, by the name that Prometheus stores."""
+    found = {}
+    for name, kind, labels, _ in _metrics():
+        ends = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
+        for end in ends.get(kind, ("",)):
+            found[name + end] = {*labels.split(","), *(["le"] if end == "_bucket" else [])}
+    return found
+
+
+def test_every_metric_of_the_dashboard_exists() -> None:
+    """Names and labels in its queries are those of the golden list of metrics."""
+    exposed = _series()
+    own = {"job", "instance"}
+    for query in _queries():
+        names = set(re.findall(r"sluice_\w+", query))
+        assert names <= exposed.keys(), query
+        kept = {each for by in re.findall(r" by \(([^)]*)\)", query) for each in by.split(", ")}
+        matched = set(re.findall(r"(\w+)(?:=|!=|=~|!~)\"", query))
+        known = set.intersection(*(exposed[name] for name in names)) if names else set()
+        assert (kept | matched) - own <= known, query
+
+
 def test_every_state_has_a_colour() -> None:
     """The state panel knows the states that the service has, and no others."""
     assert list(dashboard.STATES) == [state.value for state in State]
@@ -222,6 +251,16 @@ def _generated(name: str) -> str:
 def test_the_readme_lists_the_settings_there_are() -> None:
     """The table is what `service.settings.table()` gives; paste it anew after a change."""
     assert _generated("settings") == settings.table()
+
+
+def test_the_readme_lists_the_metrics_there_are() -> None:
+    """The table has each metric of the golden list under the name that Prometheus stores."""
+    rows = ["| metric | type | labels | meaning |", "|---|---|---|---|"]
+    for name, kind, labels, meaning in _metrics():
+        end = "_total" if kind == "counter" else ""
+        named = "" if labels == "-" else labels.replace(",", ", ")
+        rows.append(f"| `{name}{end}` | {kind} | {named} | {meaning} |")
+    assert _generated("metrics") == "\n".join(rows) + "\n"
 
 
 def test_the_readme_points_to_files_that_exist() -> None:
