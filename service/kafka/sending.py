@@ -1,0 +1,238 @@
+"""One queue for each output partition, one batch of it under way: order without waiting.
+
+Whoever hands outputs over need not wait, and never overtakes itself: what is handed over behind
+a batch stays here until that batch is settled. If it fails, everything queued behind it fails
+with it and nothing of it has left. aiokafka sends one batch a partition at a time as well, so
+this costs no throughput.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from aiokafka import TopicPartition
+from aiokafka.errors import (
+    InvalidTimestampError,
+    KafkaError,
+    MessageSizeTooLargeError,
+    RecordListTooLargeError,
+)
+
+from service.core.errors import OutputTooLarge, PublishFailed, SluiceError
+from service.kafka.producers import Output, Producers
+
+LINGER_S = 0.005
+"""Before a batch leaves: short against a call to a model, long enough to fill requests."""
+TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
+"""How brokers refuse a batch whose size is above the topic's limit, whichever record it was."""
+
+log = logging.getLogger(__name__)
+
+
+class Handover:
+    """The outputs of one message: settled when all are acknowledged, failed when one is."""
+
+    __slots__ = ("future", "on_failure", "open")
+
+    def __init__(self, outputs: int, on_failure: Callable[[], None]) -> None:
+        self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.open = outputs
+        self.on_failure = on_failure
+
+    def acknowledged(self) -> None:
+        self.open -= 1
+        if not self.open and not self.future.done():
+            self.future.set_result(None)
+
+    def fail(self, error: SluiceError) -> None:
+        """Does nothing where it is settled, or where nobody waits for it any more."""
+        if self.future.done():
+            return
+        if isinstance(error, PublishFailed):
+            self.on_failure()
+        self.future.set_exception(error)
+        self.future.exception()  # a lane that was dropped hears of it from nobody: no complaint
+
+
+@dataclass(slots=True)
+class Waiting:
+    """One output in its queue; `alone` after a refusal, to find out whose fault it was."""
+
+    output: Output
+    handover: Handover
+    alone: bool = False
+
+
+class OutputQueue:
+    """What waits for one output partition, and since when its present batch is under way."""
+
+    __slots__ = ("running", "since_s", "waiting")
+
+    def __init__(self) -> None:
+        self.waiting: deque[Waiting] = deque()
+        self.running = False
+        self.since_s: float | None = None
+
+    def take(self, size_max: int) -> list[Waiting]:
+        """The next batch, in order; what has failed or was withdrawn meanwhile is left out."""
+        batch: list[Waiting] = []
+        size = 0
+        while self.waiting:
+            each = self.waiting[0]
+            if each.handover.future.done():
+                self.waiting.popleft()
+                continue
+            size += each.output.size_bytes
+            if batch and (each.alone or batch[0].alone or size > size_max):
+                break
+            batch.append(self.waiting.popleft())
+        return batch
+
+
+class Sending:
+    """The queues, and the tasks that empty them."""
+
+    def __init__(
+        self,
+        producers: Producers,
+        batch_max_bytes: Callable[[str], int],
+        refused: Callable[[str, int], None],
+        deadline_s: float,
+        group: asyncio.TaskGroup,
+    ) -> None:
+        self._producers = producers
+        self._batch_max_bytes = batch_max_bytes
+        self._refused = refused
+        self._deadline_s = deadline_s
+        self._group = group
+        self._queues: dict[TopicPartition, OutputQueue] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def hand_over(
+        self, outputs: Sequence[tuple[int, Output]], on_failure: Callable[[], None]
+    ) -> asyncio.Future[None]:
+        """Take outputs with their partitions, in order, without waiting.
+
+        The future ends when all are acknowledged. Cancelling it withdraws what has not left yet.
+        """
+        handover = Handover(len(outputs), on_failure)
+        for partition, output in outputs:
+            where = TopicPartition(output.topic, partition)
+            queue = self._queues.get(where)
+            if queue is None:
+                queue = self._queues[where] = OutputQueue()
+            queue.waiting.append(Waiting(output, handover))
+            if not queue.running:
+                self._run(where, queue)
+        return handover.future
+
+    @property
+    def unacknowledged_s(self) -> float:
+        """How long the oldest batch under way has been waiting; 0 if there is none."""
+        started = [q.since_s for q in self._queues.values() if q.since_s is not None]
+        return asyncio.get_running_loop().time() - min(started) if started else 0.0
+
+    async def stop(self, flush_timeout_s: float) -> bool:
+        """Give what is queued this long, then fail the rest; whether nothing was left."""
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=flush_timeout_s)
+        left = set(self._tasks)
+        for task in left:
+            task.cancel()
+        return not left
+
+    def _run(self, where: TopicPartition, queue: OutputQueue) -> None:
+        queue.running = True
+        task = self._group.create_task(self._empty(where, queue))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _empty(self, where: TopicPartition, queue: OutputQueue) -> None:
+        batch: list[Waiting] = []
+        try:
+            await asyncio.sleep(LINGER_S)
+            while batch := queue.take(self._batch_max_bytes(where.topic)):
+                queue.since_s = asyncio.get_running_loop().time()
+                await self._send(where, queue, batch)
+                queue.since_s = None
+                await asyncio.sleep(LINGER_S)
+        finally:
+            queue.running, queue.since_s = False, None
+            # Empty but for a cancelled task: those were never acknowledged.
+            _fail([*batch, *queue.waiting], f"{_name(where)}: the sink was stopped")
+
+    async def _send(
+        self, where: TopicPartition, queue: OutputQueue, batch: Sequence[Waiting]
+    ) -> None:
+        """Settle a batch: acknowledged, put back to be tried otherwise, or failed."""
+        try:
+            producer = await self._producers.open()
+        except PublishFailed as error:
+            _fail_all(queue, batch, f"{_name(where)}: {error}")
+            return
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                await producer.send(where, [each.output for each in batch])
+        except TimeoutError:
+            why = f"{_name(where)}: not acknowledged within {self._deadline_s:g} s"
+            self._producers.cut_off(producer, why)
+            _fail_all(queue, batch, why)
+        except KafkaError as error:
+            why = f"{_name(where)}: {type(error).__name__}"
+            self._producers.distrust(producer, why)
+            self._settle_refused(where, queue, batch, error)
+        else:
+            for each in batch:
+                each.handover.acknowledged()
+        finally:
+            self._producers.release(producer)
+
+    def _settle_refused(
+        self,
+        where: TopicPartition,
+        queue: OutputQueue,
+        batch: Sequence[Waiting],
+        error: KafkaError,
+    ) -> None:
+        """A refused batch says nothing of the single record: they go again one by one."""
+        if isinstance(error, TOO_LARGE):
+            self._refused(where.topic, sum(each.output.size_bytes for each in batch))
+            if len(batch) > 1:
+                _put_back(queue, batch)
+            else:
+                batch[0].handover.fail(_too_large(batch[0].output))
+        elif isinstance(error, InvalidTimestampError) and batch[0].output.timestamp_ms is not None:
+            # The topic bounds how far a timestamp may lie from now, and input has others.
+            if len(batch) == 1:
+                batch[0].output = replace(batch[0].output, timestamp_ms=None)
+            _put_back(queue, batch)
+        else:
+            _fail_all(queue, batch, f"{_name(where)}: {type(error).__name__}")
+
+
+def _put_back(queue: OutputQueue, batch: Sequence[Waiting]) -> None:
+    for each in reversed(batch):
+        each.alone = True
+        queue.waiting.appendleft(each)
+
+
+def _fail_all(queue: OutputQueue, batch: Sequence[Waiting], why: str) -> None:
+    """Nothing that was handed over later may land before these are sent again."""
+    behind, queue.waiting = queue.waiting, deque()
+    _fail([*batch, *behind], why)
+
+
+def _fail(those: Sequence[Waiting], why: str) -> None:
+    for each in those:
+        each.handover.fail(PublishFailed(why))
+
+
+def _too_large(output: Output) -> SluiceError:
+    text = f"topic {output.topic} does not take a record of {output.size_bytes} bytes"
+    return PublishFailed(text) if output.must_fit else OutputTooLarge(text)
+
+
+def _name(where: TopicPartition) -> str:
+    return f"{where.topic}[{where.partition}]"

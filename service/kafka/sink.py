@@ -1,0 +1,276 @@
+"""Outcomes into Kafka: records to the output topic, rejected messages to the dead letters.
+
+What is sent stands here; in which order and how safely in `sending.py` and `producers.py`.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable
+from typing import assert_never
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
+from aiokafka.partitioner import DefaultPartitioner
+
+from service.core.errors import OutputTooLarge, PublishFailed, SluiceError
+from service.core.messages import (
+    Extracted,
+    Message,
+    Outcome,
+    Passed,
+    Rejected,
+    Skipped,
+)
+from service.kafka.codecs import HeaderList, record_headers, tombstone_headers
+from service.kafka.connection import client_options, reach, stop_for, within
+from service.kafka.dead_letters import smaller
+from service.kafka.lane_failures import LaneFailures
+from service.kafka.producers import BATCH_MAX_BYTES, Output, Producers
+from service.kafka.sending import Sending
+from service.kafka.sizes import TopicSizes, ask_broker, size_alone
+from service.settings import Settings
+
+DISCOVERY_TIMEOUT_S = 3.0
+"""At the start, for a topic's partitions: a topic that exists is found in one answer."""
+FLUSH_TIMEOUT_S = 5.0
+"""At the stop: the pipeline has drained before, so that there is nothing left as a rule."""
+DEADLINE_FACTOR = 2
+"""Of the request timeout: a request that hangs is given up and sent again once, safely, by the
+client; after that the producer is taken for wedged (aiokafka #1017) and replaced."""
+HELD_LOG_EVERY_S = 60.0
+"""A dead letter that fits nowhere is tried for ever and complained about this often."""
+
+log = logging.getLogger(__name__)
+
+
+class KafkaSink:
+    """Publishes outcomes; each is acknowledged by all in-sync replicas or fails.
+
+    `start` and `stop` belong to one task: between them a task group is open in it, and an
+    exception that nobody foresaw cancels it.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._output_topic = settings.output.topic
+        self._dead_letter_topic = settings.dead_letters.topic
+        self._sizes = TopicSizes(lambda topic: ask_broker(topic, self._create_admin))
+        self._partitioner = DefaultPartitioner()
+        self._failures = LaneFailures(settings.delivery.ordering)
+        self._handed_over = 0
+        self._held_logged_s = -HELD_LOG_EVERY_S
+        self._started = False
+        self._group = asyncio.TaskGroup()
+        request_timeout_s = settings.kafka.request_timeout_s
+        self._producers = Producers(self._create_producer, request_timeout_s, self._group)
+        self._sending = Sending(
+            self._producers,
+            batch_max_bytes=lambda topic: min(BATCH_MAX_BYTES, self._sizes.known(topic)),
+            refused=self._sizes.refused,
+            deadline_s=DEADLINE_FACTOR * request_timeout_s,
+            group=self._group,
+        )
+
+    @property
+    def unacknowledged(self) -> int:
+        """Messages handed over whose outcome is neither acknowledged nor failed."""
+        return self._handed_over
+
+    @property
+    def blocked_s(self) -> float:
+        """How long the oldest batch under way has been waiting for its acknowledgement."""
+        return self._sending.unacknowledged_s
+
+    async def start(self) -> None:
+        """Connect and see that both topics are there; raises `CannotRun` within seconds.
+
+        A broker that creates topics by itself may do so here: then they are there.
+        """
+        await self._group.__aenter__()
+        self._started = True
+        try:
+            await self._find_topics()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Flush and close, within 20 s; what is not acknowledged by then has failed."""
+        if not self._started:
+            return
+        self._started = False
+        flushed = await self._sending.stop(FLUSH_TIMEOUT_S)
+        await self._producers.close(flush=flushed)
+        await self._group.__aexit__(None, None, None)
+
+    async def publish(self, message: Message, outcome: Outcome) -> Awaitable[None]:
+        """Hand an outcome over; waits only where a size has to be looked up.
+
+        The awaitable raises `PublishFailed` (nothing of this lane that was handed over later
+        has landed in the same output partition, or will before this is sent again) or
+        `OutputTooLarge` (of a message with several records some may be there: brokers refuse
+        what they did not tell before). Cancelling it withdraws what has not left yet; what has
+        left may still land. `publish` itself cancelled has handed over nothing.
+        """
+        try:
+            outputs = await self._outputs(message, outcome)
+            if not outputs:
+                return _settled(None)
+            self._failures.let_pass(message)
+            placed = [(self._place(message, each), each) for each in outputs]
+        except PublishFailed as error:
+            self._failures.add(message)
+            return _settled(error)
+        except OutputTooLarge as error:
+            return _settled(error)
+        future = self._sending.hand_over(placed, lambda: self._failures.add(message))
+        self._handed_over += 1
+        future.add_done_callback(self._settle)
+        return future
+
+    async def _outputs(self, message: Message, outcome: Outcome) -> list[Output]:
+        match outcome:
+            case Extracted():
+                return await self._fitting(self._records(message, outcome))
+            case Passed():
+                headers = tombstone_headers(message)
+                return await self._fitting([self._output(message, message.key, None, headers)])
+            case Rejected():
+                return [await self._dead_letter(message, outcome)]
+            case Skipped():
+                return []
+            case _:
+                assert_never(outcome)
+
+    def _records(self, message: Message, extracted: Extracted) -> list[Output]:
+        return [
+            self._output(
+                message,
+                message.key if record.key is None else record.key,
+                record.json,
+                record_headers(message, extracted, index),
+            )
+            for index, record in enumerate(extracted.records)
+        ]
+
+    def _output(
+        self, message: Message, key: bytes | None, value: bytes | None, headers: HeaderList
+    ) -> Output:
+        # Kafka writes -1 where a producer gave no timestamp.
+        keep = self._settings.output.timestamp == "input" and message.timestamp_ms >= 0
+        timestamp_ms = message.timestamp_ms if keep else None
+        size = size_alone(key, value, headers)
+        return Output(self._output_topic, key, value, headers, timestamp_ms, size)
+
+    async def _fitting(self, outputs: list[Output]) -> list[Output]:
+        """All of them or none: a message is not published in part where sizes are known."""
+        largest = max((each.size_bytes for each in outputs), default=0)
+        topic = self._output_topic
+        own_max = self._settings.output.message_max_bytes
+        if largest > own_max:
+            raise OutputTooLarge(
+                f"a record of {largest} bytes; output.message_max_bytes is {own_max}"
+            )
+        if largest > self._sizes.known(topic) and largest > await self._sizes.fresh(topic):
+            raise OutputTooLarge(
+                f"a record of {largest} bytes; topic {topic} takes {self._sizes.known(topic)}"
+            )
+        return outputs
+
+    async def _dead_letter(self, message: Message, rejected: Rejected) -> Output:
+        """The largest that the topic takes; `output.message_max_bytes` is not asked here.
+
+        A dead letter that is too large without answer and detail is held, never dropped.
+        """
+        topic = self._dead_letter_topic
+        group = self._settings.kafka.group_id
+        size = 0
+        for letter in smaller(message, rejected, group, int(time.time() * 1000)):
+            size = size_alone(letter.key, letter.value, letter.headers)
+            if size <= self._sizes.known(topic) or size <= await self._sizes.fresh(topic):
+                return Output(
+                    topic, letter.key, letter.value, letter.headers, None, size, must_fit=True
+                )
+        self._complain_of_held(message, size)
+        raise PublishFailed(f"a dead letter of {size} bytes does not fit topic {topic}")
+
+    def _complain_of_held(self, message: Message, size: int) -> None:
+        now_s = time.monotonic()
+        if now_s - self._held_logged_s >= HELD_LOG_EVERY_S:
+            self._held_logged_s = now_s
+            log.error(
+                "the dead letter of %s needs %d bytes and topic %s takes %d: it is held until"
+                " max.message.bytes of that topic is raised",
+                message.coordinates,
+                size,
+                self._dead_letter_topic,
+                self._sizes.known(self._dead_letter_topic),
+            )
+
+    def _place(self, message: Message, output: Output) -> int:
+        """The output partition: by key as Java's producers choose it, else spread evenly.
+
+        Without a key, `ordering: partition` keeps an input partition together. The choice
+        depends on the message alone, so that a repetition goes where it went before.
+        """
+        partitions = self._producers.partitions(output.topic)
+        if not partitions:
+            raise PublishFailed(f"the partitions of topic {output.topic} are not known now")
+        if output.key is not None:
+            chosen: int = self._partitioner(output.key, partitions, partitions)
+            return chosen
+        spread = message.partition.partition
+        if self._settings.delivery.ordering != "partition":
+            spread += message.offset
+        return partitions[spread % len(partitions)]
+
+    def _settle(self, future: asyncio.Future[None]) -> None:
+        self._handed_over -= 1
+
+    async def _find_topics(self) -> None:
+        kafka = self._settings.kafka
+        await reach(kafka)
+        try:
+            producer = await self._producers.open()
+        except PublishFailed as error:
+            raise stop_for(error.__cause__ or error, kafka) from error
+        for topic in dict.fromkeys((self._output_topic, self._dead_letter_topic)):
+            try:
+                await within(DISCOVERY_TIMEOUT_S, producer.discover(topic))
+            except TimeoutError as error:
+                raise stop_for(UnknownTopicOrPartitionError(), kafka, topic) from error
+            except KafkaError as error:
+                raise stop_for(error, kafka, topic) from error
+            self._producers.partitions(topic)
+            await self._sizes.fresh(topic)
+
+    def _create_producer(self) -> AIOKafkaProducer:
+        return AIOKafkaProducer(
+            **client_options(self._settings.kafka),
+            enable_idempotence=True,
+            acks="all",
+            transactional_id=None,
+            key_serializer=None,
+            value_serializer=None,
+            # Sizes stay predictable: topics limit the compressed batch.
+            compression_type=None,
+            max_batch_size=2 * BATCH_MAX_BYTES,  # batches are cut by us, never here
+            max_request_size=self._settings.output.message_max_bytes,
+            linger_ms=0,  # `sending.py` lingers
+            partitioner=self._partitioner,
+        )
+
+    def _create_admin(self) -> AIOKafkaAdminClient:
+        return AIOKafkaAdminClient(**client_options(self._settings.kafka))
+
+
+def _settled(error: SluiceError | None) -> Awaitable[None]:
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
+        future.exception()  # whoever is gone meanwhile hears of it from nobody: no complaint
+    return future

@@ -1,0 +1,516 @@
+"""The Kafka sink on an embedded broker and on a real Kafka."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+import pytest
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+
+from service.core.errors import CannotRun, OutputTooLarge, PublishFailed
+from service.core.messages import (
+    Extracted,
+    Message,
+    Outcome,
+    Partition,
+    Passed,
+    Provenance,
+    Reason,
+    Record,
+    Rejected,
+    Skipped,
+)
+from service.demo.broker import EmbeddedBroker
+from service.kafka import sink as sink_module
+from service.kafka import sizes as sizes_module
+from service.kafka.sink import KafkaSink
+from service.kafka.sizes import size_alone
+from service.settings import Settings
+from tests.support.kafka import KafkaUnavailable, RealKafka, fetch_jars
+from tests.support.topics import Read, admin, create_topic, produce, read_topic, unique_name
+
+PROVENANCE = Provenance("small", "p1", "s1", calls=1, tokens_input=10, tokens_output=4)
+NOW_MS = int(time.time() * 1000)
+
+
+@dataclass(frozen=True)
+class Kafka:
+    """A broker with topics for one test."""
+
+    servers: str
+    output: str
+    dead_letters: str
+
+    def settings(self, **sections: dict[str, object]) -> Settings:
+        own: dict[str, dict[str, object]] = {
+            "kafka": {"bootstrap_servers": self.servers, "request_timeout_s": 5},
+            "output": {"topic": self.output},
+            "dead_letters": {"topic": self.dead_letters},
+        }
+        for name, section in sections.items():
+            own[name] = {**own.get(name, {}), **section}
+        return Settings.model_validate(own)
+
+    @asynccontextmanager
+    async def sink(self, **sections: dict[str, object]) -> AsyncIterator[KafkaSink]:
+        sink = KafkaSink(self.settings(**sections))
+        await sink.start()
+        try:
+            yield sink
+        finally:
+            await sink.stop()
+            assert sink.unacknowledged == 0
+
+    async def outputs(self) -> list[Read]:
+        return await read_topic(self.servers, self.output)
+
+    async def letters(self) -> list[Read]:
+        return await read_topic(self.servers, self.dead_letters)
+
+
+async def real(servers: str, **config: str) -> Kafka:
+    kafka = Kafka(servers, unique_name("records"), unique_name("dead"))
+    limits = {name.replace("_", "."): value for name, value in config.items()}
+    await create_topic(servers, kafka.output, 3, config=limits)
+    await create_topic(servers, kafka.dead_letters, 2)
+    return kafka
+
+
+@pytest.fixture(params=["mock", pytest.param("real", marks=pytest.mark.real_kafka)])
+async def kafka(request: pytest.FixtureRequest) -> Kafka:
+    if request.param == "real":
+        return await real(request.getfixturevalue("real_kafka"))
+    broker: EmbeddedBroker = request.getfixturevalue("mock_kafka")
+    broker.create_topic("records", 3)
+    broker.create_topic("dead", 2)
+    return Kafka(broker.bootstrap_servers, "records", "dead")
+
+
+def message(offset: int = 0, key: bytes | None = b"k", value: bytes | None = b"text") -> Message:
+    return Message(Partition("in", 0), offset, 1, key, value, (("own", b"1"),), NOW_MS - 9_000)
+
+
+def extracted(*values: bytes | Record) -> Extracted:
+    records = tuple(v if isinstance(v, Record) else Record(v) for v in values)
+    return Extracted(records, PROVENANCE, "answer-1")
+
+
+async def publish_all(
+    sink: KafkaSink, pairs: Iterable[tuple[Message, Outcome]]
+) -> list[BaseException | None]:
+    """Hands all over without waiting, then says how each ended."""
+    waiting = [await sink.publish(which, outcome) for which, outcome in pairs]
+    return [await ending(each) for each in waiting]
+
+
+async def ending(waiting: Awaitable[None]) -> BaseException | None:
+    try:
+        await asyncio.wait_for(asyncio.shield(as_future(waiting)), 30)
+    except (PublishFailed, OutputTooLarge) as error:
+        return error
+    return None
+
+
+def as_future(waiting: Awaitable[None]) -> "asyncio.Future[None]":
+    assert isinstance(waiting, asyncio.Future)
+    return waiting
+
+
+def by_key(reads: Sequence[Read]) -> dict[bytes | None, list[int]]:
+    """Source offsets of each key in the order of their first appearance."""
+    found: dict[bytes | None, dict[int, None]] = defaultdict(dict)
+    for read in reads:
+        found[read.key].setdefault(int(read.header["sluice.source.offset"]))
+    return {key: list(offsets) for key, offsets in found.items()}
+
+
+# --- what is written ---------------------------------------------------------------------------
+
+
+async def test_records_arrive_with_key_headers_and_the_inputs_timestamp(kafka: Kafka) -> None:
+    """Each record is the value as it is, keyed as the input, with its origin in headers."""
+    async with kafka.sink() as sink:
+        assert await publish_all(sink, [(message(7), extracted(b'{"a":1}', b'{"a":2}'))]) == [None]
+    first, second = await kafka.outputs()
+    assert (first.key, first.value) == (b"k", b'{"a":1}')
+    assert (second.key, second.value) == (b"k", b'{"a":2}')
+    assert first.headers[0] == ("own", b"1")
+    assert first.timestamp_ms == NOW_MS - 9_000
+    header = dict(second.headers)
+    assert header["sluice.id"] == b"in:0:7:1"
+    assert header["sluice.record.count"] == b"2"
+
+
+async def test_the_timestamp_can_be_now(kafka: Kafka) -> None:
+    """With `output.timestamp: now` it is the time of writing."""
+    async with kafka.sink(output={"timestamp": "now"}) as sink:
+        await publish_all(sink, [(message(), extracted(b"{}"))])
+    (read,) = await kafka.outputs()
+    assert abs(read.timestamp_ms - time.time() * 1000) < 60_000
+    assert read.timestamp_ms > NOW_MS - 9_000
+
+
+async def test_the_output_partition_follows_the_key_as_everywhere(kafka: Kafka) -> None:
+    """The same key lands where any other client's default partitioner puts it."""
+    keys = [b"key-%d" % n for n in range(12)]
+    elsewhere = await produce(kafka.servers, kafka.output, [(key, b"{}") for key in keys])
+    async with kafka.sink() as sink:
+        await publish_all(sink, [(message(n, key), extracted(b"{}")) for n, key in enumerate(keys)])
+    ours = {r.key: r.partition for r in await kafka.outputs() if r.headers}
+    assert {key: partition for key, (partition, _) in zip(keys, elsewhere, strict=True)} == ours
+
+
+async def test_a_records_own_key_goes_before_the_messages(kafka: Kafka) -> None:
+    """With `output.key_field` each record has its own key; none means the message's."""
+    outcome = extracted(Record(b"1", b"own"), Record(b"2"), Record(b"3", b""))
+    async with kafka.sink() as sink:
+        await publish_all(sink, [(message(), outcome)])
+    assert {(b"own", b"1"), (b"k", b"2"), (b"", b"3")} == {
+        (r.key, r.value) for r in await kafka.outputs()
+    }
+
+
+async def test_messages_without_a_key_are_spread_or_kept_by_partition(kafka: Kafka) -> None:
+    """Keyless output spreads over partitions; with partition order it stays on one."""
+    for ordering, partitions in (("key", {0, 1, 2}), ("partition", {0})):
+        values = [f"{ordering}-{n}".encode() for n in range(9)]
+        async with kafka.sink(delivery={"ordering": ordering}) as sink:
+            await publish_all(
+                sink, [(message(n, None), extracted(v)) for n, v in enumerate(values)]
+            )
+        assert partitions == {r.partition for r in await kafka.outputs() if r.value in values}
+
+
+async def test_nothing_to_publish_is_done_at_once(kafka: Kafka) -> None:
+    """Skipped and an empty list of records end without a Kafka record."""
+    async with kafka.sink() as sink:
+        for outcome in (Skipped(), extracted()):
+            assert as_future(await sink.publish(message(), outcome)).done()
+    assert await kafka.outputs() == []
+
+
+async def test_a_tombstone_is_handed_on(kafka: Kafka) -> None:
+    """Passed writes the key without a value, with its origin, to the output topic."""
+    async with kafka.sink() as sink:
+        await publish_all(sink, [(message(value=None), Passed())])
+    (read,) = await kafka.outputs()
+    assert (read.key, read.value) == (b"k", None)
+    assert read.header["sluice.id"] == "in:0:0:0"
+
+
+async def test_a_dead_letter_is_the_message_and_why(kafka: Kafka) -> None:
+    """Key, value and headers byte for byte, the reason in headers, the timestamp now."""
+    which = replace(message(5, None, b"\xff\x00"), headers=(("own", b"\xff"), ("own", None)))
+    async with kafka.sink() as sink:
+        assert await publish_all(sink, [(which, Rejected(Reason.UNDECODABLE, "not UTF-8"))]) == [
+            None
+        ]
+    (read,) = await kafka.letters()
+    assert (read.key, read.value) == (None, b"\xff\x00")
+    assert which.headers == read.headers[:2]
+    header = dict(read.headers)
+    assert header["sluice.error.reason"] == b"undecodable"
+    assert header["__dlq.errors.offset"] == b"5"
+    assert header["__dlq.errors.group"] == b"sluice"
+    assert read.timestamp_ms > NOW_MS - 5_000
+    assert await kafka.outputs() == []
+
+
+async def test_a_rejected_tombstone_without_key_can_be_written_too(kafka: Kafka) -> None:
+    """Neither key nor value is still a dead letter."""
+    async with kafka.sink() as sink:
+        rejected = Rejected(Reason.USER_CODE, "")
+        assert await publish_all(sink, [(message(key=None, value=None), rejected)]) == [None]
+    assert len(await kafka.letters()) == 1
+
+
+# --- order -------------------------------------------------------------------------------------
+
+
+async def test_order_within_a_key_with_many_lanes(kafka: Kafka) -> None:
+    """Lanes that hand over without waiting keep their order, and nothing is doubled."""
+    lanes = [[message(100 * lane + n, b"%d" % lane) for n in range(25)] for lane in range(40)]
+
+    async def run(sink: KafkaSink, lane: list[Message]) -> list[Awaitable[None]]:
+        waiting = []
+        for which in lane:
+            waiting.append(await sink.publish(which, extracted(b"1", b"2")))
+            await asyncio.sleep(0)
+        return waiting
+
+    async with kafka.sink() as sink, asyncio.TaskGroup() as group:
+        tasks = [group.create_task(run(sink, lane)) for lane in lanes]
+        for task in tasks:
+            for waiting in await task:
+                assert await ending(waiting) is None
+    found = await kafka.outputs()
+    assert len(found) == 40 * 25 * 2
+    assert {lane[0].key: [m.offset for m in lane] for lane in lanes} == by_key(found)
+
+
+async def test_records_of_one_message_stand_together(kafka: Kafka) -> None:
+    """Several records of a message are consecutive in their partition."""
+    pairs = [(message(n, b"%d" % (n % 7)), extracted(b"0", b"1", b"2")) for n in range(60)]
+    async with kafka.sink() as sink:
+        await publish_all(sink, pairs)
+    found = [r.header["sluice.record.index"] for r in await kafka.outputs()]
+    assert found == ["0", "1", "2"] * 60
+
+
+async def test_cancelling_withdraws_what_has_not_left(kafka: Kafka) -> None:
+    """A cancelled awaitable takes its message out of the queue; the others go on."""
+    async with kafka.sink() as sink:
+        first = await sink.publish(message(1), extracted(b"1"))
+        second = await sink.publish(message(2), extracted(b"2"))
+        as_future(second).cancel()
+        third = await sink.publish(message(3), extracted(b"3"))
+        assert [await ending(first), await ending(third)] == [None, None]
+    assert [r.value for r in await kafka.outputs()] == [b"1", b"3"]
+
+
+# --- size --------------------------------------------------------------------------------------
+
+
+async def test_larger_than_the_setting_is_too_large_as_a_whole(kafka: Kafka) -> None:
+    """One record above `output.message_max_bytes`: none of the message, all of the others."""
+    async with kafka.sink(output={"message_max_bytes": 5_000}) as sink:
+        ends = await publish_all(
+            sink,
+            [
+                (message(0), extracted(b"a")),
+                (message(1), extracted(b"b", b"x" * 6_000)),
+                (message(2), extracted(b"c")),
+            ],
+        )
+    assert [type(None), OutputTooLarge, type(None)] == [type(each) for each in ends]
+    assert [r.value for r in await kafka.outputs()] == [b"a", b"c"]
+
+
+@pytest.mark.real_kafka
+async def test_the_topics_limit_is_met_to_the_byte(real_kafka: str) -> None:
+    """A record as large as the topic takes is published, one byte more is too large."""
+    kafka = await real(real_kafka, max_message_bytes="3000")
+    which = message(0)
+    async with kafka.sink() as sink:
+        await publish_all(sink, [(which, extracted(b""))])
+        (probe,) = await kafka.outputs()
+        room = 3_000 - size_alone(b"k", b"x" * 200, list(probe.headers)) + 200
+        while size_alone(b"k", b"x" * room, list(probe.headers)) < 3_000:
+            room += 1
+        ends = await publish_all(
+            sink, [(which, extracted(b"x" * room)), (which, extracted(b"x" * (room + 1)))]
+        )
+    assert [type(None), OutputTooLarge] == [type(each) for each in ends]
+
+
+@pytest.mark.real_kafka
+@pytest.mark.parametrize("told", [True, False])
+async def test_only_the_guilty_one_is_too_large(
+    real_kafka: str, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    """Whether the brokers told their limit or refuse a whole batch: one fails, all others land."""
+    if not told:
+        monkeypatch.setattr(sink_module, "ask_broker", _tells_nothing)
+    kafka = await real(real_kafka, max_message_bytes="3000")
+    values = [b"%d" % n for n in range(30)]
+    values[12] = b"x" * 4_000
+    async with kafka.sink() as sink:
+        ends = await publish_all(sink, [(message(n), extracted(v)) for n, v in enumerate(values)])
+    assert [n for n, each in enumerate(ends) if isinstance(each, OutputTooLarge)] == [12]
+    assert [n for n, each in enumerate(ends) if each is not None] == [12]
+    assert values[:12] + values[13:] == [r.value for r in await kafka.outputs()]
+
+
+async def _tells_nothing(*_: object) -> None:
+    return None
+
+
+@pytest.mark.real_kafka
+@pytest.mark.parametrize("told", [True, False])
+async def test_a_dead_letter_shrinks_and_then_is_held(
+    real_kafka: str, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    """First the answer goes, then the detail; what is still too large waits for a larger topic."""
+    if not told:
+        monkeypatch.setattr(sink_module, "ask_broker", _tells_nothing)
+    monkeypatch.setattr(sizes_module, "REFRESH_S", 0.2)
+    kafka = await real(real_kafka)
+    await set_limit(kafka.servers, kafka.dead_letters, 2_000)
+    long = "x" * 1_700
+    cases = {
+        1: (message(1), Rejected(Reason.INVALID, "short", answer=long)),
+        2: (message(2), Rejected(Reason.INVALID, long, answer=long)),
+        3: (message(3, value=b"x" * 3_000), Rejected(Reason.INVALID, "short", answer="a")),
+    }
+    async with kafka.sink() as sink:
+        for case in (1, 2):
+            await until_published(sink, *cases[case])
+        held = await publish_all(sink, [cases[3]] * 3)
+        assert [PublishFailed] * 3 == [type(each) for each in held]
+        await set_limit(kafka.servers, kafka.dead_letters, 9_000)
+        await until_published(sink, *cases[3])
+    letters = {r.header["__dlq.errors.offset"]: r for r in await kafka.letters()}
+    assert "sluice.answer" not in letters["1"].header
+    assert letters["1"].header["sluice.error.detail"] == "short"
+    assert letters["2"].header["sluice.error.detail"] == ""
+    assert letters["3"].header["sluice.answer"] == "a"
+    assert letters["3"].value == b"x" * 3_000
+
+
+async def until_published(sink: KafkaSink, which: Message, outcome: Outcome) -> None:
+    """As the pipeline does: again and again, with a pause."""
+    for _ in range(50):
+        if await ending(await sink.publish(which, outcome)) is None:
+            return
+        await asyncio.sleep(0.1)
+    raise AssertionError("it was never published")
+
+
+async def set_limit(servers: str, topic: str, size: int) -> None:
+    config = {"max.message.bytes": str(size)}
+    async with admin(servers) as client:
+        await client.alter_configs([ConfigResource(ConfigResourceType.TOPIC, topic, config)])
+
+
+@pytest.mark.real_kafka
+async def test_a_timestamp_that_the_topic_refuses_becomes_now(real_kafka: str) -> None:
+    """A message from the far future does not hold its lane for ever, nor its neighbours."""
+    kafka = await real(real_kafka)
+    future = Message(Partition("in", 0), 1, 1, b"k", b"", (), NOW_MS + 30 * 86_400_000)
+    async with kafka.sink() as sink:
+        ends = await publish_all(
+            sink, [(w, extracted(b"1")) for w in (message(0), future, message(2))]
+        )
+    assert ends == [None] * 3
+    found = await kafka.outputs()
+    assert by_key(found)[b"k"] == [0, 1, 2]
+    assert NOW_MS - 5_000 < found[1].timestamp_ms < NOW_MS + 600_000
+
+
+# --- the start ---------------------------------------------------------------------------------
+
+
+async def test_without_a_broker_it_cannot_run() -> None:
+    """No broker: a sentence that names the address, within seconds, and nothing left behind."""
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{reserved.getsockname()[1]}"
+        sink = KafkaSink(Kafka(address, "records", "dead").settings())
+        with pytest.raises(CannotRun, match=address):
+            await sink.start()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+@pytest.mark.real_kafka
+@pytest.mark.parametrize("missing", ["output", "dead_letters"])
+async def test_without_a_topic_it_cannot_run(
+    real_kafka: str, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    """A missing topic: its name and the command that creates it."""
+    monkeypatch.setattr(sink_module, "DISCOVERY_TIMEOUT_S", 0.5)
+    kafka = await real(real_kafka)
+    sink = KafkaSink(kafka.settings(**{missing: {"topic": "not-there"}}))
+    with pytest.raises(CannotRun, match=r"not-there.*sluice topics create"):
+        await sink.start()
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+# --- brokers that fail -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own_broker() -> Iterator[RealKafka]:
+    """A real Kafka of this file's own: it is killed and stopped here."""
+    try:
+        fetch_jars()
+        broker = RealKafka()
+        broker.start()
+    except (KafkaUnavailable, OSError) as error:
+        pytest.skip(str(error))
+    yield broker
+    broker.remove()
+
+
+@contextlib.contextmanager
+def hanging(broker: RealKafka) -> Iterator[None]:
+    """The broker's process stands still: connections stay open, nobody answers."""
+    assert broker._process is not None
+    os.kill(broker._process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(broker._process.pid, signal.SIGCONT)
+
+
+async def run_lane(sink: KafkaSink, lane: Sequence[Message], pause_s: float) -> int:
+    """Publishes a lane as the pipeline does, only more eagerly: it notices failures late.
+
+    Returns how many sends failed. All of a round are handed over before the first is looked at.
+    """
+    failures = 0
+    while lane:
+        waiting = []
+        for which in lane:
+            waiting.append(await sink.publish(which, extracted(b"{}")))
+            await asyncio.sleep(pause_s)
+        ends = [await ending(each) for each in waiting]
+        lane = [which for which, end in zip(lane, ends, strict=True) if end is not None]
+        failures += len(lane)
+        await asyncio.sleep(0.1 if lane else 0)
+    return failures
+
+
+@pytest.mark.real_kafka
+@pytest.mark.parametrize("how", ["hangs", "is killed"])
+@pytest.mark.timeout(240)
+async def test_no_order_changes_when_the_broker_fails(own_broker: RealKafka, how: str) -> None:
+    """A broker that goes away in the middle: all is published, in order of first appearance."""
+    kafka = await real(own_broker.bootstrap_servers)
+    lanes = [[message(100 * lane + n, b"%d" % lane) for n in range(60)] for lane in range(20)]
+    async with kafka.sink(kafka={"request_timeout_s": 1}) as sink:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(run_lane(sink, lane, 0.02)) for lane in lanes]
+            await asyncio.sleep(0.4)
+            if how == "hangs":
+                with hanging(own_broker):
+                    await asyncio.sleep(4)
+            else:
+                await asyncio.to_thread(own_broker.kill)
+                await asyncio.sleep(3)
+                await asyncio.to_thread(own_broker.start)
+        assert sum(task.result() for task in tasks) > 0, "the broker came back too early"
+    assert {lane[0].key: [m.offset for m in lane] for lane in lanes} == by_key(
+        await kafka.outputs()
+    )
+
+
+@pytest.mark.real_kafka
+async def test_a_hanging_broker_fails_sends_and_stops_nobody(own_broker: RealKafka) -> None:
+    """A send fails within twice the request timeout; stopping then is bounded and clean."""
+    kafka = await real(own_broker.bootstrap_servers)
+    sink = KafkaSink(kafka.settings(kafka={"request_timeout_s": 1}))
+    await sink.start()
+    with hanging(own_broker):
+        began_s = time.monotonic()
+        first = await sink.publish(message(0), extracted(b"{}"))
+        behind = await sink.publish(message(1), extracted(b"{}"))
+        await asyncio.sleep(0.5)
+        assert 0.3 < sink.blocked_s < 1
+        assert sink.unacknowledged == 2
+        ends = [await ending(each) for each in (first, behind)]
+        assert [PublishFailed, PublishFailed] == [type(each) for each in ends]
+        assert 1.9 < time.monotonic() - began_s < 4
+        await sink.publish(message(0), extracted(b"{}"))
+        began_s = time.monotonic()
+        await sink.stop()
+        assert time.monotonic() - began_s < 20
+    assert sink.unacknowledged == 0
+    assert asyncio.all_tasks() == {asyncio.current_task()}
