@@ -48,6 +48,10 @@ PUBLISH_MARGIN_S = 10.0
 """What a drain needs beyond the calls: publishing their outcomes and one commit."""
 
 
+REBALANCE_MARGIN_S = 20.0
+"""What a rebalance needs beyond its drain: commits and joining again."""
+
+
 def _topic(name: str) -> str:
     if not re.fullmatch(r"[a-zA-Z0-9._-]{1,249}", name) or name in {".", ".."}:
         raise ValueError(
@@ -306,8 +310,10 @@ class Settings(BaseSettings):
     @property
     def rebalance_timeout_s(self) -> float:
         """How long the group waits for a member at a rebalance: the drain, one bounded commit and
-        the way to the broker."""
-        return self.delivery.rebalance_drain_s + 2 * self.kafka.request_timeout_s
+        the way to the broker, and at least the session."""
+        return max(
+            self.kafka.session_timeout_s, self.delivery.rebalance_drain_s + REBALANCE_MARGIN_S
+        )
 
     @classmethod
     def settings_customise_sources(

@@ -29,7 +29,7 @@ POLL_TURN_S = 60.0
 CALL_OVERDUE_S = 60.0
 """Each call has a deadline of its own; one that outlives it this long will never end."""
 
-UNSETTLED_MARGIN_S = 30.0
+UNSETTLED_MARGIN_S = 60.0
 """Above the group's own timeouts, so that a slow neighbour is not our fault."""
 
 CLOSE_S = 1.0
