@@ -32,7 +32,7 @@ from service.llm.answers import BrokenAnswer, Completion, read_completion
 from service.llm.failures import Failure, Refused, Transient, Unserviceable, from_status
 from service.llm.prompt import build_prompt
 from service.llm.records import load_record_type
-from service.llm.request import RequestTemplate
+from service.llm.request import RequestTemplate, shows_schema
 from service.settings import Settings
 
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
@@ -93,7 +93,11 @@ class OpenAIExtractor:
         )
         answer = self.record_type.answer
         prompt = build_prompt(
-            extraction.instructions, extraction.examples, answer, many=self.record_type.many
+            extraction.instructions,
+            extraction.examples,
+            answer,
+            many=self.record_type.many,
+            show_schema=shows_schema(extraction.mode, self._base_url),
         )
         self._request = RequestTemplate.build(prompt, answer, extraction, self._base_url)
         self._unspent = Provenance(

@@ -87,11 +87,23 @@ def _arguments(prompt: Prompt, extraction: ExtractionSettings, base_url: str) ->
     return arguments
 
 
+def shows_schema(mode: str, base_url: str) -> bool:
+    """Whether the prompt itself has to show the schema to the model.
+
+    OpenAI shows it the response format, and in the other modes instructor or the tools do. Most
+    other endpoints (llama.cpp, vLLM) only keep the answer within the schema: the model would
+    never read a field's description.
+    """
+    return mode == "json_schema" and not _is_openai(base_url)
+
+
 def _limit_name(base_url: str) -> str:
     """OpenAI's newer models refuse max_tokens; many other endpoints know nothing else."""
-    host = urlsplit(base_url).hostname or ""
-    new = host.endswith((".openai.com", ".openai.azure.com"))
-    return "max_completion_tokens" if new else "max_tokens"
+    return "max_completion_tokens" if _is_openai(base_url) else "max_tokens"
+
+
+def _is_openai(base_url: str) -> bool:
+    return (urlsplit(base_url).hostname or "").endswith((".openai.com", ".openai.azure.com"))
 
 
 def _with_strict(request: dict[str, Any]) -> dict[str, Any]:
