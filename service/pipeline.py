@@ -198,6 +198,10 @@ class Pipeline:
             intake.cancel()
             self._end()
 
+    @property
+    def stopping(self) -> bool:
+        return self._stopping
+
     def stop(self) -> None:
         """Take no more, finish what is in flight, commit, return from `run`."""
         self._stopping = True

@@ -1,0 +1,235 @@
+"""The life of the process: build, start, run, stop, in order; signals and the exit code.
+
+A first SIGTERM or SIGINT stops intake, drains and commits; a second one doesn't wait for what is
+in flight. Whatever was started is stopped in the reverse order, each with a bound of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import AsyncExitStack, contextmanager
+
+from prometheus_client import CollectorRegistry
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from service.core.errors import Stop, TransientFailure
+from service.core.events import Called, Event, Finished
+from service.core.messages import Partition
+from service.core.status import Status
+from service.kafka.codecs import decoder
+from service.kafka.sink import KafkaSink
+from service.kafka.source import KafkaSource
+from service.llm.extractor import OpenAIExtractor
+from service.pipeline import Bounds, Pipeline
+from service.settings import Settings, warnings
+from service.telemetry.logs import configured
+from service.telemetry.metrics import Metrics, StatusGauges, expose_process
+from service.telemetry.probes import Bounds as ProbeBounds
+from service.telemetry.probes import Probes
+
+log = logging.getLogger(__name__)
+
+PROGRESS_S = 0.2
+"""How often the progress bar is drawn anew."""
+
+
+def run(settings: Settings, *, until_caught_up: bool = False) -> int:
+    """Run until a signal, or until caught up; returns the exit code.
+
+    Raises `Stop` (wrong settings, no broker, no topic, refused credentials) with a sentence for
+    a person. What is unexpected is logged without texts of messages and gives 1.
+    """
+    registry = CollectorRegistry()
+    metrics = Metrics(registry, models=(settings.extraction.model,))
+    expose_process(registry)
+    with configured(settings.telemetry, metrics.log_line):
+        try:
+            return asyncio.run(_App(settings, registry, metrics).run(until_caught_up))
+        except Exception as error:  # the boundary of the process: nothing is printed raw
+            stop = _stop_in(error)
+            if stop is not None:
+                raise stop from None
+            log.critical("ended by an unexpected error", exc_info=True)
+            return 1
+
+
+class _App:
+    """Everything that one process is made of."""
+
+    def __init__(self, settings: Settings, registry: CollectorRegistry, metrics: Metrics) -> None:
+        self._settings, self._metrics = settings, metrics
+        self._summary = _Summary()
+        self._extractor = OpenAIExtractor(settings, self._observe)
+        self._sink = KafkaSink(settings)
+        self._source = KafkaSource(settings, self._observe)
+        self._pipeline = Pipeline(
+            self._source,
+            self._extractor,
+            self._sink,
+            decoder(settings.input),
+            bounds(settings),
+            observe=self._observe,
+            uniform=random.uniform,
+            wall_clock=time.time,
+        )
+        registry.register(StatusGauges(self.status))
+        self._probes = Probes(
+            settings.telemetry.host,
+            settings.telemetry.port,
+            registry,
+            self.status,
+            ProbeBounds.of(settings),
+        )
+        self._started = False
+
+    def status(self) -> Status:
+        return self._pipeline.status(self._source.group())
+
+    def _observe(self, event: Event) -> None:
+        self._metrics.observe(event)
+        self._summary.observe(event)
+
+    async def run(self, until_caught_up: bool) -> int:
+        """Start, work, stop; 0 when it ended as it should."""
+        for sentence in warnings(self._settings):
+            log.warning("%s", sentence)
+        with self._signals():
+            try:
+                async with AsyncExitStack() as started:
+                    await self._start(started)
+                    until = await self._source.ends() if until_caught_up else None
+                    self._started = True
+                    await self._work(until)
+            except asyncio.CancelledError:
+                if self._started:
+                    raise
+                log.info("stopped by a signal before it had started")
+        log.info("stopped: %s", self._summary)
+        return 0
+
+    async def _start(self, started: AsyncExitStack) -> None:
+        """From what is needed last at the stop to what is needed first."""
+        await started.enter_async_context(self._probes)
+        started.push_async_callback(self._extractor.stop)
+        await self._extractor.start()
+        await self._ask_the_model()
+        started.push_async_callback(self._sink.stop)
+        await self._sink.start()
+        started.push_async_callback(self._source.stop)
+        await self._source.start(self._pipeline)
+
+    async def _ask_the_model(self) -> None:
+        """Refused credentials end the start; an outage doesn't: it is waited out like any other."""
+        try:
+            warning = await self._extractor.check()
+        except TransientFailure as failure:
+            log.warning("the model's endpoint does not answer yet (%s); going on", failure.reason)
+        else:
+            if warning is not None:
+                log.warning("%s", warning)
+
+    async def _work(self, until: Mapping[Partition, int] | None) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            beside = [tasks.create_task(self._metrics.watch(self.status))]
+            if until is not None and sys.stderr.isatty():
+                beside.append(tasks.create_task(self._show_progress(until)))
+            await self._pipeline.run(until)
+            for task in beside:
+                task.cancel()
+
+    async def _show_progress(self, until: Mapping[Partition, int]) -> None:
+        """Messages finished of those that were there at the start, in the partitions held."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        first: dict[Partition, int] = {}
+        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+            task = progress.add_task("messages", total=None)
+            while True:
+                for partition, one in self.status().partitions.items():
+                    if one.next_offset is not None and partition in until:
+                        first.setdefault(partition, one.next_offset)
+                total = sum(max(0, until[partition] - at) for partition, at in first.items())
+                progress.update(task, total=total, completed=self._summary.finished)
+                await asyncio.sleep(PROGRESS_S)
+
+    # --- signals -------------------------------------------------------------------------------
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        loop, running = asyncio.get_running_loop(), asyncio.current_task()
+        assert running is not None, "runs inside a task"
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signalled, running)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def _signalled(self, running: asyncio.Task[object]) -> None:
+        if not self._started:
+            running.cancel()
+        elif not self._pipeline.stopping:
+            log.info("stopping: finishing what is in flight; a second signal does not wait for it")
+            self._pipeline.stop()
+        else:
+            log.warning("stopping at once")
+            self._pipeline.force()
+
+
+class _Summary:
+    """What a run came to, for its last line."""
+
+    def __init__(self) -> None:
+        self._outcomes: Counter[str] = Counter()
+        self._records = self._calls = self._tokens_input = self._tokens_output = 0
+
+    @property
+    def finished(self) -> int:
+        return self._outcomes.total()
+
+    def observe(self, event: Event) -> None:
+        if isinstance(event, Finished):
+            self._outcomes[event.outcome] += 1
+            self._records += event.records
+        elif isinstance(event, Called):
+            self._calls += 1
+            self._tokens_input += event.tokens_input
+            self._tokens_output += event.tokens_output
+
+    def __str__(self) -> str:
+        outcomes = ", ".join(f"{count} {word}" for word, count in self._outcomes.items())
+        return (
+            f"{self.finished} messages finished ({outcomes or 'none'}), {self._records} records, "
+            f"{self._calls} calls, {self._tokens_input} tokens in, {self._tokens_output} out"
+        )
+
+
+def bounds(settings: Settings) -> Bounds:
+    """The pipeline's bounds, from the settings."""
+    extraction, delivery = settings.extraction, settings.delivery
+    return Bounds(
+        concurrency=settings.limits.concurrency,
+        window=settings.window,
+        window_bytes=settings.limits.window_bytes,
+        ordering=delivery.ordering,
+        attempts_max=extraction.attempts_max,
+        call_deadline_s=(1 + extraction.reasks_max) * extraction.call_timeout_s,
+        commit_interval_s=delivery.commit_interval_s,
+        drain_timeout_s=delivery.drain_timeout_s,
+        rebalance_drain_s=delivery.rebalance_drain_s,
+    )
+
+
+def _stop_in(error: BaseException) -> Stop | None:
+    """The sentence for a person, where there is one: task groups wrap it."""
+    if isinstance(error, BaseExceptionGroup):
+        return next(filter(None, map(_stop_in, error.exceptions)), None)
+    return error if isinstance(error, Stop) else None
