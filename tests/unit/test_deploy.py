@@ -83,6 +83,18 @@ def test_containers_of_ours_are_locked_down() -> None:
         assert "privileged" not in one
 
 
+def test_every_topic_is_made_before_it_is_used() -> None:
+    """The input first, as outputs take its number of partitions; then whoever reads or writes."""
+    name = _environment()["SLUICE_INPUT__TOPICS"]
+    assert name in SERVICES["input-topic"]["command"]
+    assert name == SERVICES["producer"]["environment"]["PRODUCER_TOPIC"]
+    done = {"condition": "service_completed_successfully"}
+    assert SERVICES["topics"]["command"] == ["topics", "create"]
+    assert SERVICES["topics"]["depends_on"] == {"input-topic": done}
+    assert SERVICES["producer"]["depends_on"]["topics"] == done
+    assert SERVICES["sluice"]["depends_on"]["topics"] == done
+
+
 def test_ports_are_open_on_loopback_only() -> None:
     """Nothing that compose starts can be reached from another machine."""
     ports = [port for one in SERVICES.values() for port in one.get("ports", [])]
