@@ -21,9 +21,6 @@ from typing import Any, TypeAlias
 from service.core.events import CallResult
 from service.core.messages import Reason
 
-RETRY_AFTER_MAX_S = 3600.0
-"""A provider that asks for more is asked again after an hour: it may have been wrong."""
-
 
 @dataclass(frozen=True, slots=True)
 class Transient:
@@ -192,7 +189,7 @@ def retry_after_s(headers: Mapping[str, str], now_s: float | None = None) -> flo
         )
     if asked is None or not 0 < asked < float("inf"):
         return None
-    return min(asked, RETRY_AFTER_MAX_S)
+    return asked
 
 
 def _milliseconds(value: str | None) -> float | None:
