@@ -220,7 +220,7 @@ def text_of(record: logging.LogRecord) -> str:
 
 
 def named(error: BaseException) -> str:
-    """An exception's type, and its text where it is one of ours or the operating system's."""
+    """An exception's type, and its text where it is one of ours or cannot hold a message's."""
     kind = type(error)
     name = kind.__qualname__
     if kind.__module__ != "builtins":
@@ -229,6 +229,8 @@ def named(error: BaseException) -> str:
         return f"{name}: {error}"
     if isinstance(error, OSError) and isinstance(error.errno, int):
         return f"{name}: {os.strerror(error.errno)}"
+    if isinstance(error, ImportError) and error.name:
+        return f"{name}: {error.name}"
     return name
 
 

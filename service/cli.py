@@ -1,0 +1,164 @@
+"""The commands: what a person types, what is printed, and the exit code.
+
+0 done, 1 failed, 2 wrong settings. What a person can mend is a sentence on stderr; anything else
+keeps its frames, without texts that could hold a message's. The parts are imported by the command
+that needs them, so that `--help` does not wait for Kafka's and OpenAI's clients.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from service.settings import Settings
+
+FAILED, WRONG = 1, 2
+"""Exit codes; 0 is done."""
+
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", help="YAML file; without it sluice.yaml, where there is one."),
+]
+
+app = typer.Typer(
+    help="Text messages in, validated records out, on Kafka.",
+    epilog="Settings come from a YAML file and from the environment over it: SLUICE_KAFKA__GROUP_ID"
+    " is kafka.group_id. `sluice schema --settings` lists them all.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # they show local variables, messages among them
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+topics = typer.Typer(help="The output and dead letter topics.", no_args_is_help=True)
+app.add_typer(topics, name="topics")
+
+
+def main() -> None:
+    """What `sluice` and `python -m service` run; always raises `SystemExit`."""
+    from service.core.errors import Stop, WrongSettings
+
+    try:
+        app()
+    except WrongSettings as error:
+        _fail(str(error), WRONG)
+    except Stop as error:
+        _fail(str(error), FAILED)
+    except Exception as error:  # the boundary of the process: what is left is a fault of ours
+        from service.telemetry.logs import shown
+
+        _fail(shown(error), FAILED)
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    print(text, file=sys.stderr)
+    sys.exit(code)
+
+
+def _settings(config: Path | None) -> Settings:
+    from service.settings import load
+
+    return load(config, os.environ)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if show:
+        try:
+            print(version("kafka-sluice"))
+        except PackageNotFoundError:
+            print("unknown (run from a checkout)")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    config: Config = None,
+    until_caught_up: Annotated[
+        bool,
+        typer.Option("--until-caught-up", help="Stop at the end offsets seen at the start."),
+    ] = False,
+) -> None:
+    """Read, extract, publish, until SIGTERM or Ctrl-C (a second one does not wait)."""
+    settings = _settings(config)
+    from service.app import run as run_app
+
+    raise typer.Exit(run_app(settings, until_caught_up=until_caught_up))
+
+
+@app.command()
+def demo(
+    messages: Annotated[
+        int | None, typer.Option(min=1, help="End by itself after this many messages.")
+    ] = None,
+) -> None:
+    """See it work: an embedded Kafka and a small language model on this machine."""
+    from service.demo.app import demo as run_demo
+
+    raise typer.Exit(run_demo(messages))
+
+
+@app.command()
+def check(
+    config: Config = None,
+    call: Annotated[
+        bool, typer.Option("--call", help="Make one real call to the model (it costs a little).")
+    ] = False,
+) -> None:
+    """Look at settings, broker, topics, permissions, group and model: ✓, or what to do."""
+    settings = _settings(config)
+    from service.checks import check as run_check
+
+    raise typer.Exit(run_check(settings, call=call))
+
+
+@app.command()
+def schema(
+    config: Config = None,
+    settings: Annotated[
+        bool, typer.Option("--settings", help="Print the table of all settings (Markdown).")
+    ] = False,
+) -> None:
+    """Print the JSON schema of the record that extraction.record names."""
+    if settings:
+        from service.settings import table
+
+        print(table(), end="")
+        return
+    _print_schema(_settings(config))
+
+
+def _print_schema(settings: Settings) -> None:
+    import json
+
+    from service.llm.records import load_record_type
+
+    extraction = settings.extraction
+    record = load_record_type(extraction.record, extraction.cardinality, settings.output.key_field)
+    print(json.dumps(record.schema, indent=2, ensure_ascii=False))
+
+
+@topics.command("create")
+def create(
+    config: Config = None,
+    partitions: Annotated[
+        int | None,
+        typer.Option(min=1, help="Without it as many as the input has, so that order can hold."),
+    ] = None,
+    replication: Annotated[
+        int | None, typer.Option(min=1, help="Copies; without it the brokers' default.")
+    ] = None,
+) -> None:
+    """Make the output and dead letter topics where they are missing."""
+    settings = _settings(config)
+    from service.kafka.topics import create as create_topics
+
+    for line in create_topics(settings, partitions=partitions, replication=replication):
+        print(line)
