@@ -48,7 +48,7 @@ from service.core.messages import (
     Rejected,
     Skipped,
 )
-from service.core.retry import Backoff, Uniform, exhausted
+from service.core.retry import NEVER_THE_MESSAGE, OVERLOAD, Backoff, Uniform, exhausted
 from service.core.status import GroupStatus, State, Status
 from service.core.window import Entry, Holding, Stage, Window
 
@@ -337,22 +337,23 @@ class Pipeline:
 
     def _succeeded(self, entry: Entry, outcome: Extracted | Rejected) -> None:
         self._last_success_s = self._now_s()
-        self._admission.circuit.succeeded()
+        self._admission.succeeded()
         self._answer(entry, outcome)
 
     def _failed(self, entry: Entry, failure: CallFailure) -> None:
         now_s = self._now_s()
         service = isinstance(failure, ServiceFailure)
         self._admission.circuit.failed(now_s, _sentence(failure), service=service)
-        if failure.retry_after_s:
-            self._admission.cool_down(now_s, failure.retry_after_s)
+        if failure.reason in OVERLOAD:
+            self._admission.overloaded(now_s, entry.since_s, failure.retry_after_s)
         self._observe(Retried(failure.reason))
         entry.progress = failure.progress
         entry.attempts += 1
+        entry.attempts_that_count += not service and failure.reason not in NEVER_THE_MESSAGE
         if entry.first_failed_at_ms is None:
             entry.first_failed_at_ms = self._wall_ms()
-        if not service and exhausted(
-            entry.attempts, self._bounds.attempts_max, now_s, self._last_success_s
+        if exhausted(
+            entry.attempts_that_count, self._bounds.attempts_max, now_s, self._last_success_s
         ):
             self._answer(entry, _exhausted(entry, failure))
             return

@@ -12,6 +12,10 @@ CIRCUIT_FAILURES = 10
 """Failures in a row, with no success between, that open the circuit: fewer happen by chance
 among concurrent calls, more only cost calls."""
 
+DECREASE = 0.7
+"""A smaller factor gives more of the provider away than it takes back; a larger one asks more
+often in vain before it fits."""
+
 
 class CircuitState(StrEnum):
     CLOSED = "closed"  # calls go through
@@ -74,16 +78,27 @@ class Circuit:
 
 @dataclass(slots=True)
 class Admission:
-    """Slots, a cooldown that all calls share after a rate limit, and the circuit."""
+    """Slots in use, how many of them may be, a shared cooldown, and the circuit.
+
+    `limit` follows what the provider bears: after a sign of overload it falls to `DECREASE` of
+    itself, once for all calls that were under way together; each success raises it by
+    1 / `limit`, so by about one slot for a round of calls (additive increase, multiplicative
+    decrease: Chiu and Jain, 1989). It stays between 1 and `slots`.
+    """
 
     slots: int
     circuit: Circuit
     busy: int = 0
+    limit: float = 0.0
     cooldown_until_s: float = 0.0
+    decreased_at_s: float = float("-inf")
+
+    def __post_init__(self) -> None:
+        self.limit = float(self.slots)
 
     def wait_s(self, now_s: float) -> float | None:
         """0: a call may start; a number: ask again after it; None: when a call has ended."""
-        if self.busy >= self.slots:
+        if self.busy >= int(self.limit):
             return None
         circuit_s = self.circuit.wait_s(now_s)
         if circuit_s is None:
@@ -101,6 +116,14 @@ class Admission:
         assert self.busy > 0, "a slot was given back twice"
         self.busy -= 1
 
-    def cool_down(self, now_s: float, retry_after_s: float) -> None:
-        """The provider asked everybody to wait."""
-        self.cooldown_until_s = max(self.cooldown_until_s, now_s + retry_after_s)
+    def succeeded(self) -> None:
+        self.circuit.succeeded()
+        self.limit = min(float(self.slots), self.limit + 1.0 / self.limit)
+
+    def overloaded(self, now_s: float, started_s: float, retry_after_s: float | None) -> None:
+        """A call that began at `started_s` was turned away, or not answered in time."""
+        if retry_after_s is not None:
+            self.cooldown_until_s = max(self.cooldown_until_s, now_s + retry_after_s)
+        if started_s >= self.decreased_at_s:
+            self.limit = max(1.0, self.limit * DECREASE)
+            self.decreased_at_s = now_s

@@ -11,6 +11,12 @@ RETRY_AFTER_MAX_S = 900.0
 OTHERS_SUCCEED_WITHIN_S = 60.0
 """A success of another message within this time shows that the provider is not the cause."""
 
+OVERLOAD = frozenset({"rate_limited", "overloaded", "timeout"})
+"""Failures that say that we ask for too much at once."""
+
+NEVER_THE_MESSAGE = frozenset({"rate_limited", "overloaded"})
+"""Failures that no message can be the cause of: they don't count towards its attempts."""
+
 
 @dataclass(frozen=True, slots=True)
 class Backoff:

@@ -33,6 +33,7 @@ class Entry:
 
     __slots__ = (
         "attempts",
+        "attempts_that_count",
         "first_failed_at_ms",
         "holding",
         "lane",
@@ -56,6 +57,7 @@ class Entry:
         self.text = ""
         self.outcome: Outcome | None = None
         self.attempts = 0  # failed ones
+        self.attempts_that_count = 0  # of these, those that the message may be the cause of
         self.progress: object | None = None  # what the extractor wants back
         self.first_failed_at_ms: int | None = None
         self.publish_attempts = 0  # failed ones

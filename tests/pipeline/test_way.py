@@ -1,6 +1,7 @@
 """The way of a message, under virtual time, against fakes that check every call."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
@@ -232,6 +233,40 @@ def test_an_outage_rejects_nothing(stage: Stage) -> None:
     stage.show(outage)
     assert stage.rejected() == []
     assert stage.broker.committed == {partition(): 40}
+
+
+def test_a_quota_rejects_nothing_and_is_used() -> None:
+    """Under a hidden quota of 10 calls a second nothing is rejected, no message is tried more
+    than ten times, and the quota is used to nine tenths."""
+    stage = Stage(bounds=replace(BOUNDS, concurrency=50, window=200))
+    for n in range(1000):
+        stage.broker.append(f"text {n}")
+    bucket, refilled_s = 10.0, 0.0
+
+    def refuse(text: str) -> float:
+        nonlocal bucket, refilled_s
+        now_s = asyncio.get_running_loop().time()
+        bucket, refilled_s = min(10.0, bucket + (now_s - refilled_s) * 10), now_s
+        if bucket < 1:
+            wait_s = (1 - bucket) / 10
+            stage.extractor.scripts[text] = [TransientFailure("rate_limited", retry_after_s=wait_s)]
+            return 0.01
+        bucket -= 1
+        return 0.3
+
+    stage.extractor.latency_s = refuse
+    ended_s = 0.0
+
+    async def wait() -> None:
+        nonlocal ended_s
+        while stage.broker.committed.get(partition(), 0) < 1000:
+            await asyncio.sleep(0.5)
+        ended_s = asyncio.get_running_loop().time()
+
+    stage.show(wait)
+    assert stage.rejected() == []
+    assert max(Counter(stage.extractor.calls).values()) <= 10
+    assert ended_s < 1000 / 10 / 0.9
 
 
 def test_a_service_failure_stops_intake_at_once_and_heals(stage: Stage) -> None:

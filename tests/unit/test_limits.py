@@ -34,10 +34,37 @@ def test_a_slot_is_given_back_once(admission: Admission) -> None:
 
 def test_the_cooldown_is_shared_and_never_shortened(admission: Admission) -> None:
     """The longest Retry-After counts for everybody."""
-    admission.cool_down(0, 10)
-    admission.cool_down(1, 2)
+    admission.overloaded(0, 0, retry_after_s=10)
+    admission.overloaded(1, 0, retry_after_s=2)
     assert admission.wait_s(4) == 6
     assert admission.wait_s(10) == 0
+
+
+def test_overload_takes_slots_away_once_for_a_round_of_calls() -> None:
+    """Fifty refusals of calls that ran together count once; the next round counts again."""
+    admission = Admission(50, Circuit(upper))
+    for _ in range(50):
+        admission.overloaded(1.0, started_s=0.0, retry_after_s=None)
+    assert admission.limit == 35
+    admission.overloaded(2.0, started_s=1.5, retry_after_s=None)
+    assert admission.limit == pytest.approx(24.5)
+    for n in range(100):
+        admission.overloaded(10.0 + n, started_s=10.0 + n, retry_after_s=None)
+    assert admission.limit == 1
+    assert admission.wait_s(1000) == 0
+
+
+def test_slots_come_back_one_for_a_round_of_successes() -> None:
+    """From one slot to fifty takes about 50 x 51 / 2 successes, and never more than all."""
+    admission = Admission(50, Circuit(upper), busy=0)
+    admission.limit = 1.0
+    successes = 0
+    while admission.limit < 50:
+        admission.succeeded()
+        successes += 1
+    assert 1100 < successes < 1300
+    admission.succeeded()
+    assert admission.limit == 50
 
 
 def test_a_row_of_failures_opens_the_circuit(admission: Admission) -> None:
