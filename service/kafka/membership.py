@@ -1,0 +1,129 @@
+"""What aiokafka knows of a group member and does not say in public, all in one place.
+
+Each of these reads private state of aiokafka 0.14, which the requirement pins: positions that
+are read without a chance that they move, one commit attempt that cannot outlive its generation,
+and an end for a consumer that doesn't stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import KafkaError, UnknownMemberIdError
+from aiokafka.structs import OffsetAndMetadata
+
+from service.core.messages import Partition
+from service.kafka.starts import Stored
+
+log = logging.getLogger(__name__)
+
+ABANDON_S = 1.0
+"""Each step of an end by force."""
+
+
+class Membership:
+    """One consumer's place in its group."""
+
+    def __init__(self, consumer: AIOKafkaConsumer) -> None:
+        self._consumer = consumer
+
+    @property
+    def generation(self) -> int:
+        """Counts the group's assignments; -1 while there is none."""
+        return int(self._consumer._coordinator.generation)
+
+    @property
+    def member_id(self) -> str:
+        """Empty while the group does not know us."""
+        return str(self._consumer._coordinator.member_id)
+
+    @property
+    def reassigning(self) -> bool:
+        """Between the revoke and the next assignment; `getmany` would wait until its end."""
+        return bool(self._consumer._subscription.reassignment_in_progress)
+
+    @property
+    def fetching(self) -> bool:
+        """False when the task that fetches has died: then `getmany` returns nothing for ever."""
+        return not self._consumer._fetcher._fetch_task.done()
+
+    def position(self, partition: Partition) -> int | None:
+        """The next offset to be returned; None while it is unknown.
+
+        The public `position` is a coroutine that waits where none is known.
+        """
+        state = self._state(partition)
+        return state.position if state is not None and state.has_valid_position else None
+
+    def end(self, partition: Partition) -> int | None:
+        """The last stable offset, as of the last fetch."""
+        state = self._state(partition)
+        if state is None:
+            return None
+        end: int | None = state.lso
+        return end if end is not None and end >= 0 else state.highwater
+
+    def fetched_at_ms(self) -> int:
+        """Wall clock of the latest answered fetch, 0 if there was none."""
+        states = (self._state(Partition(*each)) for each in self._consumer.assignment())
+        return max((state.timestamp or 0 for state in states if state is not None), default=0)
+
+    @contextmanager
+    def polling(self) -> Iterator[None]:
+        """Time in here counts as polled, as it does within `getmany`."""
+        with self._consumer._subscription.fetch_context():
+            yield
+
+    async def find_coordinator(self) -> None:
+        """Returns once the group's coordinator is known and connected; may wait without end."""
+        await self._consumer._coordinator.ensure_coordinator_known()
+
+    async def commit_once(self, offsets: Mapping[Partition, Stored]) -> None:
+        """One attempt, in the generation of this very moment; raises `KafkaError`.
+
+        The public `commit` repeats an attempt without end, and each takes the generation of its
+        own moment: one begun before a rebalance could store, in the next generation, offsets of
+        partitions that have another owner by then. Here the request is built before the first
+        wait.
+        """
+        if not self.member_id:
+            # Without a member the request would pass for one from outside the group, which an
+            # empty group takes.
+            raise UnknownMemberIdError
+        coordinator = self._consumer._coordinator
+        assignment = self._consumer._subscription.subscription.assignment
+        wanted = {
+            TopicPartition(*partition): OffsetAndMetadata(stored.offset, stored.metadata)
+            for partition, stored in offsets.items()
+        }
+        await coordinator._do_commit_offsets(assignment, wanted)
+
+    async def abandon(self) -> None:
+        """Ends a consumer whose own `stop` hangs; leaves the group if that is quick."""
+        consumer, coordinator = self._consumer, self._consumer._coordinator
+        coordinator._coordination_task.cancel()
+        for step in (coordinator._maybe_leave_group, consumer._fetcher.close):
+            await _briefly(step)
+        for task in (coordinator._heartbeat_task, coordinator._commit_refresh_task):
+            if task is not None:
+                task.cancel()
+        await _briefly(consumer._client.close)
+
+    def _state(self, partition: Partition) -> Any:
+        subscription = self._consumer._subscription.subscription
+        if subscription is None or subscription.assignment is None:
+            return None
+        return subscription.assignment.state_value(TopicPartition(*partition))
+
+
+async def _briefly(step: Callable[[], Awaitable[None]]) -> None:
+    try:
+        async with asyncio.timeout(ABANDON_S):
+            await step()
+    except (KafkaError, OSError, TimeoutError) as error:
+        log.warning("the Kafka client does not end in order: %s", type(error).__name__)

@@ -1,0 +1,90 @@
+"""What Kafka knows of the input topics and of the group's progress in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from datetime import datetime
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import NodeNotReadyError, for_code
+
+from service.core.messages import Partition
+from service.kafka.connection import describe_topics
+from service.kafka.starts import Bounds, Stored
+from service.settings import Start
+
+
+class GroupOffsets:
+    """Reads, and nothing else. Every call raises `KafkaError` and may wait without end."""
+
+    def __init__(
+        self,
+        admin: AIOKafkaAdminClient,
+        consumer: AIOKafkaConsumer,
+        topics: tuple[str, ...],
+        group_id: str,
+    ) -> None:
+        self._admin, self._consumer = admin, consumer
+        self._topics, self._group_id = topics, group_id
+
+    async def partitions(self) -> frozenset[Partition]:
+        """All partitions of the input topics."""
+        found = await describe_topics(self._admin, list(self._topics))
+        for topic in found.values():
+            if topic["error_code"]:
+                raise for_code(topic["error_code"])(topic["topic"])
+        return frozenset(
+            Partition(topic["topic"], partition["partition"])
+            for topic in found.values()
+            for partition in topic["partitions"]
+        )
+
+    async def stored(self) -> dict[Partition, Stored | None]:
+        """What the group has stored, for all partitions of the topics; None where nothing is.
+
+        The admin client returns metadata too, which the consumer drops; but it takes an answer
+        that refuses the whole group (its coordinator moved, or still loads) for one without
+        partitions. So a partition that is missing in it is a failure, not a start from nothing.
+        """
+        asked = await self.partitions()
+        found = await self._admin.list_consumer_group_offsets(
+            self._group_id, partitions=[TopicPartition(*each) for each in asked]
+        )
+        if found.keys() != asked:
+            raise NodeNotReadyError("the group's coordinator gave no offsets")
+        return {
+            Partition(*each): Stored(at.offset, at.metadata or "") if at.offset >= 0 else None
+            for each, at in found.items()
+        }
+
+    async def bounds(self, partitions: AbstractSet[Partition]) -> dict[Partition, Bounds]:
+        """First offset and last stable offset of each."""
+        asked = [TopicPartition(*each) for each in partitions]
+        begins = await self._consumer.beginning_offsets(asked)
+        ends = await self._consumer.end_offsets(asked)
+        return {Partition(*each): Bounds(begins[each], ends[each]) for each in asked}
+
+    async def ends(self) -> dict[Partition, int]:
+        """The last stable offset of every partition of the input topics."""
+        asked = [TopicPartition(*each) for each in await self.partitions()]
+        return {
+            Partition(*each): end for each, end in (await self._consumer.end_offsets(asked)).items()
+        }
+
+    async def chosen(
+        self, start: Start, bounds: Mapping[Partition, Bounds]
+    ) -> dict[Partition, int]:
+        """Where `input.start` says that a new group starts; a time that is to come: at the end."""
+        if start == "earliest":
+            return {partition: found.begin for partition, found in bounds.items()}
+        ends = {partition: found.end for partition, found in bounds.items()}
+        if not isinstance(start, datetime) or not bounds:
+            return ends
+        at_ms = int(start.timestamp() * 1000)
+        found = await self._consumer.offsets_for_times(
+            {TopicPartition(*each): at_ms for each in bounds}
+        )
+        later = {Partition(*each): at.offset for each, at in found.items() if at is not None}
+        return ends | later
