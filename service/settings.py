@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
@@ -378,7 +379,7 @@ def warnings(settings: Settings) -> tuple[str, ...]:
 def table() -> str:
     """Every setting as a Markdown table, for the README."""
     rows = ["| setting | default | allowed | meaning |", "|---|---|---|---|"]
-    for path, node in _leaves(Settings):
+    for path, node in _settings():
         cells = (f"`{_dotted(path)}`", _default(node), _allowed(node), _meaning(node))
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
@@ -634,7 +635,7 @@ def _of_others(name: str, value: str) -> bool:
 
 def _variables(environ: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     """Our variables by name, and a sentence for each that looks like ours and is not."""
-    known = {_variable(path) for path, _ in _leaves(Settings)}
+    known = {_variable(path) for path, _ in _settings()}
     ours = {name.upper(): value for name, value in environ.items() if value}
     ours = {name: value for name, value in ours.items() if name.startswith(PREFIX)}
     wrong = [
@@ -699,7 +700,7 @@ def _sentences(error: ErrorDetails, origins: _Origins) -> Iterator[str]:
     where = origins.nearest(loc)
     if error["type"] == "extra_forbidden":
         names = tuple(str(part) for part in loc)
-        known = {_dotted(path) for path, _ in _leaves(Settings)} | _SECTIONS
+        known = {_dotted(path) for path, _ in _settings()} | _SECTIONS
         yield f"{where}: there is no such setting{_meant(_dotted(names), known)}"
     elif isinstance(cause, ValueError):
         yield f"{where}: {cause}"
@@ -713,12 +714,20 @@ def _where(contradiction: Contradiction, origins: _Origins) -> str:
 
 
 def _meant(name: str, known: set[str]) -> str:
-    """A suggestion: the same last name elsewhere, or the most similar whole name."""
-    last = re.split(r"__|\.", name)[-1]
-    elsewhere = sorted(one for one in known if re.split(r"__|\.", one)[-1] == last)
-    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
-    meant = close if not elsewhere else difflib.get_close_matches(name, elsewhere, 1, 0.0)
+    """A suggestion: a typing error, the same last name in another section, or what is similar."""
+    last = _last_name(name)
+    names = sorted(known)
+    elsewhere = [one for one in names if _last_name(one) == last]
+    meant = (
+        difflib.get_close_matches(name, names, 1, cutoff=0.85)
+        or difflib.get_close_matches(name, elsewhere, 1, cutoff=0.0)
+        or difflib.get_close_matches(name, names, 1, cutoff=0.6)
+    )
     return f"; did you mean {meant[0]}?" if meant else "; `sluice schema --settings` lists them all"
+
+
+def _last_name(name: str) -> str:
+    return re.split(r"__|\.", name)[-1]
 
 
 SHOWN_MAX = 60
@@ -737,7 +746,7 @@ def _shown(error: ErrorDetails) -> str:
 
 
 def _expected(loc: tuple[str | int, ...], error: ErrorDetails) -> str:
-    for path, node in _leaves(Settings):
+    for path, node in _settings():
         if path == loc:
             return f"allowed: {_allowed(node)}"
     if loc and loc[-1] in _SECTIONS:
@@ -746,6 +755,11 @@ def _expected(loc: tuple[str | int, ...], error: ErrorDetails) -> str:
 
 
 # --- names and texts of a setting -------------------------------------------------------------
+
+
+@cache
+def _settings() -> tuple[tuple[Path_, dict[str, Any]], ...]:
+    return tuple(_leaves(Settings))
 
 
 def _leaves(model: type[BaseModel], path: Path_ = ()) -> Iterator[tuple[Path_, dict[str, Any]]]:

@@ -189,6 +189,8 @@ def test_everything_wrong_is_said_at_once() -> None:
         ("SLUICE_KAFKA_BOOTSTRAP_SERVERS", "SLUICE_KAFKA__BOOTSTRAP_SERVERS"),
         ("SLUICE_GROUP_ID", "SLUICE_KAFKA__GROUP_ID"),
         ("SLUICE_OUTPUT__TOPICS", "SLUICE_OUTPUT__TOPIC"),
+        ("SLUICE_INPUT__TOPIC", "SLUICE_INPUT__TOPICS"),
+        ("SLUICE_KAFKA__CONCURRENCY", "SLUICE_LIMITS__CONCURRENCY"),
         ("SLUICE_KAFKA__SECURITY__PASWORD", "SLUICE_KAFKA__SECURITY__PASSWORD"),
         ("SLUICE_TELEMETRY_PORT", "SLUICE_TELEMETRY__PORT"),
     ],
@@ -197,8 +199,7 @@ def test_unknown_variable(typo: str, meant: str) -> None:
     """A variable that looks like ours and is not is refused, with what was probably meant."""
     (line,) = refusal({typo: CANARY})
     assert line.startswith(f"{typo}: there is no such setting; ")
-    assert "did you mean SLUICE_" in line
-    assert meant in line
+    assert line.endswith(f"did you mean {meant}?")
     assert CANARY not in line
 
 

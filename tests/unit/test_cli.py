@@ -1,0 +1,169 @@
+"""The commands: exit codes, what goes to stdout and to stderr, and what is not imported."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from service import settings as settings_module
+from service.cli import main
+from service.settings import table
+
+CANARY = "canary-5c1f"
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def sluice(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Run:
+    """Run a command in an empty folder with nothing of ours in the environment; exit code,
+    stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    for name in os.environ:
+        if name.startswith(("SLUICE_", "OPENAI_")):
+            monkeypatch.delenv(name)
+
+    def run(*arguments: str, **environ: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sluice", *arguments])
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run
+
+
+@pytest.mark.parametrize("command", [["run"], ["check"], ["schema"], ["topics", "create"]])
+def test_wrong_settings_are_sentences(sluice: Run, command: list[str]) -> None:
+    """Every command that needs settings ends with 2 and a sentence each on stderr, before it does
+    anything."""
+    code, out, err = sluice(*command, SLUICE_INPUT__TOPIC="a", SLUICE_LIMITS__CONCURRENCY="many")
+    assert code == 2
+    assert out == ""
+    assert err == (
+        "SLUICE_INPUT__TOPIC: there is no such setting; did you mean SLUICE_INPUT__TOPICS?\n"
+        "SLUICE_LIMITS__CONCURRENCY: 'many' is not allowed; "
+        "allowed: a whole number from 1 up to 10000\n"
+    )
+
+
+def test_settings_file_of_the_option(sluice: Run, tmp_path: Path) -> None:
+    """--config names the file that is read."""
+    (tmp_path / "mine.yaml").write_text("extraction: {record: 'record.py:Ship'}")
+    (tmp_path / "record.py").write_text(
+        "import pydantic\n\nclass Ship(pydantic.BaseModel):\n    name: str\n"
+    )
+    code, out, _ = sluice("schema", "--config", "mine.yaml")
+    assert code == 0
+    assert json.loads(out)["title"] == "Ship"
+    code, _, err = sluice("schema", "--config", "yours.yaml")
+    assert code == 2
+    assert err.startswith("yours.yaml: cannot be read")
+
+
+def test_cannot_run_is_a_sentence(sluice: Run) -> None:
+    """What the world is not ready for ends with 1 and a sentence, without a stack trace."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        code, out, err = sluice(
+            "run",
+            SLUICE_TELEMETRY__HOST="127.0.0.1",
+            SLUICE_TELEMETRY__PORT=port,
+            OPENAI_API_KEY="none",
+        )
+    assert code == 1
+    assert out == ""
+    assert f"127.0.0.1 port {port} for metrics and probes is taken" in err
+    assert "Traceback" not in err
+
+
+def test_unexpected_exception_keeps_its_frames(
+    sluice: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault of ours shows where it is, but not its text, which could hold a message's."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError(CANARY)
+
+    monkeypatch.setattr(settings_module, "load", fail)
+    code, _, err = sluice("run")
+    assert code == 1
+    assert "Traceback" in err
+    assert "in fail" in err
+    assert err.endswith("RuntimeError\n")
+    assert CANARY not in err
+
+
+def test_schema_of_the_default_record(sluice: Run) -> None:
+    """Without settings it is the seed's Person, as JSON on stdout."""
+    code, out, err = sluice("schema")
+    assert (code, err) == (0, "")
+    assert set(json.loads(out)["properties"]) == {"name", "age"}
+
+
+def test_table_of_settings(sluice: Run) -> None:
+    """`schema --settings` prints the README's table, whatever is wrong with the settings."""
+    code, out, _ = sluice("schema", "--settings", SLUICE_NONSENSE="x")
+    assert (code, out) == (0, table())
+
+
+@pytest.mark.parametrize("arguments", [["rum"], ["run", "--nonsense"], ["topics"], []])
+def test_what_is_no_command(sluice: Run, arguments: list[str]) -> None:
+    """A command or option that does not exist ends with 2 (or shows the help), without frames."""
+    code, out, err = sluice(*arguments)
+    assert code == 2 or "Usage" in out
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("bad", ["0", "-1", "many"])
+def test_bounds_of_options(sluice: Run, bad: str) -> None:
+    """Numbers that make no sense are refused before anything is started."""
+    assert sluice("demo", "--messages", bad)[0] == 2
+    assert sluice("topics", "create", "--partitions", bad)[0] == 2
+
+
+def test_version(sluice: Run) -> None:
+    """--version prints one line."""
+    code, out, _ = sluice("--version")
+    assert code == 0
+    assert len(out.splitlines()) == 1
+
+
+def test_help_is_quick() -> None:
+    """`--help` imports none of the large libraries, which take seconds."""
+    program = (
+        "import sys\n"
+        "sys.argv = ['sluice', '--help']\n"
+        "from service.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "large = {'aiokafka', 'openai', 'instructor', 'aiohttp', 'pydantic', 'prometheus_client'}\n"
+        "print('imported:', sorted(large & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "Commands" in done.stdout
+    assert done.stdout.endswith("imported: []\n")
+
+
+def test_module_is_the_command() -> None:
+    """`python -m service` is `sluice`, exit code included."""
+    done = subprocess.run(
+        [sys.executable, "-m", "service", "run"],
+        env={**os.environ, "SLUICE_NONSENSE": "x"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("SLUICE_NONSENSE: there is no such setting")
