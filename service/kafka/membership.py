@@ -22,6 +22,9 @@ from service.kafka.starts import Stored
 
 log = logging.getLogger(__name__)
 
+STOP_S = 8.0
+"""Leaving the group and closing connections, in order."""
+
 ABANDON_S = 1.0
 """Each step of an end by force."""
 
@@ -103,16 +106,22 @@ class Membership:
         }
         await coordinator._do_commit_offsets(assignment, wanted)
 
-    async def abandon(self) -> None:
-        """Ends a consumer whose own `stop` hangs; leaves the group if that is quick."""
+    async def leave(self) -> None:
+        """Leaves the group and closes, in order within `STOP_S`, else by force; raises nothing."""
+        if not await briefly(self._consumer.stop, STOP_S):
+            await self._abandon()
+
+    async def _abandon(self) -> None:
         consumer, coordinator = self._consumer, self._consumer._coordinator
-        coordinator._coordination_task.cancel()
-        for step in (coordinator._maybe_leave_group, consumer._fetcher.close):
-            await _briefly(step)
-        for task in (coordinator._heartbeat_task, coordinator._commit_refresh_task):
-            if task is not None:
-                task.cancel()
-        await _briefly(consumer._client.close)
+        if coordinator is not None:
+            coordinator._coordination_task.cancel()
+            await briefly(coordinator._maybe_leave_group, ABANDON_S)
+            for task in (coordinator._heartbeat_task, coordinator._commit_refresh_task):
+                if task is not None:
+                    task.cancel()
+        if consumer._fetcher is not None:
+            await briefly(consumer._fetcher.close, ABANDON_S)
+        await briefly(consumer._client.close, ABANDON_S)
 
     def _state(self, partition: Partition) -> Any:
         subscription = self._consumer._subscription.subscription
@@ -121,9 +130,20 @@ class Membership:
         return subscription.assignment.state_value(TopicPartition(*partition))
 
 
-async def _briefly(step: Callable[[], Awaitable[None]]) -> None:
+async def briefly(step: Callable[[], Awaitable[None]], limit_s: float) -> bool:
+    """Whether a step of an end came to its own end in time; raises nothing of the client's.
+
+    While no broker answers, the client's own `stop` raises the cancellation of a task of its own.
+    """
     try:
-        async with asyncio.timeout(ABANDON_S):
+        async with asyncio.timeout(limit_s):
             await step()
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise  # it is we who are cancelled
+        return False
     except (KafkaError, OSError, TimeoutError) as error:
         log.warning("the Kafka client does not end in order: %s", type(error).__name__)
+        return False
+    return True

@@ -48,7 +48,7 @@ from service.kafka.connection import (
     topic_errors,
     within,
 )
-from service.kafka.membership import Membership
+from service.kafka.membership import STOP_S, Membership, briefly
 from service.kafka.offsets import GroupOffsets
 from service.kafka.settling import SettlingClock
 from service.kafka.starts import (
@@ -82,9 +82,6 @@ RESTORE_AGAIN_S = 1.0
 
 LOOK_AGAIN_S = 10.0
 """Between two looks at partitions that are held out until a person has done something."""
-
-STOP_S = 8.0
-"""Leaving the group and closing connections; then the consumer is ended by force."""
 
 FAILING_S = 60.0
 """A client that only raises for this long is given up: a new process gets a new one."""
@@ -209,17 +206,10 @@ class KafkaSource:
         self._held, self._given = {}, None
         consumer, self._consumer = self._consumer, None
         if consumer is not None:
-            try:
-                await within(STOP_S, consumer.stop())
-            except (KafkaError, OSError, TimeoutError) as error:
-                log.warning("the consumer is ended by force: %s", type(error).__name__)
-                await Membership(consumer).abandon()
+            await Membership(consumer).leave()
         admin, self._admin = self._admin, None
         if admin is not None:
-            try:
-                await within(STOP_S, admin.close())
-            except (KafkaError, OSError, TimeoutError) as error:
-                log.warning("the admin client does not end in order: %s", type(error).__name__)
+            await briefly(admin.close, STOP_S)
 
     async def _check_topics(self, admin: AIOKafkaAdminClient) -> None:
         for topic, error in (await topic_errors(admin, list(self._topics))).items():

@@ -1,0 +1,754 @@
+"""What every source keeps to: run on the embedded broker and on a real Kafka."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Set as AbstractSet
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import pytest
+from aiokafka.admin import RecordsToDelete
+from aiokafka.structs import TopicPartition
+
+from service.core.errors import CannotRun, CommitFailed
+from service.core.events import Committed, Event, OffsetsMissing, Rebalanced
+from service.core.messages import Batch, Message, Partition
+from service.demo.broker import EmbeddedBroker
+from service.kafka.source import KafkaSource
+from service.settings import Settings
+from tests.support import topics
+from tests.support.kafka import SASL_PASSWORD, SASL_USER, RealKafka, free_ports
+
+PATIENCE_S = 20.0
+"""Longer than anything here takes on a busy machine."""
+
+
+@dataclass
+class Kafka:
+    """A broker under test; the embedded one has neither transactions nor groups of several."""
+
+    servers: str
+    embedded: EmbeddedBroker | None = None
+
+    async def topic(self, partitions: int = 1) -> str:
+        name = topics.unique_name("in")
+        if self.embedded is not None:
+            self.embedded.create_topic(name, partitions)
+        else:
+            await topics.create_topic(self.servers, name, partitions)
+        return name
+
+    async def send(self, topic: str, *texts: str, partition: int | None = 0) -> None:
+        await topics.produce(
+            self.servers, topic, [text.encode() for text in texts], partition=partition
+        )
+
+    async def committed(self, group: str, topic: str, partitions: int = 1) -> dict[int, int]:
+        found = await topics.committed(self.servers, group, topic, partitions)
+        return {partition: offset for partition, (offset, _) in found.items()}
+
+
+@pytest.fixture(params=["mock_kafka", pytest.param("real_kafka", marks=pytest.mark.real_kafka)])
+def kafka(request: pytest.FixtureRequest) -> Kafka:
+    broker = request.getfixturevalue(request.param)
+    if isinstance(broker, EmbeddedBroker):
+        return Kafka(broker.bootstrap_servers, broker)
+    return Kafka(broker)
+
+
+@pytest.fixture
+def real(real_kafka: str) -> Kafka:
+    return Kafka(real_kafka)
+
+
+@dataclass
+class Member:
+    """A source with the pipeline's side of it: checks on every poll what must always hold."""
+
+    source: KafkaSource
+    told: list[Event] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
+    epochs: dict[Partition, int] = field(default_factory=dict)
+    assignments: list[dict[Partition, int]] = field(default_factory=list)
+    positions: dict[Partition, int] = field(default_factory=dict)
+    ends: dict[Partition, int] = field(default_factory=dict)
+    when_revoked: Callable[[], Awaitable[None]] | None = None
+    revokes: int = 0
+    next: dict[tuple[Partition, int], int] = field(default_factory=dict)
+
+    async def revoked(self) -> None:
+        self.revokes += 1
+        if self.when_revoked is not None:
+            await self.when_revoked()
+
+    def assigned(self, epochs: Mapping[Partition, int]) -> None:
+        self.epochs = dict(epochs)
+        self.assignments.append(dict(epochs))
+
+    async def poll(self, limit: int = 100, closed: AbstractSet[Partition] = frozenset()) -> Batch:
+        batch = await self.source.poll(limit, closed)
+        assert len(batch.messages) <= limit
+        for message in batch.messages:
+            self._check(message, closed)
+        for partition, position in batch.positions.items():
+            assert position >= self.next.get((partition, self.epochs[partition]), 0)
+        self.messages += batch.messages
+        self.positions |= batch.positions
+        self.ends |= batch.ends
+        return batch
+
+    def _check(self, message: Message, closed: AbstractSet[Partition]) -> None:
+        assert message.partition not in closed
+        assert message.epoch == self.epochs[message.partition], "before its restore, or late"
+        key = message.partition, message.epoch
+        assert message.offset >= self.next.get(key, 0), "out of order, or twice"
+        self.next[key] = message.offset + 1
+
+    async def until(
+        self,
+        reached: Callable[[], bool],
+        limit: int = 100,
+        closed: AbstractSet[Partition] = frozenset(),
+    ) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            while not reached():
+                await self.poll(limit, closed)
+
+    async def turn(self, polls: int = 4) -> None:
+        """A few polls, in which nothing is expected."""
+        for _ in range(polls):
+            await self.poll()
+
+    @property
+    def texts(self) -> list[str]:
+        return [(message.value or b"").decode() for message in self.messages]
+
+    def heard(self, kind: type[Event]) -> list[Event]:
+        return [event for event in self.told if isinstance(event, kind)]
+
+
+def settings(kafka: Kafka, topic: str, group: str, /, **sections: dict[str, object]) -> Settings:
+    given: dict[str, dict[str, object]] = {
+        "kafka": {
+            "bootstrap_servers": kafka.servers,
+            "group_id": group,
+            # The embedded broker lets a group wait for members that have left until shortly
+            # before their session would time out.
+            "session_timeout_s": 2.0 if kafka.embedded else 6.0,
+            "request_timeout_s": 10.0,
+        },
+        "input": {"topics": topic},
+    }
+    for section, values in sections.items():
+        given[section] = {**given.get(section, {}), **values}
+    return Settings.model_validate(given)
+
+
+@asynccontextmanager
+async def member(
+    kafka: Kafka, topic: str, group: str, /, **sections: dict[str, object]
+) -> AsyncIterator[Member]:
+    told: list[Event] = []
+    source = KafkaSource(settings(kafka, topic, group, **sections), told.append)
+    one = Member(source, told)
+    await source.start(one)
+    try:
+        yield one
+    finally:
+        await source.stop()
+
+
+async def both(first: Member, second: Member, reached: Callable[[], bool]) -> None:
+    """Two members poll side by side until it is so."""
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(first.until(reached))
+        tasks.create_task(second.until(reached))
+
+
+def part(topic: str, number: int = 0) -> Partition:
+    return Partition(topic, number)
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+async def test_messages_come_in_order_with_all_they_have(kafka: Kafka) -> None:
+    """Key, value, headers and timestamp stay as they are; a message without a value too."""
+    topic, group = await kafka.topic(), topics.unique_name("g")
+    await topics.produce(
+        kafka.servers,
+        topic,
+        [(b"k", b"one"), (None, b"two"), (b"k", None)],
+        partition=0,
+        headers=[("h", b"\xff\x00"), ("h", b"")],
+        timestamp_ms=1_700_000_000_123,
+    )
+
+    async with member(kafka, topic, group) as one:
+        await one.until(lambda: len(one.messages) == 3)
+
+    assert [(m.offset, m.key, m.value) for m in one.messages] == [
+        (0, b"k", b"one"),
+        (1, None, b"two"),
+        (2, b"k", None),
+    ]
+    assert one.messages[0].headers == (("h", b"\xff\x00"), ("h", b""))
+    assert one.messages[0].timestamp_ms == 1_700_000_000_123
+    assert one.positions == {part(topic): 3}
+
+
+async def test_positions_never_run_ahead_of_the_messages(kafka: Kafka) -> None:
+    """With a limit of one, each position is the offset behind the one message; ends are known."""
+    topic, group = await kafka.topic(), topics.unique_name("g")
+    await kafka.send(topic, *"abcde")
+
+    async with member(kafka, topic, group) as one:
+        seen = []
+        while len(one.messages) < 5:
+            batch = await one.poll(limit=1)
+            if batch.messages:
+                seen.append((batch.messages[0].offset, batch.positions[part(topic)]))
+
+    assert seen == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]
+    assert one.ends == {part(topic): 5}
+
+
+async def test_partitions_take_turns(kafka: Kafka) -> None:
+    """A window of few messages is filled from all partitions that have some."""
+    topic, group = await kafka.topic(4), topics.unique_name("g")
+    for number in range(4):
+        await kafka.send(topic, *(f"{number}-{i}" for i in range(50)), partition=number)
+
+    async with member(kafka, topic, group) as one:
+        await one.until(lambda: len(one.messages) > 0, limit=8)
+        await asyncio.sleep(0.5)  # until every partition has its fetch
+        batch = await one.poll(limit=8)
+
+    assert {m.partition.partition for m in batch.messages} == {0, 1, 2, 3}
+    assert len(batch.messages) == 8
+
+
+async def test_a_closed_partition_gives_nothing_until_it_is_open_again(kafka: Kafka) -> None:
+    """What is closed is not taken, and nothing of it is missed afterwards."""
+    topic, group = await kafka.topic(2), topics.unique_name("g")
+    await kafka.send(topic, "a0", "a1", partition=0)
+    await kafka.send(topic, "b0", "b1", partition=1)
+
+    async with member(kafka, topic, group) as one:
+        closed = {part(topic, 1)}
+        await one.until(lambda: len(one.messages) == 2, closed=closed)
+        await one.poll(closed=closed)
+        assert one.texts == ["a0", "a1"]
+
+        await one.until(lambda: len(one.messages) == 4)
+    assert one.texts[2:] == ["b0", "b1"]
+
+
+async def test_limit_zero_takes_nothing_and_does_not_wait(kafka: Kafka) -> None:
+    """It only counts as a poll; what came meanwhile is there afterwards."""
+    topic, group = await kafka.topic(), topics.unique_name("g")
+
+    async with member(kafka, topic, group) as one:
+        await one.until(lambda: bool(one.epochs))
+        await kafka.send(topic, "a", "b")
+        started = time.monotonic()
+        for _ in range(20):
+            await one.poll(limit=0)
+        assert time.monotonic() - started < 1.0
+        assert one.messages == []
+
+        await one.until(lambda: len(one.messages) == 2)
+
+
+async def test_a_long_pause_ends(kafka: Kafka, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taking nothing for longer than the client lets a member be idle loses no partition."""
+    monkeypatch.setattr("service.kafka.source.MAX_POLL_INTERVAL_MS", 1500)
+    topic, group = await kafka.topic(), topics.unique_name("g")
+    await kafka.send(topic, "a", "b", "c")
+
+    async with member(kafka, topic, group) as one:
+        await one.until(lambda: len(one.messages) == 1, limit=1)
+        ends = time.monotonic() + 4
+        while time.monotonic() < ends:
+            await one.poll(limit=0)
+            await asyncio.sleep(0.2)
+        await one.until(lambda: len(one.messages) == 3)
+
+    assert one.texts == ["a", "b", "c"]
+    assert len(one.assignments) == 1, "it left the group in between"
+
+
+async def test_a_cancelled_poll_loses_nothing(kafka: Kafka) -> None:
+    """Whoever stops waiting gets the message with the next poll."""
+    topic, group = await kafka.topic(), topics.unique_name("g")
+
+    async with member(kafka, topic, group) as one:
+        await one.until(lambda: bool(one.epochs))
+        sending = asyncio.create_task(kafka.send(topic, *(str(i) for i in range(200))))
+        async with asyncio.timeout(PATIENCE_S):
+            while len(one.messages) < 200:
+                try:
+                    async with asyncio.timeout(0.002):
+                        await one.poll(limit=3)
+                except TimeoutError:
+                    pass
+        await sending
+
+    assert one.texts == [str(i) for i in range(200)]
+
+
+async def test_a_message_larger_than_a_fetch_comes_all_the_same(
+    kafka: Kafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The size of a fetch bounds memory, not messages."""
+    monkeypatch.setattr("service.kafka.source.FETCH_MAX_BYTES", 20_000)
+    monkeypatch.setattr("service.kafka.source.FETCH_PARTITION_MAX_BYTES", 10_000)
+    topic, group = await kafka.topic(), topics.unique_name("g")
+    await kafka.send(topic, "small", "x" * 900_000, "last")
+
+    async with member(kafka, topic, group) as one:
+        await one.until(lambda: len(one.messages) == 3)
+
+    assert [len(text) for text in one.texts] == [5, 900_000, 4]
+
+
+async def test_positions_step_over_markers_and_aborted_messages(real: Kafka) -> None:
+    """A topic that ends in an aborted transaction is read to its end: position = end."""
+    topic, group = await real.topic(), topics.unique_name("g")
+    await topics.produce_transaction(real.servers, topic, [b"kept"])
+    await topics.produce_transaction(real.servers, topic, [b"gone", b"gone"], abort=True)
+
+    async with member(real, topic, group) as one:
+        await one.until(lambda: one.positions.get(part(topic)) == 5)
+        assert one.texts == ["kept"]
+        assert one.ends == {part(topic): 5}
+        assert await one.source.ends() == {part(topic): 5}
+
+
+# --- committing ----------------------------------------------------------------------------------
+
+
+async def test_the_next_process_goes_on_behind_what_is_committed(kafka: Kafka) -> None:
+    """Committed offsets are where the group goes on, whoever reads."""
+    topic, group = await kafka.topic(), topics.unique_name("g")
+    await kafka.send(topic, "a", "b", "c")
+
+    async with member(kafka, topic, group) as one:
+        await one.until(lambda: len(one.messages) == 3)
+        await one.source.commit({part(topic): 2})
+        assert await kafka.committed(group, topic) == {0: 2}
+        assert [event.result for event in one.heard(Committed)] == ["ok"]  # type: ignore[union-attr]
+
+    async with member(kafka, topic, group) as two:
+        await two.until(lambda: len(two.messages) == 1)
+    assert two.texts == ["c"]
+
+
+async def test_what_is_stored_names_the_process_that_wrote_it(kafka: Kafka) -> None:
+    """The metadata is ASCII, carries a nonce of the process and leaves room."""
+    topic, group = await kafka.topic(), topics.unique_name("g")
+    nonces = set()
+    for _ in range(2):
+        async with member(kafka, topic, group) as one:
+            await one.until(lambda: bool(one.epochs))
+            await one.source.commit({part(topic): 0})
+        ((_, metadata),) = (await topics.committed(kafka.servers, group, topic, 1)).values()
+        assert metadata.isascii()
+        assert metadata.startswith("sluice1:")
+        assert len(metadata) < 64
+        nonces.add(metadata.split(":")[1])
+    assert len(nonces) == 2
+
+
+async def test_a_partition_that_is_not_held_is_not_committed(kafka: Kafka) -> None:
+    """Neither before the first assignment nor another's partition."""
+    topic, group = await kafka.topic(), topics.unique_name("g")
+
+    async with member(kafka, topic, group) as one:
+        with pytest.raises(CommitFailed, match="rebalance"):
+            await one.source.commit({part(topic): 1})
+        await one.until(lambda: bool(one.epochs))
+        with pytest.raises(CommitFailed, match="rebalance"):
+            await one.source.commit({part(topic): 1, part("other"): 1})
+        assert await kafka.committed(group, topic) == {0: 0}
+        refused = [event.result for event in one.heard(Committed)]  # type: ignore[union-attr]
+        assert refused == ["refused", "refused"]
+
+
+# --- starting ------------------------------------------------------------------------------------
+
+
+async def test_a_new_group_starts_at_the_earliest_message(kafka: Kafka) -> None:
+    """The default: everything that is there."""
+    topic, group = await kafka.topic(), topics.unique_name("g")
+    await kafka.send(topic, "a", "b")
+
+    async with member(kafka, topic, group) as one:
+        await one.until(lambda: len(one.messages) == 2)
+
+
+async def test_a_new_group_starts_at_the_latest_message_and_stays_there(kafka: Kafka) -> None:
+    """`latest` is where the group began, also for a process that follows without any commit."""
+    topic, group = await kafka.topic(), topics.unique_name("g")
+    await kafka.send(topic, "old")
+
+    async with member(kafka, topic, group, input={"start": "latest"}) as one:
+        await one.until(lambda: bool(one.epochs))
+        await one.turn(2)
+        assert one.messages == []
+    await kafka.send(topic, "new")
+    async with member(kafka, topic, group, input={"start": "latest"}) as two:
+        await two.until(lambda: len(two.messages) == 1)
+    assert two.texts == ["new"]
+
+
+async def test_two_members_of_a_new_group_both_start_at_the_latest(real: Kafka) -> None:
+    """Whoever restores second does not take the group for one that is known."""
+    topic, group = await real.topic(2), topics.unique_name("g")
+    await real.send(topic, "old", partition=0)
+    await real.send(topic, "old", partition=1)
+
+    async with (
+        member(real, topic, group, input={"start": "latest"}) as one,
+        member(real, topic, group, input={"start": "latest"}) as two,
+    ):
+        await both(one, two, lambda: len(one.epochs) == len(two.epochs) == 1)
+        await one.turn(2)
+        await two.turn(2)
+        assert one.messages == two.messages == []
+
+
+async def test_a_new_group_starts_at_a_time(real: Kafka) -> None:
+    """The first message at or after it; the end where there is none."""
+    topic, group = await real.topic(2), topics.unique_name("g")
+    for at_ms, text in ((1_700_000_000_000, "before"), (1_700_000_100_000, "after")):
+        await topics.produce(real.servers, topic, [text.encode()], partition=0, timestamp_ms=at_ms)
+    await topics.produce(
+        real.servers, topic, [b"before"], partition=1, timestamp_ms=1_700_000_000_000
+    )
+    start = datetime.fromtimestamp(1_700_000_050, UTC).isoformat()
+
+    async with member(real, topic, group, input={"start": start}) as one:
+        await one.until(lambda: len(one.messages) == 1)
+        await one.turn(2)
+    assert one.texts == ["after"]
+
+
+async def test_a_partition_new_to_a_known_group_is_read_from_its_start(kafka: Kafka) -> None:
+    """`latest` is for new groups: a partition that was added is read in full."""
+    topic, group = await kafka.topic(2), topics.unique_name("g")
+    await kafka.send(topic, "a", partition=0)
+    await kafka.send(topic, "b", partition=1)
+    await _store(kafka, group, topic, {0: 1})
+
+    async with member(kafka, topic, group, input={"start": "latest"}) as one:
+        await one.until(lambda: len(one.messages) == 1)
+        await one.turn(2)
+    assert one.texts == ["b"]
+
+
+async def test_offsets_below_the_log_are_counted_as_missing(real: Kafka) -> None:
+    """Reading goes on at the log's start, and says how much is gone."""
+    topic, group = await real.topic(), topics.unique_name("g")
+    await real.send(topic, *"abcde")
+    await _store(real, group, topic, {0: 1})
+    await _delete_before(real, topic, 3)
+
+    async with member(real, topic, group) as one:
+        await one.until(lambda: len(one.messages) == 2)
+    assert one.texts == ["d", "e"]
+    assert one.heard(OffsetsMissing) == [OffsetsMissing(2)]
+
+
+async def test_a_log_cut_behind_a_running_reader_is_counted_as_missing(real: Kafka) -> None:
+    """Retention that overtakes: the epoch stays, for what is in the window is all there is."""
+    topic, group = await real.topic(), topics.unique_name("g")
+    await real.send(topic, "a")
+
+    async with member(real, topic, group) as one:
+        await one.until(lambda: len(one.messages) == 1)
+        # Nothing is fetched while the buffer is full: it is what `closed` does.
+        await real.send(topic, "b")
+        await one.until(lambda: one.ends.get(part(topic)) == 2, closed={part(topic)})
+        await real.send(topic, *"cdef")
+        await _delete_before(real, topic, 5)
+        await one.until(lambda: "f" in one.texts)
+
+    assert one.texts == ["a", "b", "f"]
+    assert one.heard(OffsetsMissing) == [OffsetsMissing(3)]
+    assert len(one.assignments) == 1
+
+
+async def test_offsets_beyond_the_log_hold_it_out_with_a_sentence(kafka: Kafka) -> None:
+    """A topic that was made again is not read from the start as if nothing had been."""
+    topic, group = await kafka.topic(2), topics.unique_name("g")
+    await kafka.send(topic, "a", partition=0)
+    await kafka.send(topic, "b", partition=1)
+    await _store(kafka, group, topic, {0: 7, 1: 0})
+
+    async with member(kafka, topic, group) as one:
+        await one.until(lambda: len(one.messages) == 1)
+        await one.turn(2)
+        assert one.texts == ["b"]
+        problem = one.source.group().problem
+        assert problem is not None
+        assert f"next offset of {topic}[0] is 7, but the log ends at 1" in problem
+    assert await kafka.committed(group, topic, 2) == {0: 7, 1: 0}
+
+
+async def test_foreign_metadata_is_ignored(kafka: Kafka) -> None:
+    """Only the offset counts of what somebody else stored."""
+    topic, group = await kafka.topic(), topics.unique_name("g")
+    await kafka.send(topic, "a", "b")
+    await _store(kafka, group, topic, {0: 1}, metadata="sluice1:zz;\x7f")
+
+    async with member(kafka, topic, group) as one:
+        await one.until(lambda: len(one.messages) == 1)
+    assert one.texts == ["b"]
+
+
+async def test_an_unknown_topic_is_a_sentence(kafka: Kafka) -> None:
+    """It names the topic and the command that makes it; nothing is created by asking."""
+    topic = topics.unique_name("nowhere")
+    for _ in range(2):
+        with pytest.raises(CannotRun, match=f"no topic {topic} .*`sluice topics create`"):
+            async with member(kafka, topic, "g"):
+                pass
+
+
+async def test_no_broker_is_a_sentence_within_seconds() -> None:
+    """It names the address."""
+    (port,) = free_ports(1)
+    started = time.monotonic()
+    with pytest.raises(CannotRun, match=f"No Kafka broker answers at 127.0.0.1:{port}"):
+        async with member(Kafka(f"127.0.0.1:{port}"), "t", "g"):
+            pass
+    assert time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize("mechanism", ["PLAIN", "SCRAM-SHA-256"])
+async def test_credentials_open_the_door_or_are_refused_with_a_sentence(
+    real_broker: RealKafka, mechanism: str
+) -> None:
+    """The right password reads; a wrong one names the user and the setting."""
+    if not hasattr(real_broker, "sasl_bootstrap_servers"):
+        pytest.skip("this broker has no listener that asks for credentials")
+    plain = Kafka(real_broker.bootstrap_servers)
+    topic, group = await plain.topic(), topics.unique_name("g")
+    await plain.send(topic, "a")
+    guarded = Kafka(real_broker.sasl_bootstrap_servers)
+
+    def security(password: str) -> dict[str, object]:
+        return {
+            "security": {
+                "protocol": "SASL_PLAINTEXT",
+                "sasl_mechanism": mechanism,
+                "username": SASL_USER,
+                "password": password,
+            }
+        }
+
+    async with member(guarded, topic, group, kafka=security(SASL_PASSWORD)) as one:
+        await one.until(lambda: len(one.messages) == 1)
+    with pytest.raises(CannotRun, match=f"refused the credentials of {SASL_USER}"):
+        async with member(guarded, topic, group, kafka=security("wrong")):
+            pass
+    with pytest.raises(CannotRun, match=r"kafka.security.protocol \(PLAINTEXT\)"):
+        async with member(guarded, topic, group):
+            pass
+
+
+# --- the group -----------------------------------------------------------------------------------
+# Two members need a real Kafka: the embedded broker completes an assignment as soon as the leader
+# has sent it, and refuses the members that ask for theirs later.
+
+
+async def test_a_member_that_stays_keeps_its_partitions_epochs(real: Kafka) -> None:
+    """A second member takes some; the others go on under their epoch, with nothing twice."""
+    topic, group = await real.topic(4), topics.unique_name("g")
+    for number in range(4):
+        await real.send(topic, "a", partition=number)
+
+    async with member(real, topic, group) as one:
+        await one.until(lambda: len(one.messages) == 4)
+        before = dict(one.epochs)
+        async with member(real, topic, group) as two:
+            await both(one, two, lambda: len(one.epochs) == len(two.epochs) == 2)
+
+            assert one.epochs.items() <= before.items()
+            assert one.epochs.keys() | two.epochs.keys() == before.keys()
+            assert one.revokes == 1
+            for number in range(4):
+                await real.send(topic, "b", partition=number)
+            await both(one, two, lambda: (one.texts + two.texts).count("b") == 4)
+            assert one.texts.count("a") == 4, "fetched again what it had"
+            assert two.texts.count("a") == 2, "nothing of it was committed"
+            kept = one.heard(Rebalanced)[-1]
+            assert isinstance(kept, Rebalanced)
+            assert (kept.assigned, kept.kept) == (2, 2)
+        await one.until(lambda: len(one.epochs) == 4)
+
+    came_back = one.epochs.keys() - two.epochs.keys()
+    assert all(one.epochs[each] == before[each] for each in came_back)
+    assert all(one.epochs[each] > max(before.values()) for each in two.epochs)
+
+
+async def test_what_is_revoked_can_be_committed_inside_and_not_after(real: Kafka) -> None:
+    """The pipeline's last commit works; then nothing is, until it is known whose they are."""
+    topic, group = await real.topic(2), topics.unique_name("g")
+    await real.send(topic, "a", partition=0)
+    await real.send(topic, "a", partition=1)
+    committed = {part(topic, 0): 1, part(topic, 1): 1}
+
+    async with member(real, topic, group) as one:
+        await one.until(lambda: len(one.messages) == 2)
+
+        async def commit() -> None:
+            await one.source.commit(committed)
+
+        one.when_revoked = commit
+        async with member(real, topic, group) as two:
+            await both(one, two, lambda: len(one.epochs) == len(two.epochs) == 1)
+            assert await real.committed(group, topic, 2) == {0: 1, 1: 1}
+            with pytest.raises(CommitFailed, match="rebalance"):
+                await one.source.commit(committed)
+            await two.turn(2)
+            assert two.messages == []
+
+
+async def test_no_message_comes_before_its_restore(
+    kafka: Kafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the group's offsets are being read, polls return nothing and commits are refused."""
+    topic, group = await kafka.topic(), topics.unique_name("g")
+    await kafka.send(topic, "a", "b")
+    await _store(kafka, group, topic, {0: 1})
+    gate, asked = asyncio.Event(), asyncio.Event()
+    from service.kafka.offsets import GroupOffsets
+
+    stored = GroupOffsets.stored
+
+    async def slow(self: GroupOffsets) -> object:
+        asked.set()
+        await gate.wait()
+        return await stored(self)
+
+    monkeypatch.setattr(GroupOffsets, "stored", slow)
+    async with member(kafka, topic, group) as one:
+        await one.until(asked.is_set)
+        await one.turn(5)
+        assert one.messages == []
+        assert one.assignments == []
+        with pytest.raises(CommitFailed, match="rebalance"):
+            await one.source.commit({part(topic): 2})
+        gate.set()
+        await one.until(lambda: len(one.messages) == 1)
+    assert one.texts == ["b"]
+
+
+async def test_a_restore_that_fails_is_repeated(
+    kafka: Kafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offsets that cannot be read are read again; nothing starts without them."""
+    monkeypatch.setattr("service.kafka.source.RESTORE_AGAIN_S", 0.3)
+    topic, group = await kafka.topic(), topics.unique_name("g")
+    await kafka.send(topic, "a", "b")
+    await _store(kafka, group, topic, {0: 1})
+    from aiokafka.admin import AIOKafkaAdminClient
+
+    answers = AIOKafkaAdminClient.list_consumer_group_offsets
+    refused = 0
+
+    async def refusing(self: AIOKafkaAdminClient, *args: object, **options: object) -> object:
+        nonlocal refused
+        refused += 1
+        # The client makes an empty answer out of a coordinator that is still loading.
+        return {} if refused <= 2 else await answers(self, *args, **options)
+
+    monkeypatch.setattr(AIOKafkaAdminClient, "list_consumer_group_offsets", refusing)
+    async with member(kafka, topic, group) as one:
+        await one.until(lambda: refused == 2)
+        assert "cannot be read" in (one.source.group().problem or "")
+        assert one.messages == []
+        await one.until(lambda: len(one.messages) == 1)
+        assert one.source.group().problem is None
+    assert one.texts == ["b"]
+
+
+async def test_stop_leaves_the_group_at_once(real: Kafka) -> None:
+    """Another member has the partitions long before the session would have timed out."""
+    topic, group = await real.topic(2), topics.unique_name("g")
+    slow = {"session_timeout_s": 30.0}
+
+    async with member(real, topic, group, kafka=slow) as two:
+        async with member(real, topic, group, kafka=slow) as one:
+            await both(one, two, lambda: len(one.epochs) == len(two.epochs) == 1)
+            started = time.monotonic()
+        stopped = time.monotonic()
+        await two.until(lambda: len(two.epochs) == 2)
+        assert stopped - started < 3
+        assert time.monotonic() - stopped < 5
+
+
+async def test_a_spare_member_is_settled(real: Kafka) -> None:
+    """A member without partitions knows that it has none, and that brokers answer."""
+    topic, group = await real.topic(1), topics.unique_name("g")
+
+    async with member(real, topic, group) as one:
+        assert not one.source.group().settled
+        await one.until(lambda: bool(one.epochs))
+        async with member(real, topic, group) as two:
+            await both(one, two, lambda: two.assignments != [])
+            for each in (one, two):
+                status = each.source.group()
+                assert status.settled
+                assert status.broker_answers
+                assert status.unsettled_s == 0.0
+                assert status.problem is None
+
+
+async def test_an_outage_is_not_unsettled_time(
+    mock_kafka: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without an answering broker `broker_answers` turns false, and polls go on returning."""
+    monkeypatch.setattr("service.kafka.settling.SILENT_S", 2.0)
+    monkeypatch.setattr("service.kafka.source.ANSWER_S", 1.0)
+    kafka = Kafka(mock_kafka.bootstrap_servers, mock_kafka)
+    topic, group = await kafka.topic(1), topics.unique_name("g")
+
+    async with member(kafka, topic, group) as one:
+        await one.until(lambda: bool(one.epochs))
+        mock_kafka.stop()
+        await one.until(lambda: not one.source.group().broker_answers)
+        assert one.source.group().unsettled_s < 3
+
+
+# --- from outside --------------------------------------------------------------------------------
+
+
+async def _store(
+    kafka: Kafka, group: str, topic: str, offsets: dict[int, int], metadata: str = ""
+) -> None:
+    """What another program would have stored for the group."""
+    from aiokafka import AIOKafkaConsumer
+
+    consumer = AIOKafkaConsumer(
+        bootstrap_servers=kafka.servers, group_id=group, enable_auto_commit=False
+    )
+    await consumer.start()
+    try:
+        consumer.assign([TopicPartition(topic, number) for number in offsets])
+        await consumer.commit(
+            {TopicPartition(topic, number): (at, metadata) for number, at in offsets.items()}
+        )
+    finally:
+        await consumer.stop()
+
+
+async def _delete_before(kafka: Kafka, topic: str, offset: int) -> None:
+    async with topics.admin(kafka.servers) as client:
+        await client.delete_records({TopicPartition(topic, 0): RecordsToDelete(offset)})
