@@ -12,6 +12,8 @@ import yaml
 
 from service import settings
 from service.core.status import State
+from service.demo.download import REQUIREMENT
+from service.demo.model import MODEL_NAME, SLOTS
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -106,6 +108,13 @@ def test_a_key_alone_leaves_the_local_model_in_place() -> None:
     """Only OPENAI_BASE_URL moves calls elsewhere, so no exported key is spent by surprise."""
     assert _environment()["OPENAI_BASE_URL"] == "http://model:8080/v1"
     assert "OPENAI_API_KEY" not in SERVICES["sluice"]["environment"]["OPENAI_BASE_URL"]
+
+
+def test_compose_and_image_know_the_local_model() -> None:
+    """Sluice asks for the model by its name, and the image holds the one that the demo fetches."""
+    assert _environment()["SLUICE_EXTRACTION__MODEL"] == MODEL_NAME
+    assert f"--dest /wheels {REQUIREMENT}\n" in DOCKERFILE
+    assert int(_environment()["SLUICE_LIMITS__CONCURRENCY"]) == SLOTS
 
 
 def test_prometheus_scrapes_the_port_that_the_service_opens() -> None:
