@@ -39,6 +39,8 @@ FLUSH_TIMEOUT_S = 5.0
 DEADLINE_FACTOR = 2
 """Of the request timeout: a request that hangs is given up and sent again once, safely, by the
 client; after that the producer is taken for wedged (aiokafka #1017) and replaced."""
+FUTURE_MAX_MS = 3_600_000
+"""Brokers refuse timestamps further ahead of their clock (`message.timestamp.after.max.ms`)."""
 HELD_LOG_EVERY_S = 60.0
 """A dead letter that fits nowhere is tried for ever and complained about this often."""
 
@@ -115,6 +117,8 @@ class KafkaSink:
         left may still land. `publish` itself cancelled has handed over nothing.
         """
         try:
+            if not self._started:
+                raise PublishFailed("the sink is not running")
             outputs = await self._outputs(message, outcome)
             if not outputs:
                 return _settled(None)
@@ -158,11 +162,14 @@ class KafkaSink:
     def _output(
         self, message: Message, key: bytes | None, value: bytes | None, headers: HeaderList
     ) -> Output:
-        # Kafka writes -1 where a producer gave no timestamp.
-        keep = self._settings.output.timestamp == "input" and message.timestamp_ms >= 0
-        timestamp_ms = message.timestamp_ms if keep else None
         size = size_alone(key, value, headers)
-        return Output(self._output_topic, key, value, headers, timestamp_ms, size)
+        return Output(self._output_topic, key, value, headers, self._timestamp_ms(message), size)
+
+    def _timestamp_ms(self, message: Message) -> int | None:
+        """The input's, where it has one (-1 says that it has none) that brokers will take."""
+        now = self._settings.output.timestamp == "now"
+        known = 0 <= message.timestamp_ms <= _now_ms() + FUTURE_MAX_MS
+        return message.timestamp_ms if known and not now else None
 
     async def _fitting(self, outputs: list[Output]) -> list[Output]:
         """All of them or none: a message is not published in part where sizes are known."""
@@ -187,7 +194,7 @@ class KafkaSink:
         topic = self._dead_letter_topic
         group = self._settings.kafka.group_id
         size = 0
-        for letter in smaller(message, rejected, group, int(time.time() * 1000)):
+        for letter in smaller(message, rejected, group, _now_ms()):
             size = size_alone(letter.key, letter.value, letter.headers)
             if size <= self._sizes.known(topic) or size <= await self._sizes.fresh(topic):
                 return Output(
@@ -264,6 +271,10 @@ class KafkaSink:
 
     def _create_admin(self) -> AIOKafkaAdminClient:
         return AIOKafkaAdminClient(**client_options(self._settings.kafka))
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
 
 
 def _settled(error: SluiceError | None) -> Awaitable[None]:

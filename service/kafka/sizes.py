@@ -11,6 +11,8 @@ from aiokafka.errors import KafkaError
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 from aiokafka.record.util import size_of_varint
 
+from service.core.errors import WrongSettings
+
 UNKNOWN = sys.maxsize
 """Nobody told: the broker's refusal decides."""
 REFRESH_S = 30.0
@@ -64,22 +66,23 @@ class TopicSizes:
 
 async def ask_broker(topic: str, create: Callable[[], AIOKafkaAdminClient]) -> int | None:
     """The topic's `max.message.bytes`; None where brokers don't tell (too old, not allowed)."""
-    client = create()
     try:
         async with asyncio.timeout(ASK_TIMEOUT_S):
-            await client.start()
-            return await _describe(client, topic)
-    except (KafkaError, TimeoutError, OSError) as error:
+            return await _describe(create, topic)
+    except (KafkaError, TimeoutError, OSError, WrongSettings) as error:
         log.info("the largest record of topic %s is not known: %s", topic, type(error).__name__)
         return None
+
+
+async def _describe(create: Callable[[], AIOKafkaAdminClient], topic: str) -> int | None:
+    client = create()
+    try:
+        await client.start()
+        name = "max.message.bytes"
+        resource = ConfigResource(ConfigResourceType.TOPIC, topic, configs={name: None})
+        (response,) = await client.describe_configs([resource])
     finally:
         await client.close()
-
-
-async def _describe(client: AIOKafkaAdminClient, topic: str) -> int | None:
-    name = "max.message.bytes"
-    resource = ConfigResource(ConfigResourceType.TOPIC, topic, configs={name: None})
-    (response,) = await client.describe_configs([resource])
     for error_code, _, _, _, entries in response.resources:
         if error_code == 0:
             for entry in entries:
