@@ -359,6 +359,10 @@ def _endpoint() -> tuple[str, str]:
             "OPENAI_BASE_URL: it must start with http:// or https:// and name a host, "
             "as in http://localhost:8000/v1."
         )
+    if url.username is not None or url.password is not None:
+        raise WrongSettings(
+            "OPENAI_BASE_URL: it must hold no user and no password; keys go into OPENAI_API_KEY."
+        )
     if not key.isascii() or not key.isprintable():
         raise WrongSettings("OPENAI_API_KEY: it holds characters that no key has; set it anew.")
     if not key and base_url == DEFAULT_BASE_URL:
@@ -370,6 +374,5 @@ def _endpoint() -> tuple[str, str]:
 
 
 def _shown(base_url: str) -> str:
-    """The URL without a user and password in it."""
-    url = urlsplit(base_url)
-    return url._replace(netloc=url.netloc.rpartition("@")[2]).geturl()
+    """The URL without its query, which may hold a key."""
+    return urlsplit(base_url)._replace(query="", fragment="").geturl()

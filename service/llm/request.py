@@ -19,7 +19,6 @@ from instructor.v2.core.response_model import prepare_response_model
 from openai.types.chat import ChatCompletion
 from pydantic import BaseModel
 
-from service.core.errors import WrongSettings
 from service.llm.prompt import Prompt, delimited
 from service.llm.records import version_of
 from service.llm.strictness import allows_strict
@@ -46,19 +45,11 @@ class RequestTemplate:
     def build(
         prompt: Prompt, answer: type[BaseModel], extraction: ExtractionSettings, base_url: str
     ) -> RequestTemplate:
-        """Raises `WrongSettings` for a type that the mode has no way to ask for."""
         handlers = mode_registry.get_handlers(Provider.OPENAI, _MODES[extraction.mode])
-        try:
-            _, prepared = handlers.request_handler(
-                response_model=prepare_response_model(answer),
-                kwargs=_arguments(prompt, extraction, base_url),
-            )
-        # instructor on the user's class; known: in mode tools none that refers to itself.
-        except Exception as error:
-            raise WrongSettings(
-                f"extraction.record: {answer.__name__} cannot be asked for in mode "
-                f"{extraction.mode} ({type(error).__name__}); try another extraction.mode."
-            ) from None
+        _, prepared = handlers.request_handler(
+            response_model=prepare_response_model(answer),
+            kwargs=_arguments(prompt, extraction, base_url),
+        )
         *stable, last = prepared.pop("messages")
         assert last == {"role": "user", "content": delimited(_ANY_TEXT)}
         rest = _with_strict(prepared)

@@ -473,7 +473,9 @@ def _fill(schema: Mapping[str, Any], root: Mapping[str, Any], text: str, name: s
         return schema["enum"][0]
     for union in ("anyOf", "oneOf", "allOf"):
         if union in schema:
-            return _fill(schema[union][0], root, text, name)
+            # A type that refers to itself ends where it may.
+            plain = [option for option in schema[union] if "$ref" not in option]
+            return _fill((plain or schema[union])[0], root, text, name)
     return _fill_type(schema, root, text, name)
 
 

@@ -1,0 +1,91 @@
+"""Record types for tests, each for one thing that a user's type can do."""
+
+from __future__ import annotations
+
+from datetime import date
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator
+
+
+class ClosedPerson(BaseModel):
+    """Closed and without defaults: may be sent with `strict: true`."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    age: int = Field(ge=0, le=150)
+
+
+class Event(BaseModel):
+    """Typed fields that a strict validation takes from JSON's strings."""
+
+    title: str
+    on: date
+    seats: float
+
+
+class RaisesInValidator(BaseModel):
+    name: str
+    age: int
+
+    @field_validator("name")
+    @classmethod
+    def _look_up(cls, value: str) -> str:
+        raise KeyError(f"no entry for {value}")
+
+
+class RaisesInSerializer(BaseModel):
+    name: str
+    age: int
+
+    @field_serializer("name")
+    def _write(self, value: str) -> str:
+        raise RuntimeError(f"cannot write {value}")
+
+
+class _Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+class RaisesMutely(BaseModel):
+    name: str
+    age: int
+
+    @field_validator("age")
+    @classmethod
+    def _fail(cls, value: int) -> int:
+        raise _Mute
+
+
+class SaysNo(BaseModel):
+    """Refuses by ValueError, which is how a validator tells the model what is wrong."""
+
+    name: str
+    age: int
+
+    @field_validator("age")
+    @classmethod
+    def _young(cls, value: int) -> int:
+        if value > 30:
+            raise ValueError("must be at most 30")
+        return value
+
+
+class Odd(BaseModel):
+    """Its validator returns another type, which pydantic warns of when it is written."""
+
+    name: str
+    age: int
+
+    @field_validator("age")
+    @classmethod
+    def _words(cls, value: int) -> Any:
+        return f"{value} years"
+
+
+class Node(BaseModel):
+    """Refers to itself, so that its schema's root is a reference."""
+
+    name: str
+    next: Node | None
