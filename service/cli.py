@@ -114,6 +114,7 @@ def check(
 ) -> None:
     """Look at settings, broker, topics, permissions, group and model: ✓, or what to do."""
     settings = _settings(config)
+    _quiet()
     from service.checks import check as run_check
 
     raise typer.Exit(run_check(settings, call=call))
@@ -158,7 +159,21 @@ def create(
 ) -> None:
     """Make the output and dead letter topics where they are missing."""
     settings = _settings(config)
-    from service.kafka.topics import create as create_topics
+    _quiet()
+    import asyncio
 
-    for line in create_topics(settings, partitions=partitions, replication=replication):
+    asyncio.run(_create(settings, partitions, replication))
+
+
+async def _create(settings: Settings, partitions: int | None, replication: int | None) -> None:
+    from service.kafka.topics import create_topics
+
+    async for line in create_topics(settings, partitions, replication):
         print(line)
+
+
+def _quiet() -> None:
+    """What clients log meanwhile is said better by the command itself."""
+    import logging
+
+    logging.getLogger().addHandler(logging.NullHandler())

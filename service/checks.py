@@ -1,0 +1,193 @@
+"""`sluice check`: a line for each thing that a run needs, ✓ or what to do; it changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from typing import TypeAlias
+
+from service.core.errors import CallFailure, CannotRun, ServiceFailure, Stop, WrongSettings
+from service.core.messages import Extracted, Rejected
+from service.kafka.connection import reach
+from service.kafka.topics import (
+    DEAD_LETTER_ROOM_BYTES,
+    Operation,
+    Topic,
+    look_at_group,
+    look_at_topics,
+    record_max_bytes,
+)
+from service.llm.extractor import OpenAIExtractor
+from service.settings import Settings, warnings
+
+SAMPLE = "Ada Lovelace was 36 years old."
+"""The text of the one call that `--call` makes."""
+
+Say: TypeAlias = Callable[[str], None]
+Look: TypeAlias = Callable[[Settings], Awaitable[tuple[str, ...]]]
+"""Returns what is well, then what to know besides; raises `Stop` with what to do."""
+
+
+def check(settings: Settings, *, call: bool, say: Say = print) -> int:
+    """Look at everything, in the order in which a run needs it; returns the exit code.
+
+    `call` makes one real call to the model, which costs its tokens.
+    """
+    return asyncio.run(_check(settings, call, say))
+
+
+async def _check(settings: Settings, call: bool, say: Say) -> int:
+    report = _Report(say)
+    report.good("settings", ("understood", *warnings(settings)))
+    if await report.look("broker", _broker, settings):
+        for name, look in _IN_KAFKA:
+            await report.look(name, look, settings)
+    else:
+        for name, _ in _IN_KAFKA:
+            say(f"- {name:<12} not looked at: no broker")
+    await report.look("model", _call if call else _model, settings)
+    return report.code
+
+
+class _Report:
+    """Prints a line for each thing and remembers the worst."""
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+        self.code = 0
+
+    def good(self, name: str, lines: Iterable[str]) -> None:
+        first, *besides = lines
+        self._say(f"✓ {name:<12} {first}")
+        for line in besides:
+            self._say(f"! {name:<12} {line}")
+
+    async def look(self, name: str, look: Look, settings: Settings) -> bool:
+        try:
+            self.good(name, await look(settings))
+        except Stop as stop:
+            self._say(f"✗ {name:<12} {stop}")
+            self.code = max(self.code, 2 if isinstance(stop, WrongSettings) else 1)
+            return False
+        return True
+
+
+# --- Kafka ------------------------------------------------------------------------------------
+
+
+async def _broker(settings: Settings) -> tuple[str, ...]:
+    await reach(settings.kafka)
+    return (f"{settings.kafka.bootstrap_servers} lets us in",)
+
+
+async def _topics(settings: Settings) -> tuple[str, ...]:
+    topics = await look_at_topics(settings.kafka, _names(settings))
+    missing = [topic.name for topic in topics.values() if topic.error is not None]
+    if missing:
+        raise CannotRun(
+            f"missing: {', '.join(missing)}. Make output and dead letter topic with `sluice topics "
+            "create`, or correct the names"
+        )
+    counts = ", ".join(f"{topic.name} ({topic.partitions})" for topic in topics.values())
+    return (f"all there, partitions in brackets: {counts}", *await _sizes(settings))
+
+
+async def _sizes(settings: Settings) -> tuple[str, ...]:
+    """A dead letter is larger than its message: what to know where its topic takes no more."""
+    letters = await record_max_bytes(settings.kafka, settings.dead_letters.topic)
+    found = []
+    for name in settings.input.topics:
+        size = await record_max_bytes(settings.kafka, name)
+        if size is not None and letters is not None and letters < size + DEAD_LETTER_ROOM_BYTES:
+            found.append(
+                f"{settings.dead_letters.topic} takes {letters} bytes and {name} up to {size}: a "
+                "dead letter of a large message loses the model's answer, or waits; set "
+                f"max.message.bytes to {size + DEAD_LETTER_ROOM_BYTES} or more"
+            )
+    return tuple(found)
+
+
+async def _permissions(settings: Settings) -> tuple[str, ...]:
+    topics = await look_at_topics(settings.kafka, _names(settings))
+    wanted: list[tuple[str, Operation]] = [(name, "READ") for name in settings.input.topics]
+    wanted += [(settings.output.topic, "WRITE"), (settings.dead_letters.topic, "WRITE")]
+    denied = [f"{need} on {name}" for name, need in wanted if not _may(topics[name], need)]
+    if denied:
+        raise CannotRun(f"missing: {', '.join(denied)}. Let an administrator grant them")
+    if any(topic.may is None for topic in topics.values()):
+        return ("nothing is refused, as far as this broker tells",)
+    return ("the input may be read, output and dead letters written",)
+
+
+def _may(topic: Topic, operation: Operation) -> bool:
+    """A topic that is missing is not a question of permissions."""
+    return topic.error is not None or topic.allows(operation)
+
+
+async def _group(settings: Settings) -> tuple[str, ...]:
+    group = await look_at_group(settings.kafka)
+    name = settings.kafka.group_id
+    if group.may is not None and "READ" not in group.may:
+        raise CannotRun(f"missing: READ on group {name}. Let an administrator grant it")
+    if group.members is None:
+        return (f"{name} is not refused, as far as this broker tells",)
+    if group.members:
+        return (f"{name} has {group.members} members now; partitions are shared with them",)
+    if group.state in ("", "Dead"):
+        return (f"{name} is new: it starts at {settings.input.start}",)
+    return (f"{name} has no members now and goes on where it stopped",)
+
+
+def _names(settings: Settings) -> tuple[str, ...]:
+    return (*settings.input.topics, settings.output.topic, settings.dead_letters.topic)
+
+
+_IN_KAFKA: tuple[tuple[str, Look], ...] = (
+    ("topics", _topics),
+    ("permissions", _permissions),
+    ("group", _group),
+)
+
+
+# --- the model --------------------------------------------------------------------------------
+
+
+async def _model(settings: Settings) -> tuple[str, ...]:
+    async with _extractor(settings) as extractor:
+        warning = await extractor.check()
+    well = f"the endpoint answers ({settings.extraction.model}; --call makes one real call)"
+    return (well,) if warning is None else (well, warning)
+
+
+async def _call(settings: Settings) -> tuple[str, ...]:
+    began_s = time.monotonic()
+    async with _extractor(settings) as extractor:
+        outcome = await extractor.call(SAMPLE, None)
+    match outcome:
+        case Extracted(records=records, provenance=spent):
+            return (
+                f"{settings.extraction.model} made {len(records)} records of a sample in "
+                f"{time.monotonic() - began_s:.1f} s: {spent.tokens_input} tokens in, "
+                f"{spent.tokens_output} out",
+            )
+        case Rejected(reason=reason):
+            # The sample may have nothing that the record asks for: the way there is fine.
+            return (f"answers; the sample {SAMPLE!r} was rejected as {reason.value}",)
+
+
+@asynccontextmanager
+async def _extractor(settings: Settings) -> AsyncIterator[OpenAIExtractor]:
+    extractor = OpenAIExtractor(settings, observe=lambda _: None)
+    await extractor.start()
+    try:
+        yield extractor
+    except ServiceFailure as failure:
+        raise CannotRun(failure.remedy) from None
+    except CallFailure as failure:
+        raise CannotRun(
+            f"the endpoint is there but fails now ({failure.reason}); a run would wait for it"
+        ) from None
+    finally:
+        await extractor.stop()

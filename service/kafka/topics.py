@@ -1,0 +1,296 @@
+"""Topics and group from outside: what is there, what we may do with it, and making what is missing.
+
+For `sluice check` and `sluice topics create`; the service itself creates nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.errors import (
+    GroupCoordinatorNotAvailableError,
+    IncompatibleBrokerVersion,
+    KafkaError,
+    NoError,
+    TopicAlreadyExistsError,
+    UnknownTopicOrPartitionError,
+    for_code,
+)
+from aiokafka.protocol.admin import (
+    DescribeGroupsRequest_v2,
+    DescribeGroupsRequest_v3,
+    DescribeGroupsResponse_v3,
+)
+from aiokafka.protocol.api import Request, RequestStruct, Response
+from aiokafka.protocol.metadata import MetadataRequest_v4, MetadataRequest_v5
+from aiokafka.protocol.types import Array, Boolean, Int16, Int32, Schema, String
+
+from service.core.errors import CannotRun
+from service.kafka.connection import client_options, reach, stop_for, within
+from service.kafka.sizes import ask_broker
+from service.settings import KafkaSettings, Settings
+
+Operation: TypeAlias = Literal["READ", "WRITE", "DESCRIBE"]
+
+LOOK_S = 20.0
+"""One look at topics or a group, the way to the broker included."""
+
+AGAIN_S = 0.2
+"""Between two questions for the group's coordinator."""
+
+CREATE_S = 30.0
+"""Making one topic, until the controller says that it is done."""
+
+DEAD_LETTER_ROOM_BYTES = 131_072
+"""What a dead letter is larger than its message: 16,384 characters of the model's answer and
+4,096 of the reason, at most four bytes each, and the other headers, rounded up."""
+
+_BITS: dict[Operation, int] = {"READ": 1 << 3, "WRITE": 1 << 4, "DESCRIBE": 1 << 8}
+"""Codes of operations in Kafka's access control, as bits of `authorized_operations`."""
+
+_NOT_TOLD = -(2**31)
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """What a broker says of a topic; `error` is None where it exists and may be described.
+
+    `may` holds what we are allowed to do with it, None where the broker does not tell.
+    """
+
+    name: str
+    error: type[KafkaError] | None
+    partitions: int
+    replicas: int
+    may: frozenset[Operation] | None
+
+    def allows(self, operation: Operation) -> bool:
+        """Whether nothing speaks against it."""
+        return self.may is None or operation in self.may
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What a broker says of the consumer group; None where it does not tell."""
+
+    state: str
+    members: int | None
+    may: frozenset[Operation] | None
+
+
+async def look_at_topics(kafka: KafkaSettings, names: Iterable[str]) -> dict[str, Topic]:
+    """What brokers say of the topics; creates none. Raises `Stop` where no broker lets us in."""
+    wanted = list(dict.fromkeys(names))
+    async with _admin(kafka) as admin:
+        answer = await within(LOOK_S, admin._send_request(_Topics(wanted)))
+    found = {each["topic"]: each for each in answer.to_object()["topics"]}
+    return {name: _topic(name, found[name]) for name in wanted}
+
+
+async def look_at_group(kafka: KafkaSettings) -> Group:
+    """What brokers say of the group. Raises `Stop` where we may not even ask."""
+    async with _admin(kafka) as admin:
+        coordinator = await within(LOOK_S, _coordinator(admin, kafka.group_id))
+        try:
+            answer = await within(LOOK_S, admin._send_request(_Groups(kafka.group_id), coordinator))
+        except IncompatibleBrokerVersion:  # brokers that only look like Kafka
+            return Group("", None, None)
+    (group,) = answer.to_object()["groups"]
+    error = for_code(group["error_code"])
+    if error is not NoError:
+        raise stop_for(error(), kafka)
+    return Group(group["state"], len(group["members"]), _allowed(group))
+
+
+async def _coordinator(admin: AIOKafkaAdminClient, group_id: str) -> int:
+    """A cluster that has never had a group needs a moment to find a place for them."""
+    while True:
+        try:
+            node: int = await admin.find_coordinator(group_id)
+        except GroupCoordinatorNotAvailableError:
+            await asyncio.sleep(AGAIN_S)
+        else:
+            return node
+
+
+async def record_max_bytes(kafka: KafkaSettings, topic: str) -> int | None:
+    """The topic's `max.message.bytes`; None where brokers don't tell."""
+    return await ask_broker(topic, lambda: AIOKafkaAdminClient(**client_options(kafka)))
+
+
+async def create_topics(
+    settings: Settings, partitions: int | None = None, replication: int | None = None
+) -> AsyncIterator[str]:
+    """Make the output and dead letter topics where they are missing; a sentence for each.
+
+    Without numbers they are like the first input topic. Dead letters may be larger than what
+    that topic takes. Raises `Stop` with what stands in the way.
+    """
+    kafka, output, letters = settings.kafka, settings.output.topic, settings.dead_letters.topic
+    model = settings.input.topics[0]
+    topics = await look_at_topics(kafka, (model, output, letters))
+    if topics[model].error is not None and (partitions is None or replication is None):
+        raise CannotRun(
+            f"There is no topic {model} whose partitions and replicas could be copied: correct "
+            "input.topics, or name --partitions and --replication."
+        )
+    for name in (output, letters):
+        if topics[name].error is None:
+            yield f"topic {name} is there already ({topics[name].partitions} partitions)"
+            continue
+        like = topics[model]
+        numbers = (partitions or like.partitions, replication or like.replicas)
+        size = await record_max_bytes(kafka, model) if name == letters else None
+        yield await _create(kafka, name, numbers, size)
+
+
+async def _create(
+    kafka: KafkaSettings, name: str, numbers: tuple[int, int], size_bytes: int | None
+) -> str:
+    partitions, replicas = numbers
+    config = {}
+    if size_bytes is not None:
+        config["max.message.bytes"] = str(size_bytes + DEAD_LETTER_ROOM_BYTES)
+    new = NewTopic(name, partitions, replicas, topic_configs=config)
+    async with _admin(kafka) as admin:
+        await within(LOOK_S, admin._client.force_metadata_update())
+        if admin._client.cluster.controller is None:  # brokers that only look like Kafka
+            raise CannotRun(f"{kafka.bootstrap_servers} has no controller that could make {name}.")
+        answer = await within(CREATE_S, admin.create_topics([new]))
+    # name, code, and since version 1 the broker's own words
+    _, code, *words = answer.topic_errors[0]
+    error = for_code(code)
+    if error is TopicAlreadyExistsError:
+        return f"topic {name} is there already"
+    if error is not NoError:
+        raise CannotRun(
+            f"Topic {name} cannot be made with {partitions} partitions and {replicas} replicas: "
+            + ((words[0] if words else None) or error.__name__).rstrip(".")
+            + "."
+        )
+    return f"topic {name} is made: {partitions} partitions, {replicas} replicas"
+
+
+@asynccontextmanager
+async def _admin(kafka: KafkaSettings) -> AsyncIterator[AIOKafkaAdminClient]:
+    """A client whose errors are our sentences."""
+    await reach(kafka)
+    admin = AIOKafkaAdminClient(**client_options(kafka))
+    try:
+        await within(LOOK_S, admin.start())
+        yield admin
+    except (KafkaError, OSError, TimeoutError) as error:
+        raise stop_for(error, kafka) from error
+    finally:
+        await admin.close()
+
+
+def _topic(name: str, found: Mapping[str, Any]) -> Topic:
+    error = for_code(found["error_code"])
+    partitions = found["partitions"]
+    replicas = len(partitions[0]["replicas"]) if partitions else 0
+    known = error is NoError and bool(partitions)
+    reason = None if known else (UnknownTopicOrPartitionError if error is NoError else error)
+    return Topic(name, reason, len(partitions), replicas, _allowed(found))
+
+
+def _allowed(found: Mapping[str, Any]) -> frozenset[Operation] | None:
+    bits = found.get("authorized_operations", _NOT_TOLD)
+    if bits == _NOT_TOLD:
+        return None
+    return frozenset(operation for operation, bit in _BITS.items() if bits & bit)
+
+
+# --- requests that the client does not have: with what we are authorised to do -----------------
+
+
+class _TopicsAnswer(Response):  # type: ignore[misc]
+    API_KEY = 3
+    API_VERSION = 8
+    SCHEMA = Schema(
+        ("throttle_time_ms", Int32),
+        (
+            "brokers",
+            Array(
+                ("node_id", Int32),
+                ("host", String("utf-8")),
+                ("port", Int32),
+                ("rack", String("utf-8")),
+            ),
+        ),
+        ("cluster_id", String("utf-8")),
+        ("controller_id", Int32),
+        (
+            "topics",
+            Array(
+                ("error_code", Int16),
+                ("topic", String("utf-8")),
+                ("is_internal", Boolean),
+                (
+                    "partitions",
+                    Array(
+                        ("error_code", Int16),
+                        ("partition", Int32),
+                        ("leader", Int32),
+                        ("leader_epoch", Int32),
+                        ("replicas", Array(Int32)),
+                        ("isr", Array(Int32)),
+                        ("offline_replicas", Array(Int32)),
+                    ),
+                ),
+                ("authorized_operations", Int32),
+            ),
+        ),
+        ("cluster_authorized_operations", Int32),
+    )
+
+
+class _TopicsRequest(RequestStruct):  # type: ignore[misc]
+    API_KEY = 3
+    API_VERSION = 8
+    RESPONSE_TYPE = _TopicsAnswer
+    SCHEMA = Schema(
+        ("topics", Array(String("utf-8"))),
+        ("allow_auto_topic_creation", Boolean),
+        ("include_cluster_authorized_operations", Boolean),
+        ("include_topic_authorized_operations", Boolean),
+    )
+
+
+class _Topics(Request[MetadataRequest_v4 | MetadataRequest_v5 | _TopicsRequest]):  # type: ignore[misc]
+    """Metadata of named topics, none of which it creates."""
+
+    API_KEY = 3
+
+    def __init__(self, topics: list[str]) -> None:
+        self._topics = topics
+
+    def build(self, version: Any) -> Any:
+        if version is _TopicsRequest:
+            return version(self._topics, False, False, True)
+        return version(self._topics, False)
+
+
+class _GroupsRequest(DescribeGroupsRequest_v3):  # type: ignore[misc]
+    """The client's own reads the answer as version 2, which ends before what is asked for."""
+
+    RESPONSE_TYPE = DescribeGroupsResponse_v3
+
+
+class _Groups(Request[DescribeGroupsRequest_v2 | _GroupsRequest]):  # type: ignore[misc]
+    """One consumer group."""
+
+    API_KEY = 15
+
+    def __init__(self, group_id: str) -> None:
+        self._group_id = group_id
+
+    def build(self, version: Any) -> Any:
+        if version is _GroupsRequest:
+            return version([self._group_id], True)
+        return version([self._group_id])
