@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from service.core.errors import Stop, TransientFailure
+from service.core.errors import CannotRun, Stop, TransientFailure
 from service.core.events import Called, Event, Finished
 from service.core.messages import Partition
 from service.core.status import Status
@@ -113,6 +113,9 @@ class _App:
                     raise
                 log.info("stopped by a signal before it had started")
         log.info("stopped: %s", self._summary)
+        problem = self._source.group().problem
+        if until_caught_up and problem is not None:
+            raise CannotRun(problem)
         return 0
 
     async def _start(self, started: AsyncExitStack) -> None:

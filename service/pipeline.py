@@ -406,19 +406,20 @@ class Pipeline:
         except (OutputTooLarge, PublishFailed) as failure:
             self._not_published(entry, failure)
         else:
-            acknowledged.add_done_callback(partial(self._settled, entry))
+            acknowledged.add_done_callback(partial(self._called_back, self._settled, entry))
 
     def _settled(self, entry: Entry, acknowledged: asyncio.Future[None]) -> None:
         """The sink's word on one outcome; too late if the partition is not ours any more."""
         failure = PublishFailed() if acknowledged.cancelled() else acknowledged.exception()
         if entry.holding.lost:
             return
-        if failure is None:
-            self._finish(entry)
-        elif isinstance(failure, OutputTooLarge | PublishFailed):
-            self._not_published(entry, failure)
-        else:
-            self._start(_raise(failure), entry.holding)
+        match failure:
+            case None:
+                self._finish(entry)
+            case OutputTooLarge() | PublishFailed():
+                self._not_published(entry, failure)
+            case _:
+                raise failure
 
     def _finish(self, entry: Entry) -> None:
         assert entry.outcome is not None, "finished without an outcome"
@@ -454,7 +455,7 @@ class Pipeline:
     def _rest(self, entry: Entry, rest_s: float) -> None:
         """The entry's lane goes on after this time."""
         self._lanes_resting.add(entry.lane)
-        asyncio.get_running_loop().call_later(rest_s, self._rested, entry)
+        asyncio.get_running_loop().call_later(rest_s, self._called_back, self._rested, entry)
 
     def _rested(self, entry: Entry) -> None:
         self._lanes_resting.discard(entry.lane)
@@ -564,7 +565,7 @@ class Pipeline:
             return State.WAITING_FOR_PROVIDER
         if self._window.calling:
             return State.RUNNING
-        if stages[Stage.RETRYING]:
+        if stages[Stage.RETRYING] or self._admission.cooldown_until_s > now_s:
             return State.WAITING_FOR_PROVIDER
         lag = sum(holding.status().lag or 0 for holding in self._window.held.values())
         if not lag and not self._window.messages:
@@ -610,11 +611,20 @@ class Pipeline:
             self._wake.cancel()
             self._wake = None
         if when_s is not None:
-            self._wake = asyncio.get_running_loop().call_at(when_s, self._admit)
+            loop = asyncio.get_running_loop()
+            self._wake = loop.call_at(when_s, self._called_back, self._admit)
 
     def _moved_on(self) -> None:
         self._moved_at_s = self._now_s()
         self._moved.set()
+
+    def _called_back(self, act: Callable[..., None], *arguments: object) -> None:
+        """What the loop calls outside of a task: an unexpected exception ends the run as well."""
+        try:
+            act(*arguments)
+        except Exception as error:  # the loop would only log it, and the message would hang
+            if self._tasks is not None:
+                self._tasks.create_task(_raise(error))
 
     async def _until(self, possible: Callable[[], bool], timeout_s: float | None = None) -> bool:
         """Wait until `possible`, at most `timeout_s`; says whether it is."""

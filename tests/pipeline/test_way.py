@@ -442,6 +442,16 @@ def test_a_bug_ends_the_run_uncommitted(stage: Stage) -> None:
     assert stage.broker.committed.get(partition(), 0) <= 1
 
 
+def test_a_bug_in_a_callback_ends_the_run(stage: Stage) -> None:
+    """An acknowledgement that brings what nobody foresaw is not swallowed by the event loop."""
+    stage.broker.append("fine")
+    stage.sink.failures[0] = [RuntimeError("bug")]
+    with pytest.raises(ExceptionGroup) as caught:
+        stage.show()
+    assert caught.group_contains(RuntimeError, match="bug")
+    assert stage.broker.committed.get(partition(), 0) == 0
+
+
 def test_states_tell_idle_running_and_kafka_apart(stage: Stage) -> None:
     """The state is one word for what is going on."""
 

@@ -37,7 +37,7 @@ class Read:
     @property
     def header(self) -> dict[str, str]:
         """Headers as text; of a name that comes twice the last one."""
-        return {name: (value or b"").decode() for name, value in self.headers}
+        return {name: (value or b"").decode(errors="replace") for name, value in self.headers}
 
 
 @asynccontextmanager
