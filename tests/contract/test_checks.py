@@ -1,0 +1,258 @@
+"""`sluice check` and `sluice topics create`, against the embedded broker and a real Kafka."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+from aiokafka.errors import TopicAuthorizationFailedError, UnknownTopicOrPartitionError
+
+from service.checks import check
+from service.core.errors import CannotRun
+from service.demo.broker import EmbeddedBroker
+from service.kafka.topics import (
+    DEAD_LETTER_ROOM_BYTES,
+    Topic,
+    _topic,
+    create_topics,
+    look_at_group,
+    look_at_topics,
+    record_max_bytes,
+)
+from service.settings import Settings
+from tests.support.endpoint import MODEL, Endpoint
+from tests.support.topics import create_topic, unique_name
+
+
+@pytest.fixture
+async def endpoint(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Endpoint]:
+    """A model endpoint that is well."""
+    async with Endpoint() as served:
+        monkeypatch.setenv("OPENAI_BASE_URL", served.url)
+        monkeypatch.setenv("OPENAI_API_KEY", "none")
+        yield served
+
+
+def settings(servers: str, name: str = "", model: str = MODEL) -> Settings:
+    """Topics and group of names that no other test has, where none is given."""
+    name = name or unique_name("check")
+    return Settings.model_validate(
+        {
+            "kafka": {"bootstrap_servers": servers, "group_id": name},
+            "input": {"topics": f"{name}-in"},
+            "output": {"topic": f"{name}-out"},
+            "dead_letters": {"topic": f"{name}-dead"},
+            "extraction": {"model": model},
+        }
+    )
+
+
+async def checked(given: Settings, call: bool = False) -> tuple[int, dict[str, list[str]]]:
+    """Exit code, and what is said about each thing, with its mark."""
+    lines: list[str] = []
+    code = await asyncio.to_thread(check, given, call=call, say=lines.append)
+    said: dict[str, list[str]] = {}
+    for line in lines:
+        mark, name, text = line.split(maxsplit=2)
+        said.setdefault(name, []).append(f"{mark} {text}")
+    return code, said
+
+
+@pytest.fixture
+def dead_servers() -> str:
+    """An address on this machine where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+# --- check ---
+
+
+async def test_all_is_well(mock_kafka: EmbeddedBroker, endpoint: Endpoint) -> None:
+    """A line with ✓ for each thing, exit code 0, and not one paid call."""
+    given = settings(mock_kafka.bootstrap_servers, "all")
+    for name in ("all-in", "all-out", "all-dead"):
+        mock_kafka.create_topic(name, 2)
+    code, said = await checked(given)
+    assert code == 0
+    assert list(said) == ["settings", "broker", "topics", "permissions", "group", "model"]
+    assert all(len(lines) == 1 and lines[0].startswith("✓ ") for lines in said.values())
+    assert "all-in (2), all-out (2), all-dead (2)" in said["topics"][0]
+    assert endpoint.total() == 0
+
+
+async def test_missing_topics_are_named(mock_kafka: EmbeddedBroker, endpoint: Endpoint) -> None:
+    """✗ with the missing names and the command that makes them; looking does not create them."""
+    given = settings(mock_kafka.bootstrap_servers, "miss")
+    mock_kafka.create_topic("miss-in", 1)
+    for _ in range(2):
+        code, said = await checked(given)
+        assert code == 1
+        assert said["topics"][0].startswith("✗ missing: miss-out, miss-dead. ")
+        assert "sluice topics create" in said["topics"][0]
+
+
+async def test_no_broker(dead_servers: str, endpoint: Endpoint) -> None:
+    """✗ for the broker, what stands on it is left out, the model is still looked at."""
+    code, said = await checked(settings(dead_servers))
+    assert code == 1
+    assert said["broker"][0].startswith(f"✗ No Kafka broker answers at {dead_servers}")
+    for name in ("topics", "permissions", "group"):
+        assert said[name] == ["- not looked at: no broker"]
+    assert said["model"][0].startswith("✓ ")
+
+
+async def test_no_model_endpoint(
+    mock_kafka: EmbeddedBroker, dead_servers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """✗ with the variable to look at."""
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://{dead_servers}/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    code, said = await checked(settings(mock_kafka.bootstrap_servers))
+    assert code == 1
+    assert said["model"][0].startswith("✗ ")
+    assert "OPENAI_BASE_URL" in said["model"][0]
+
+
+async def test_unlisted_model(mock_kafka: EmbeddedBroker, endpoint: Endpoint) -> None:
+    """A model that the endpoint does not list is something to know, not a failure."""
+    _, said = await checked(settings(mock_kafka.bootstrap_servers, model="unheard-of"))
+    assert said["model"][0].startswith("✓ ")
+    assert said["model"][1].startswith("! ")
+    assert "unheard-of" in said["model"][1]
+
+
+async def test_wrong_record_is_a_wrong_setting(
+    mock_kafka: EmbeddedBroker, endpoint: Endpoint
+) -> None:
+    """A record type that cannot be found gives 2, and the rest is looked at all the same."""
+    given = settings(mock_kafka.bootstrap_servers)
+    wrong = {**given.model_dump(), "extraction": {"record": "no.such.module:Model"}}
+    code, said = await checked(Settings.model_validate(wrong))
+    assert code == 2
+    assert said["model"][0].startswith("✗ ")
+    assert "extraction.record" in said["model"][0]
+    assert said["broker"][0].startswith("✓ ")
+
+
+async def test_warnings_of_the_settings(mock_kafka: EmbeddedBroker, endpoint: Endpoint) -> None:
+    """What works but probably not as meant is said, and is no failure by itself."""
+    given = settings(mock_kafka.bootstrap_servers)
+    hasty = {**given.model_dump(), "delivery": {"drain_timeout_s": 1}}
+    _, said = await checked(Settings.model_validate(hasty))
+    assert said["settings"][0] == "✓ understood"
+    assert said["settings"][1].startswith("! delivery.drain_timeout_s is 1")
+
+
+async def test_one_real_call(mock_kafka: EmbeddedBroker, endpoint: Endpoint) -> None:
+    """--call makes one call and says what it cost."""
+    _, said = await checked(settings(mock_kafka.bootstrap_servers), call=True)
+    assert endpoint.total() == 1
+    assert said["model"][0].startswith(f"✓ {MODEL} made 1 records of a sample in ")
+    assert " tokens in, " in said["model"][0]
+
+
+# --- what brokers tell ---
+
+
+async def test_real_kafka_tells_what_is_allowed(real_kafka: str) -> None:
+    """Topics, their partitions and our rights, and a group that is not there yet."""
+    given = settings(real_kafka)
+    (name,) = given.input.topics
+    await create_topic(real_kafka, name, 3)
+    topics = await look_at_topics(given.kafka, (name, f"{name}-none"))
+    every = frozenset({"READ", "WRITE", "DESCRIBE"})
+    assert topics[name] == Topic(name, None, 3, 1, every)
+    assert topics[f"{name}-none"].error is UnknownTopicOrPartitionError
+    group = await look_at_group(given.kafka)
+    assert (group.state, group.members) == ("Dead", 0)
+    assert group.may is not None
+    assert "READ" in group.may
+
+
+@pytest.mark.parametrize(
+    ("bits", "reads", "writes"),
+    [
+        (1 << 3 | 1 << 8, True, False),
+        (1 << 4 | 1 << 8, False, True),
+        (0, False, False),
+        (-(2**31), True, True),
+    ],
+)
+def test_rights_are_read_from_their_bits(bits: int, reads: bool, writes: bool) -> None:
+    """Bits are Kafka's codes of operations; where the broker does not tell, nothing is refused."""
+    partition = {"replicas": [1, 2, 3]}
+    found = {"error_code": 0, "partitions": [partition], "authorized_operations": bits}
+    topic = _topic("texts", found)
+    assert (topic.allows("READ"), topic.allows("WRITE")) == (reads, writes)
+    assert (topic.error, topic.partitions, topic.replicas) == (None, 1, 3)
+
+
+def test_topic_that_may_not_be_described() -> None:
+    """A refusal is not taken for a topic that is missing."""
+    found = {"error_code": TopicAuthorizationFailedError.errno, "partitions": []}
+    assert _topic("texts", found).error is TopicAuthorizationFailedError
+
+
+# --- topics create ---
+
+
+async def created(
+    given: Settings, partitions: int | None = None, replication: int | None = None
+) -> list[str]:
+    return [line async for line in create_topics(given, partitions, replication)]
+
+
+async def test_topics_are_made_like_the_input(real_kafka: str, endpoint: Endpoint) -> None:
+    """As many partitions as the input; dead letters may be larger than the input's messages; made
+    once only; and then the check is content."""
+    given = settings(real_kafka)
+    await create_topic(
+        real_kafka, given.input.topics[0], 3, config={"max.message.bytes": "2000000"}
+    )
+    first, second = await created(given)
+    assert first == f"topic {given.output.topic} is made: 3 partitions, 1 replicas"
+    assert second == f"topic {given.dead_letters.topic} is made: 3 partitions, 1 replicas"
+    letters = await record_max_bytes(given.kafka, given.dead_letters.topic)
+    assert letters == 2_000_000 + DEAD_LETTER_ROOM_BYTES
+    assert all("is there already" in line for line in await created(given))
+    code, said = await checked(given)
+    assert (code, len(said["topics"])) == (0, 1)
+
+
+async def test_numbers_can_be_named(real_kafka: str) -> None:
+    """With both numbers given, the input topic need not be there yet."""
+    given = settings(real_kafka)
+    with pytest.raises(CannotRun, match="name --partitions and --replication"):
+        await created(given)
+    assert f"topic {given.output.topic} is made: 2 partitions, 1 replicas" in await created(
+        given, 2, 1
+    )
+
+
+async def test_too_many_replicas_is_a_sentence(real_kafka: str) -> None:
+    """What the controller refuses comes with its own words."""
+    if os.environ.get("KAFKA_BOOTSTRAP_SERVERS"):
+        pytest.skip("the given Kafka may have brokers enough")
+    with pytest.raises(CannotRun, match="cannot be made with 1 partitions and 9 replicas: "):
+        await created(settings(real_kafka), 1, 9)
+
+
+async def test_small_dead_letter_topic_is_told(real_kafka: str, endpoint: Endpoint) -> None:
+    """A dead letter topic that takes no more than the input does is something to know."""
+    given = settings(real_kafka)
+    for name in (given.input.topics[0], given.output.topic, given.dead_letters.topic):
+        await create_topic(real_kafka, name, 1)
+    code, said = await checked(given)
+    assert code == 0
+    assert said["topics"][1].startswith(f"! {given.dead_letters.topic} takes ")
+
+
+async def test_embedded_broker_makes_no_topics(mock_kafka: EmbeddedBroker) -> None:
+    """A broker without a controller is a sentence too."""
+    mock_kafka.create_topic("some-in", 1)
+    with pytest.raises(CannotRun, match="has no controller that could make some-out"):
+        await created(settings(mock_kafka.bootstrap_servers, "some"))
