@@ -11,7 +11,6 @@ import os
 import time
 import uuid
 from dataclasses import dataclass, field, replace
-from typing import Final
 from urllib.parse import urlsplit
 
 import httpx2
@@ -50,7 +49,6 @@ DETAIL_MAX_CHARS = 4_096
 """What a dead letter shows of the reason."""
 _NO_KEY = "none"
 """Sent to an endpoint of one's own when no key is set: many need none, the SDK insists."""
-_JSON: Final = {"content-type": "application/json"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,11 +205,9 @@ class OpenAIExtractor:
         """
         try:
             async with asyncio.timeout(self._extraction.call_timeout_s):
+                # The SDK's defaults say that it is JSON; said twice, some servers don't read it.
                 response = await self._client.post(
-                    "/chat/completions",
-                    cast_to=httpx2.Response,
-                    content=body,
-                    options={"headers": _JSON},
+                    "/chat/completions", cast_to=httpx2.Response, content=body
                 )
         except TimeoutError:
             return Transient("timeout")

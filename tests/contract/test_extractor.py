@@ -456,11 +456,14 @@ async def test_requests_and_records_are_plain_instructors(
     text = f"{ADA}, {{{{7*7}}}} [[{script}]]"
     expected = await plain_instructor(endpoint, mode, record, text, reasks=2)
     theirs = [request.json for request in endpoint.requests]
+    their_headers = {**endpoint.requests[0].headers}
     endpoint.requests.clear()
     endpoint.calls.clear()
     async with started(mode=mode, record=record) as extractor:
         outcome = await extractor.call(text, None)
     assert [request.json for request in endpoint.requests] == theirs
+    for name in ("content-type", "authorization", "accept"):
+        assert endpoint.requests[0].headers[name] == their_headers[name]
     assert isinstance(outcome, Extracted)
     assert outcome.records[0].json.decode() == expected.model_dump_json()
 

@@ -85,7 +85,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Request:
-    """One HTTP request, byte for byte."""
+    """One HTTP request, byte for byte; a header that came twice has both values."""
 
     method: str
     path: str
