@@ -654,7 +654,7 @@ async def test_a_restore_that_fails_is_repeated(
     kafka: Kafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Offsets that cannot be read are read again; nothing starts without them."""
-    monkeypatch.setattr("service.kafka.source.RESTORE_AGAIN_S", 0.3)
+    monkeypatch.setattr("service.kafka.holdings.RESTORE_AGAIN_S", 0.3)
     topic, group = await kafka.topic(), topics.unique_name("g")
     await kafka.send(topic, "a", "b")
     await _store(kafka, group, topic, {0: 1})
@@ -702,7 +702,14 @@ async def test_a_spare_member_is_settled(real: Kafka) -> None:
         assert not one.source.group().settled
         await one.until(lambda: bool(one.epochs))
         async with member(real, topic, group) as two:
-            await both(one, two, lambda: two.assignments != [])
+            await both(
+                one,
+                two,
+                lambda: all(
+                    each.source.group().settled and each.assignments for each in (one, two)
+                ),
+            )
+            assert len(one.epochs) + len(two.epochs) == 1
             for each in (one, two):
                 status = each.source.group()
                 assert status.settled

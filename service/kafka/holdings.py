@@ -1,0 +1,391 @@
+"""What the group has given this member, from the revoke to the first message after it.
+
+A rebalance in the client is eager: it takes everything away, forgets positions, buffers and
+pauses, and then gives partitions again. So: the revoke lets the pipeline finish and commit; the
+*restore* then reads what Kafka stores, decides for each partition whether it is the one we had
+(kept: same epoch, goes on where it was) or a fresh one (new epoch), seeks, and only then holds
+it. Whatever depends on "is it still ours?" is done without a wait between question and act.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import secrets
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.abc import ConsumerRebalanceListener
+from aiokafka.errors import KafkaError
+
+from service.core.events import Observe, OffsetsMissing, Rebalanced
+from service.core.messages import Partition
+from service.kafka.connection import is_lasting, stop_for, within
+from service.kafka.membership import Membership
+from service.kafka.offsets import GroupOffsets
+from service.kafka.starts import (
+    Bounds,
+    HeldOut,
+    Start,
+    Stored,
+    all_gone,
+    beyond_the_end,
+    is_foreign,
+    is_new,
+    metadata_of,
+    where_to_start,
+)
+from service.pipeline import Assignment
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+RESTORE_S = 5.0
+"""One attempt at a restore; less where the session is short, for no heartbeat goes out in it."""
+
+RESTORE_AGAIN_S = 1.0
+"""Between two attempts at a restore that failed, or at a position that cannot be read from."""
+
+LOOK_AGAIN_S = 10.0
+"""Between two looks at partitions that are held out until a person has done something."""
+
+
+@dataclass(slots=True, eq=False)
+class Holding:
+    """One partition that is ours: `next` is the offset behind what poll has returned."""
+
+    epoch: int
+    next: int
+    stored: Stored | None  # what Kafka is known to hold
+    attempted: set[Stored] = field(default_factory=set)  # sent, and not known to have arrived
+
+    def wrote(self, stored: Stored | None) -> bool:
+        """Whether Kafka holds what this process left there."""
+        return stored == self.stored or stored in self.attempted
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What was held, and as whom: the only member and generation that it can follow from."""
+
+    holdings: Mapping[Partition, Holding]
+    member_id: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """Partitions that the group has given us and that are not restored."""
+
+    partitions: frozenset[Partition]
+    member_id: str
+    generation: int
+
+
+class Holdings:
+    """The partitions of one member of the group, and how it came to them.
+
+    `held` changes only here. `restored` is set while what is held is known to be ours. `fatal` is
+    what ends the process: the client only logs what its callbacks raise.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        consumer: AIOKafkaConsumer,
+        offsets: GroupOffsets,
+        assignment: Assignment,
+        observe: Observe,
+        assignor: Any,
+    ) -> None:
+        self._settings, self._kafka, self._observe = settings, settings.kafka, observe
+        self._consumer, self._offsets, self._assignment = consumer, offsets, assignment
+        self._membership = Membership(consumer)
+        self._assignor = assignor
+        self._nonce = secrets.token_hex(8)
+        self._epochs = itertools.count(1)
+        self.held: dict[Partition, Holding] = {}
+        self.restored = asyncio.Event()
+        self.fatal: BaseException | None = None
+        self._held_as = ("", -1)
+        self._before: _Held | None = None  # what a rebalance has taken away
+        self._given: _Given | None = None
+        self._restoring: _Given | None = None
+        self._restore_at_s = self._mend_at_s = 0.0
+        self._revoked_at_s: float | None = None
+        self._began: int | None = None  # the generation in which the group was found new
+        self._known = False  # this process has seen offsets of the group
+        self._held_out: dict[Partition, str] = {}  # given, but only a person knows from where
+        self._broken: dict[Partition, str] = {}  # held, but cannot be read from where they stand
+        self._unread = ""  # why the restore failed
+        self._closed = False
+
+    @property
+    def readable(self) -> list[Partition]:
+        """Held, and standing where there is something to read."""
+        return [partition for partition in self.held if partition not in self._broken]
+
+    def stored_for(self, offset: int) -> Stored:
+        """What to store for a next offset."""
+        return Stored(offset, metadata_of(self._nonce, self._began))
+
+    def close(self) -> None:
+        """Hold nothing any more; what the client still calls does nothing."""
+        self._closed = True
+        self.held, self._given = {}, None
+
+    @property
+    def problem(self) -> str | None:
+        """A sentence about what is not read, and what to do."""
+        sentences = (*self._held_out.values(), *self._broken.values(), self._unread)
+        return next(filter(None, sentences), None)
+
+    def broken(self, partition: Partition, problem: str = "") -> None:
+        """It cannot be read from where it stands; looked at again in a moment."""
+        if partition in self.held:
+            if problem and self._broken.get(partition) != problem:
+                log.error("%s", problem)
+            self._broken[partition] = problem
+
+    async def see_to_the_rest(self) -> None:
+        """A restore that failed, a position outside the log: tried again when it is time."""
+        now_s = _now_s()
+        if self._given is not None and now_s >= self._restore_at_s:
+            await self._restore()
+        if self._broken and now_s >= self._mend_at_s:
+            await self._mend_positions()
+
+    # --- what the client calls -------------------------------------------------------------------
+
+    async def on_revoked(self) -> None:
+        """All partitions are in question: the pipeline finishes and commits, then we let go."""
+        if self._revoked_at_s is None:
+            self._revoked_at_s = _now_s()
+        self._given = None
+        self.restored.clear()
+        if self._closed:
+            return
+        try:
+            if self.held:
+                await self._assignment.revoked()
+                self._before = _Held(self.held, *self._held_as)
+        finally:
+            self.held = {}
+
+    async def on_assigned(self, partitions: AbstractSet[TopicPartition]) -> None:
+        """These are given: restored at once if that is quick, else by the next polls."""
+        if self._closed:
+            return
+        membership = self._membership
+        self.held = {}
+        self._held_out, self._broken = {}, {}
+        self._consumer.pause(*partitions)  # until it is known from where to fetch
+        # The client forgets to tell it, and then an old claim counts as much as a new one.
+        self._assignor.on_generation_assignment(membership.generation)
+        given = frozenset(Partition(*each) for each in partitions)
+        self._given = _Given(given, membership.member_id, membership.generation)
+        await self._restore()
+
+    def fail(self, error: BaseException) -> None:
+        """Something unforeseen in a callback, where the client only logs it: poll raises it."""
+        self.fatal = error
+
+    # --- the restore -----------------------------------------------------------------------------
+
+    async def _restore(self) -> None:
+        """One attempt at what is given; leaves it given where it fails or a person must act."""
+        given = self._given
+        if given is None or given is self._restoring:
+            return
+        self._restoring = given
+        try:
+            limit_s = min(RESTORE_S, self._kafka.session_timeout_s / 2)
+            await within(limit_s, self._restore_all(given))
+        except (KafkaError, TimeoutError) as error:
+            if self._given is given:
+                self._restore_failed(error)
+        finally:
+            if self._restoring is given:
+                self._restoring = None
+
+    def _restore_failed(self, error: Exception) -> None:
+        log.warning("the group's offsets cannot be read: %s", type(error).__name__)
+        self._restore_at_s = _now_s() + RESTORE_AGAIN_S
+        if is_lasting(error):
+            self.fatal = stop_for(error, self._kafka)
+        self._unread = (
+            f"The offsets of the group {self._kafka.group_id} cannot be read "
+            f"({type(error).__name__}); it is tried again."
+        )
+
+    async def _restore_all(self, given: _Given) -> None:
+        stored = await self._offsets.stored()
+        bounds = await self._offsets.bounds(given.partitions)
+        kept = self._kept(given, stored)
+        fresh = given.partitions - kept.keys() - self.held.keys()
+        began = given.generation if is_new(stored, given.generation) else None
+        chosen: Mapping[Partition, int] = {}
+        if began is not None:
+            start = self._settings.input.start
+            chosen = await self._offsets.chosen(start, {each: bounds[each] for each in fresh})
+        starts = self._starts(fresh, stored, bounds, chosen)
+        pins = {
+            partition: Stored(start.offset, metadata_of(self._nonce, began))
+            for partition, start in starts.items()
+            if isinstance(start, Start) and start.pin
+        }
+        if pins and self._given is given:
+            await self._membership.commit_once(pins)
+        # No wait from here on: if it is still the same assignment, it becomes the one we hold.
+        if self._given is given and not self._membership.reassigning:
+            self._began = began
+            self._hold(given, kept, starts, {**stored, **pins}, bounds)
+
+    def _kept(
+        self, given: _Given, stored: Mapping[Partition, Stored | None]
+    ) -> dict[Partition, Holding]:
+        """Partitions that nobody can have had in between."""
+        before = self._before
+        if before is None or not before.member_id:
+            return {}
+        if (before.member_id, before.generation + 1) != (given.member_id, given.generation):
+            return {}
+        return {
+            partition: holding
+            for partition, holding in before.holdings.items()
+            if partition in given.partitions and holding.wrote(stored[partition])
+        }
+
+    def _starts(
+        self,
+        fresh: AbstractSet[Partition],
+        stored: Mapping[Partition, Stored | None],
+        bounds: Mapping[Partition, Bounds],
+        chosen: Mapping[Partition, int],
+    ) -> dict[Partition, Start | HeldOut]:
+        if self._known and not any(stored.values()):
+            problem = all_gone(self._settings.input.topics, self._kafka.group_id)
+            return {each: HeldOut(problem) for each in fresh}
+        for partition in fresh:
+            found = stored[partition]
+            if found is not None and found.metadata and is_foreign(found):
+                log.info("the metadata stored for %s is not ours: its offset counts", partition)
+        return {
+            each: where_to_start(each, stored[each], bounds[each], chosen.get(each))
+            for each in fresh
+        }
+
+    def _hold(
+        self,
+        given: _Given,
+        kept: Mapping[Partition, Holding],
+        starts: Mapping[Partition, Start | HeldOut],
+        stored: Mapping[Partition, Stored | None],
+        bounds: Mapping[Partition, Bounds],
+    ) -> None:
+        """Seek, open, tell the pipeline; all at once."""
+        held = dict(self.held)
+        held_out = {}
+        for partition, holding in kept.items():
+            self._known = True
+            holding.stored = stored[partition]
+            holding.attempted.clear()
+            self._open(partition, holding, bounds[partition])
+            held[partition] = holding
+        for partition, start in starts.items():
+            if isinstance(start, HeldOut):
+                held_out[partition] = start.problem
+                continue
+            holding = Holding(next(self._epochs), start.offset, stored[partition])
+            self._open(partition, holding, bounds[partition])
+            held[partition] = holding
+        self._known = self._known or any(stored.values())
+        self._now_held(given, held, held_out, kept=len(kept))
+
+    def _open(self, partition: Partition, holding: Holding, bounds: Bounds) -> None:
+        """Fetch from behind what was returned, or from the log's start where that is gone."""
+        if holding.next < bounds.begin:
+            missing = bounds.begin - holding.next
+            log.warning(
+                "%s: the log starts at %d, so %d offsets that were never read are gone",
+                partition,
+                bounds.begin,
+                missing,
+            )
+            self._observe(OffsetsMissing(missing))
+            holding.next = bounds.begin
+        self._consumer.seek(TopicPartition(*partition), holding.next)
+        self._consumer.resume(TopicPartition(*partition))
+
+    def _now_held(
+        self,
+        given: _Given,
+        held: dict[Partition, Holding],
+        held_out: dict[Partition, str],
+        kept: int,
+    ) -> None:
+        first, self._unread, self._before = not self.restored.is_set(), "", None
+        for problem in set(held_out.values()) - set(self._held_out.values()):
+            log.error("%s", problem)
+        changed = held != self.held
+        self.held, self._held_out = held, held_out
+        self._held_as = given.member_id, given.generation
+        self._restore_at_s = _now_s() + LOOK_AGAIN_S
+        self._given = given if held_out else None
+        self.restored.set()
+        if first or changed:
+            self._assignment.assigned({each: holding.epoch for each, holding in held.items()})
+        if first:
+            self._tell_of_the_rebalance(len(given.partitions), kept)
+
+    def _tell_of_the_rebalance(self, assigned: int, kept: int) -> None:
+        took_s = 0.0 if self._revoked_at_s is None else _now_s() - self._revoked_at_s
+        self._revoked_at_s = None
+        log.info("assigned %d partitions, %d of them kept, in %.2f s", assigned, kept, took_s)
+        self._observe(Rebalanced(assigned, kept, took_s))
+
+    async def _mend_positions(self) -> None:
+        """Positions outside the log: behind its start go on there, beyond its end wait."""
+        self._mend_at_s = _now_s() + RESTORE_AGAIN_S
+        try:
+            bounds = await within(RESTORE_S, self._offsets.bounds(self._broken.keys()))
+        except (KafkaError, TimeoutError) as error:
+            log.warning("the log's bounds cannot be read: %s", type(error).__name__)
+            return
+        for partition in self._broken.keys() & self.held.keys() & bounds.keys():
+            holding, found = self.held[partition], bounds[partition]
+            if holding.next > found.end:
+                self.broken(partition, beyond_the_end(partition, holding.next, found.end))
+                continue
+            # What is in the window stays there: it is gone from the log.
+            self._open(partition, holding, found)
+            del self._broken[partition]
+
+
+class Listener(ConsumerRebalanceListener):  # type: ignore[misc]
+    """The client calls it during a rebalance, and only logs what it raises."""
+
+    def __init__(self, holdings: Holdings) -> None:
+        self._holdings = holdings
+
+    async def on_partitions_revoked(self, revoked: AbstractSet[TopicPartition]) -> None:
+        try:
+            await self._holdings.on_revoked()
+        except Exception as error:  # boundary: told to poll, which raises it
+            self._holdings.fail(error)
+            raise
+
+    async def on_partitions_assigned(self, assigned: AbstractSet[TopicPartition]) -> None:
+        try:
+            await self._holdings.on_assigned(assigned)
+        except Exception as error:  # boundary: told to poll, which raises it
+            self._holdings.fail(error)
+            raise
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()
