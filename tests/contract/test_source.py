@@ -11,13 +11,16 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import pytest
-from aiokafka.admin import RecordsToDelete
+from aiokafka import AIOKafkaConsumer
+from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from aiokafka.structs import TopicPartition
 
 from service.core.errors import CannotRun, CommitFailed
 from service.core.events import Committed, Event, OffsetsMissing, Rebalanced
 from service.core.messages import Batch, Message, Partition
 from service.demo.broker import EmbeddedBroker
+from service.kafka.membership import Membership
+from service.kafka.offsets import GroupOffsets
 from service.kafka.source import KafkaSource
 from service.settings import Settings
 from tests.support import topics
@@ -620,6 +623,56 @@ async def test_what_is_revoked_can_be_committed_inside_and_not_after(real: Kafka
             assert two.messages == []
 
 
+async def test_a_commit_does_not_outlive_its_assignment(
+    real: Kafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that waited through a rebalance is refused: another member may have the partitions."""
+    topic, group = await real.topic(2), topics.unique_name("g")
+    await real.send(topic, "a", partition=0)
+    await real.send(topic, "a", partition=1)
+    waiting, gate = asyncio.Event(), asyncio.Event()
+    find = Membership.find_coordinator
+
+    async def held_up(self: Membership) -> None:
+        waiting.set()
+        await gate.wait()
+        await find(self)
+
+    async with member(real, topic, group) as one:
+        await one.until(lambda: len(one.messages) == 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(Membership, "find_coordinator", held_up)
+            late = asyncio.create_task(one.source.commit({part(topic, 0): 1, part(topic, 1): 1}))
+            await waiting.wait()
+        async with member(real, topic, group) as two:
+            await both(one, two, lambda: len(one.epochs) == len(two.epochs) == 1)
+            gate.set()
+            with pytest.raises(CommitFailed, match="rebalance"):
+                await late
+            assert await real.committed(group, topic, 2) == {0: 0, 1: 0}
+
+
+async def test_a_commit_without_an_answer_fails_in_time(
+    kafka: Kafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A coordinator that is not found does not hold the commit up for good, nor the next one."""
+    monkeypatch.setattr("service.kafka.source.COMMIT_S", 0.3)
+    topic, group = await kafka.topic(), topics.unique_name("g")
+
+    async def never(self: Membership) -> None:
+        await asyncio.Event().wait()
+
+    async with member(kafka, topic, group) as one:
+        await one.until(lambda: bool(one.epochs))
+        with monkeypatch.context() as patch:
+            patch.setattr(Membership, "find_coordinator", never)
+            with pytest.raises(CommitFailed, match="timeout"):
+                await one.source.commit({part(topic): 0})
+        await one.source.commit({part(topic): 0})
+        results = [event.result for event in one.heard(Committed)]  # type: ignore[union-attr]
+        assert results == ["failed", "ok"]
+
+
 async def test_no_message_comes_before_its_restore(
     kafka: Kafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -628,8 +681,6 @@ async def test_no_message_comes_before_its_restore(
     await kafka.send(topic, "a", "b")
     await _store(kafka, group, topic, {0: 1})
     gate, asked = asyncio.Event(), asyncio.Event()
-    from service.kafka.offsets import GroupOffsets
-
     stored = GroupOffsets.stored
 
     async def slow(self: GroupOffsets) -> object:
@@ -658,8 +709,6 @@ async def test_a_restore_that_fails_is_repeated(
     topic, group = await kafka.topic(), topics.unique_name("g")
     await kafka.send(topic, "a", "b")
     await _store(kafka, group, topic, {0: 1})
-    from aiokafka.admin import AIOKafkaAdminClient
-
     answers = AIOKafkaAdminClient.list_consumer_group_offsets
     refused = 0
 
@@ -741,8 +790,6 @@ async def _store(
     kafka: Kafka, group: str, topic: str, offsets: dict[int, int], metadata: str = ""
 ) -> None:
     """What another program would have stored for the group."""
-    from aiokafka import AIOKafkaConsumer
-
     consumer = AIOKafkaConsumer(
         bootstrap_servers=kafka.servers, group_id=group, enable_auto_commit=False
     )
