@@ -115,9 +115,7 @@ class Contradictions(ValueError):
 class Section(BaseModel):
     """One group of settings: frozen, and a name that is not known is an error."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class SecuritySettings(Section):
@@ -735,11 +733,12 @@ SHOWN_MAX = 60
 
 
 def _shown(error: ErrorDetails) -> str:
-    """What was given; never a secret, and never more than a glimpse."""
+    """What was given, at most a glimpse of it."""
     given, names = error["input"], error["loc"]
     if error["type"] == "missing":
         return "is missing"
-    if "password" in names or not isinstance(given, str | int | float | bool):
+    # Where a section is expected, a secret may stand by mistake.
+    if names[-1] in _SECTIONS or not isinstance(given, str | int | float | bool):
         return "is not allowed"
     text = repr(given) if isinstance(given, str) else str(given)
     return f"{text if len(text) <= SHOWN_MAX else text[:SHOWN_MAX] + '…'} is not allowed"

@@ -250,6 +250,7 @@ async def test_taken_port() -> None:
         probes = Probes("127.0.0.1", port, CollectorRegistry(), lambda: WELL, BOUNDS)
         with pytest.raises(CannotRun, match=rf"^127.0.0.1 port {port} .* is taken; set telemetry"):
             await probes.__aenter__()
+        assert probes._runner.server is None
 
 
 async def test_address_of_another_machine() -> None:

@@ -237,11 +237,14 @@ def test_password_in_the_file() -> None:
     assert CANARY not in line
 
 
-@pytest.mark.parametrize("text", [f"kafka: {CANARY}", f"kafka: [{CANARY}]"])
+@pytest.mark.parametrize(
+    "text", [f"kafka: {CANARY}", f"kafka: [{CANARY}]", f"kafka: {{security: {CANARY}}}"]
+)
 def test_section_that_is_none(text: str) -> None:
-    """A value where settings are expected is said as that."""
+    """A value where settings are expected is said as that, and not shown: it may be a secret."""
     (line,) = refusal(text=text)
     assert "allowed: a section with settings below it" in line
+    assert CANARY not in line
 
 
 @pytest.mark.parametrize(
