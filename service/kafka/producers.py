@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from aiokafka import AIOKafkaProducer, TopicPartition
@@ -114,7 +115,7 @@ class Producer:
                 while not sender_task.done():
                     await asyncio.wait([sender_task], timeout=0.5)
                     sender_task.cancel()  # it waits for its requests, which take over the cancel
-        client._message_accumulator.fail_all(KafkaError("the producer was replaced"))
+        _fail_batches(client)
         with suppress(TimeoutError, KafkaError):
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await client.stop()
@@ -125,6 +126,20 @@ def _drop_connections(client: AIOKafkaProducer) -> None:
     for connection in client.client._conns.values():
         if connection._writer is not None:
             connection._writer.transport.abort()
+
+
+def _fail_batches(client: AIOKafkaProducer) -> None:
+    """Whoever waits for a batch hears of it; where nobody does any more, nobody complains."""
+    accumulator = client._message_accumulator
+    queued = list(chain(*accumulator._batches.values()))
+    # A batch queued for another try stands in this set no more, but takes itself out of it.
+    accumulator._pending_batches.update(batch for batch in queued if batch.retry_count)
+    batches = [*accumulator._pending_batches, *queued]
+    accumulator.fail_all(KafkaError("the producer was replaced"))
+    for batch in batches:
+        for future in (batch.future, batch._drain_waiter):
+            if future.done() and not future.cancelled():
+                future.exception()
 
 
 class Producers:

@@ -6,7 +6,6 @@ What is sent stands here; in which order and how safely in `sending.py` and `pro
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
 from typing import assert_never
 
 from aiokafka import AIOKafkaProducer
@@ -107,10 +106,10 @@ class KafkaSink:
         await self._producers.close(flush=flushed)
         await self._group.__aexit__(None, None, None)
 
-    async def publish(self, message: Message, outcome: Outcome) -> Awaitable[None]:
+    async def publish(self, message: Message, outcome: Outcome) -> asyncio.Future[None]:
         """Hand an outcome over; waits only where a size has to be looked up.
 
-        The awaitable raises `PublishFailed` (nothing of this lane that was handed over later
+        The future raises `PublishFailed` (nothing of this lane that was handed over later
         has landed in the same output partition, or will before this is sent again) or
         `OutputTooLarge` (of a message with several records some may be there: brokers refuse
         what they did not tell before). Cancelling it withdraws what has not left yet; what has
@@ -277,7 +276,7 @@ def _now_ms() -> int:
     return int(time.time() * 1000)
 
 
-def _settled(error: SluiceError | None) -> Awaitable[None]:
+def _settled(error: SluiceError | None) -> asyncio.Future[None]:
     future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     if error is None:
         future.set_result(None)

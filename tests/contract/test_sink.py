@@ -2,13 +2,14 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import random
 import signal
 import socket
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -113,17 +114,12 @@ async def publish_all(
     return [await ending(each) for each in waiting]
 
 
-async def ending(waiting: Awaitable[None]) -> BaseException | None:
+async def ending(waiting: "asyncio.Future[None]") -> BaseException | None:
     try:
-        await asyncio.wait_for(asyncio.shield(as_future(waiting)), 30)
+        await asyncio.wait_for(asyncio.shield(waiting), 30)
     except (PublishFailed, OutputTooLarge) as error:
         return error
     return None
-
-
-def as_future(waiting: Awaitable[None]) -> "asyncio.Future[None]":
-    assert isinstance(waiting, asyncio.Future)
-    return waiting
 
 
 def by_key(reads: Sequence[Read]) -> dict[bytes | None, list[int]]:
@@ -195,7 +191,7 @@ async def test_nothing_to_publish_is_done_at_once(kafka: Kafka) -> None:
     """Skipped and an empty list of records end without a Kafka record."""
     async with kafka.sink() as sink:
         for outcome in (Skipped(), extracted()):
-            assert as_future(await sink.publish(message(), outcome)).done()
+            assert (await sink.publish(message(), outcome)).done()
     assert await kafka.outputs() == []
 
 
@@ -241,7 +237,7 @@ async def test_order_within_a_key_with_many_lanes(kafka: Kafka) -> None:
     """Lanes that hand over without waiting keep their order, and nothing is doubled."""
     lanes = [[message(100 * lane + n, b"%d" % lane) for n in range(25)] for lane in range(40)]
 
-    async def run(sink: KafkaSink, lane: list[Message]) -> list[Awaitable[None]]:
+    async def run(sink: KafkaSink, lane: list[Message]) -> "list[asyncio.Future[None]]":
         waiting = []
         for which in lane:
             waiting.append(await sink.publish(which, extracted(b"1", b"2")))
@@ -272,7 +268,7 @@ async def test_cancelling_withdraws_what_has_not_left(kafka: Kafka) -> None:
     async with kafka.sink() as sink:
         first = await sink.publish(message(1), extracted(b"1"))
         second = await sink.publish(message(2), extracted(b"2"))
-        as_future(second).cancel()
+        second.cancel()
         third = await sink.publish(message(3), extracted(b"3"))
         assert [await ending(first), await ending(third)] == [None, None]
     assert [r.value for r in await kafka.outputs()] == [b"1", b"3"]
@@ -471,6 +467,16 @@ def hanging(broker: RealKafka) -> Iterator[None]:
         os.kill(broker._process.pid, signal.SIGCONT)
 
 
+@pytest.fixture
+async def complaints() -> AsyncIterator[None]:
+    """Nothing ends in the event loop's complaints: unheard exceptions, broken callbacks."""
+    heard: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: heard.append(context))
+    yield
+    gc.collect()
+    assert heard == []
+
+
 async def run_lane(sink: KafkaSink, lane: Sequence[Message], pause_s: float) -> int:
     """Publishes a lane as the pipeline does, only more eagerly: it notices failures late.
 
@@ -522,6 +528,7 @@ async def test_no_order_changes_when_batches_are_lost(
 @pytest.mark.real_kafka
 @pytest.mark.parametrize("how", ["hangs", "is killed"])
 @pytest.mark.timeout(240)
+@pytest.mark.usefixtures("complaints")
 async def test_no_order_changes_when_the_broker_fails(own_broker: RealKafka, how: str) -> None:
     """A broker that goes away in the middle: all is published, in order of first appearance."""
     kafka = await real(own_broker.bootstrap_servers)
@@ -544,6 +551,7 @@ async def test_no_order_changes_when_the_broker_fails(own_broker: RealKafka, how
 
 
 @pytest.mark.real_kafka
+@pytest.mark.usefixtures("complaints")
 async def test_a_hanging_broker_fails_sends_and_stops_nobody(own_broker: RealKafka) -> None:
     """A send fails within twice the request timeout; stopping then is bounded and clean."""
     kafka = await real(own_broker.bootstrap_servers)
@@ -564,4 +572,28 @@ async def test_a_hanging_broker_fails_sends_and_stops_nobody(own_broker: RealKaf
         await sink.stop()
         assert time.monotonic() - began_s < 20
     assert sink.unacknowledged == 0
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+class BrokenProducer(AIOKafkaProducer):  # type: ignore[misc]
+    """Raises what nobody foresaw."""
+
+    async def send_batch(self, batch: object, topic: str, *, partition: int) -> object:
+        raise ZeroDivisionError
+
+
+async def test_an_unforeseen_exception_ends_the_owner(
+    mock_kafka: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cancels the task that started the sink, fails what was handed over, and is raised."""
+    monkeypatch.setattr(sink_module, "AIOKafkaProducer", BrokenProducer)
+    sink = KafkaSink(Kafka(mock_kafka.bootstrap_servers, "records", "dead").settings())
+    await sink.start()
+    handed_over = await sink.publish(message(), extracted(b"1"))
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.sleep(10)
+    with pytest.raises(BaseExceptionGroup) as raised:
+        await sink.stop()
+    assert raised.group_contains(ZeroDivisionError)
+    assert isinstance(await ending(handed_over), PublishFailed)
     assert asyncio.all_tasks() == {asyncio.current_task()}
