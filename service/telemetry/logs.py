@@ -33,16 +33,16 @@ OURS = ("service", "sluice")
 SILENT = ("instructor",)
 """Loggers whose lines hold what a model answered, at any level."""
 
-LEAST: dict[str, int] = {
-    "httpx2": logging.WARNING,  # a line for each request
-    "httpx": logging.WARNING,
-    "httpcore2": logging.WARNING,
-    "httpcore": logging.WARNING,
-    "openai": logging.WARNING,  # the same, and retries, which are not its own here
-    "aiohttp.access": logging.WARNING,  # a line for each probe
-    "aiokafka.consumer.subscription_state": logging.WARNING,  # the topics, at every start
-}
-"""Least severe line of a library that gets out; of all others that is INFO."""
+TALKATIVE = (
+    "httpx2",  # a line for each request
+    "httpx",
+    "httpcore2",
+    "httpcore",
+    "openai",  # the same, and retries, which are not its own here
+    "aiohttp.access",  # a line for each probe
+    "aiokafka",  # ten lines for each rebalance, of which we say what matters
+)
+"""Libraries that are heard from WARNING on, with log_level DEBUG from INFO on, as all others."""
 
 CHAIN_MAX = 8
 """Exceptions of one chain or group that are shown; a task group of 10,000 has said enough by
@@ -137,8 +137,9 @@ def may_be_logged(record: logging.LogRecord) -> bool:
         return True
     if _under(record.name, SILENT):
         return False
-    least = (level for name, level in LEAST.items() if _under(record.name, (name,)))
-    return record.levelno >= max(least, default=logging.INFO)
+    if _under(record.name, TALKATIVE) and logging.getLogger().level > logging.DEBUG:
+        return record.levelno >= logging.WARNING
+    return record.levelno >= logging.INFO
 
 
 def _under(name: str, parents: tuple[str, ...]) -> bool:

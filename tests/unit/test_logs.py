@@ -152,12 +152,22 @@ def test_bodies_at_debug_stay_inside(text: Lines, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "written"), [("httpx2", False), ("openai", False), ("aiokafka.consumer", True)]
+    ("name", "level", "written"),
+    [
+        ("httpx2", "INFO", False),
+        ("openai._base_client", "INFO", False),
+        ("aiokafka.consumer.group_coordinator", "INFO", False),
+        ("aiokafka.consumer.group_coordinator", "DEBUG", True),
+        ("of.the.user", "INFO", True),
+    ],
 )
-def test_a_line_for_each_call_is_too_many(text: Lines, name: str, written: bool) -> None:
-    """Libraries that log each request are heard from WARNING on, the group's events from INFO."""
-    logging.getLogger(name).info("HTTP Request: POST")
-    assert bool(text.getvalue()) is written
+def test_the_talkative_are_heard_on_request(name: str, level: str, written: bool) -> None:
+    """Libraries that log each request or rebalance are heard from WARNING on, others, and with
+    DEBUG all of them, from INFO on."""
+    lines = Lines()
+    with configured(TelemetrySettings.model_validate({"log_level": level}), None, lines):
+        logging.getLogger(name).info("a line")
+    assert bool(lines.getvalue()) is written
 
 
 def test_names_that_only_look_alike(text: Lines) -> None:
