@@ -81,7 +81,7 @@ def _repeatable(message: Mapping[str, Any]) -> Mapping[str, Any]:
     kept = {key: value for key, value in message.items() if key != "tool_calls"}
     if calls and all(map(_is_call, calls)):
         kept["tool_calls"] = calls
-    return {"role": "assistant", **kept}
+    return {**kept, "role": "assistant"}
 
 
 def _is_call(call: object) -> bool:

@@ -517,6 +517,8 @@ async def test_no_answer_however_odd_breaks_the_process(
     assert isinstance(outcome, Rejected)
     assert outcome.reason == Reason.INVALID
     assert endpoint.total() == 2
+    roles = {str(said["role"]) for said in endpoint.requests[1].json["messages"]}
+    assert roles <= {"system", "user", "assistant", "tool"}
 
 
 async def test_an_error_wrapped_in_a_success_is_an_error(

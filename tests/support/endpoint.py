@@ -219,6 +219,7 @@ class _Connection(asyncio.Protocol):
         self._buffer = bytearray()
         self._timer: asyncio.TimerHandle | None = None
         self._busy = False
+        self._in_flight = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -229,8 +230,7 @@ class _Connection(asyncio.Protocol):
         self._endpoint.connections.discard(self)
         if self._timer is not None:
             self._timer.cancel()
-        if self._busy:
-            self._endpoint.in_flight -= 1
+        self._land()
 
     def close(self) -> None:
         self._transport.abort()
@@ -243,8 +243,6 @@ class _Connection(asyncio.Protocol):
         if self._busy or (request := self._take()) is None:
             return
         self._busy = True
-        self._endpoint.in_flight += 1
-        self._endpoint.in_flight_max = max(self._endpoint.in_flight_max, self._endpoint.in_flight)
         self._handle(request)
 
     def _take(self) -> Request | None:
@@ -252,10 +250,10 @@ class _Connection(asyncio.Protocol):
         if end < 0:
             return None
         first, *lines = self._buffer[:end].decode("latin-1").split("\r\n")
-        headers = {
-            name.lower(): value.strip()
-            for name, _, value in (line.partition(":") for line in lines)
-        }
+        headers: dict[str, str] = {}
+        for name, _, value in (line.partition(":") for line in lines):
+            before = [headers[name.lower()]] if name.lower() in headers else []
+            headers[name.lower()] = ", ".join([*before, value.strip()])
         size = end + 4 + int(headers.get("content-length", "0"))
         if len(self._buffer) < size:
             return None
@@ -285,6 +283,9 @@ class _Connection(asyncio.Protocol):
         body = request.json
         text = text_of(body["messages"])
         endpoint = self._endpoint
+        self._in_flight = True
+        endpoint.in_flight += 1
+        endpoint.in_flight_max = max(endpoint.in_flight_max, endpoint.in_flight)
         endpoint.calls[text] += 1
         if endpoint.record:
             endpoint.requests.append(request)
@@ -299,7 +300,12 @@ class _Connection(asyncio.Protocol):
         else:
             self._act(step, asked, began)
 
+    def _land(self) -> None:
+        self._endpoint.in_flight -= self._in_flight
+        self._in_flight = False
+
     def _act(self, step: Step, asked: Asked, began: float) -> None:
+        self._land()
         if self._endpoint.record:
             self._endpoint.spans.append((began, self._loop.time()))
         if step.kind == "cut_at_once":
@@ -317,7 +323,6 @@ class _Connection(asyncio.Protocol):
         if not self._transport.is_closing():
             self._transport.write(_http(status, reply, headers))
         self._busy = False
-        self._endpoint.in_flight -= 1
         if self._buffer:
             self._next()
 
