@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 import pytest
 from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
+from aiokafka.errors import CorruptRecordException, KafkaError
 from aiokafka.structs import TopicPartition
 
 from service.core.errors import CannotRun, CommitFailed
@@ -302,6 +303,55 @@ async def test_a_cancelled_poll_loses_nothing(kafka: Kafka) -> None:
         await sending
 
     assert one.texts == [str(i) for i in range(200)]
+
+
+async def test_an_error_of_the_client_skips_nothing(
+    kafka: Kafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may come after the client has taken messages and moved on: they are fetched again."""
+    topic, group = await kafka.topic(2), topics.unique_name("g")
+    await kafka.send(topic, *"abc", partition=0)
+    await kafka.send(topic, *"def", partition=1)
+    getmany, failed = AIOKafkaConsumer.getmany, 0
+
+    async def failing(self: AIOKafkaConsumer, *args: object, **options: object) -> object:
+        nonlocal failed
+        found = await getmany(self, *args, **options)
+        if found and failed < 3:
+            failed += 1
+            raise KafkaError("after the messages were taken")
+        return found
+
+    monkeypatch.setattr(AIOKafkaConsumer, "getmany", failing)
+    async with member(kafka, topic, group) as one:
+        await one.until(lambda: len(one.messages) == 6, limit=2)
+    assert sorted(one.texts) == list("abcdef")
+    assert failed == 3
+
+
+async def test_what_cannot_be_read_holds_its_own_partition_only(
+    kafka: Kafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others go on, the sentence says where it stands, and it is tried again."""
+    monkeypatch.setattr("service.kafka.holdings.RESTORE_AGAIN_S", 0.3)
+    topic, group = await kafka.topic(2), topics.unique_name("g")
+    await kafka.send(topic, "a", partition=0)
+    await kafka.send(topic, "b", partition=1)
+    getmany, readable = AIOKafkaConsumer.getmany, False
+    damaged = TopicPartition(topic, 0)
+
+    async def damaging(self: AIOKafkaConsumer, *args: object, **options: object) -> object:
+        if damaged in args and not readable:
+            raise CorruptRecordException
+        return await getmany(self, *args, **options)
+
+    monkeypatch.setattr(AIOKafkaConsumer, "getmany", damaging)
+    async with member(kafka, topic, group) as one:
+        await one.until(lambda: one.texts == ["b"] and one.source.group().problem is not None)
+        assert f"{topic}[0] at offset 0" in (one.source.group().problem or "")
+        readable = True
+        await one.until(lambda: one.texts == ["b", "a"])
+        assert one.source.group().problem is None
 
 
 async def test_a_message_larger_than_a_fetch_comes_all_the_same(
