@@ -25,9 +25,9 @@ from service.demo.leash import hold
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 """What the endpoint calls it, and where it is listed."""
-SLOTS = 4
-"""Calls that the model works on at once. One thread gains from a few of them; with more, each
-call only gets slower."""
+SLOTS = 2
+"""Calls that the model works on at once. One thread gains nothing from more of them: each slot
+reads the instructions once for itself, and then all share the thread."""
 THREADS = 1
 """Of computing. The threads wait for each other at every layer by spinning: two on two cores that
 others use too were ten times slower than one."""

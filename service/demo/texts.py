@@ -74,3 +74,38 @@ ABOUT_PEOPLE = (
     "Tui Parata, 20, drove all night to be home for breakfast.",
     "Farid Mammadov is a 51-year-old beekeeper with a fear of flowers.",
 )
+
+ABOUT_ORDERS = (
+    "Good morning, Nadia Petrova from Sofia here. The kettle from order 48213 has a cracked lid, "
+    "please send a replacement.",
+    "Hassan Tazi, Casablanca: I need advice on the coffee machine, order 49555, it hums.",
+    "The rucksack of order 52231 tore on day two and I want a refund. Yours, Carmen Ruiz, Seville",
+    "Hello from Nairobi! James Otieno again, order 46128, the toaster only does one side. Repair, "
+    "please.",
+    "I'm Mei Tanaka in Osaka and the tent from order 53310 came without pegs; a replacement would "
+    "be kind.",
+    "Order 50876, tablet, broken screen on arrival. Refund please. Luca Bianchi, Turin.",
+    "Dear team, the bookshelf (order 52018) leans like the tower in my city. Repair or not? "
+    "Giulia Neri, Pisa",
+    "Wrong colour: the carpet in order 49261 is green. I want a replacement. Regards, Anton Huber "
+    "from Graz",
+    "Amit Shah, Pune. The duvet from order 50450 sheds feathers and I sneeze. A refund, quickly!",
+    "Olga Reyes from Lima writes about order 47115: the umbrella opens by itself. Refund, please.",
+    "This is Jonas Berg, Malmo. The bicycle of order 45990 squeaks uphill, can you repair it?",
+    "Chipo Moyo, Harare: the blender from order 51377 leaks. I would like a replacement.",
+    "The radio from order 48806 only knows one station. Advice? Greetings, Pilar Soto from Cusco",
+    "Order 53642: the mirror has a scratch from top to bottom. A refund, please. Ada Cole, Leeds",
+    "Kemal Aydin from Bursa here, the drill of order 50233 smokes. Please repair it.",
+    "I am Rosa Klein in Mainz. How do I oil the garden chair from order 46777? I need your advice.",
+    "The globe in order 52904 lacks a continent. Send a replacement, please. Tom Healy, Galway",
+    "Farah Aziz, Lahore: the heater from order 49038 stays cold. I want a refund.",
+    "Hello, Viktor Toth from Szeged. The lawn mower, order 47462, ate its own cable. Repair, "
+    "please.",
+    "Order 51580, espresso cups, two of six in pieces. A replacement would do. Lena Vogt, Bern",
+)
+
+UNREADABLE = "Señor Ibáñez, 52, envió esto desde una máquina muy vieja.".encode("latin-1")
+"""A message that is no UTF-8, as a program without a notion of encodings writes it."""
+
+PASTED_LOG = "\n".join(f"{line:04} pump {line % 7} ok, valve {line % 5} ok" for line in range(200))
+"""A message much longer than a message should be."""
