@@ -15,6 +15,14 @@ from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from aiokafka.errors import CorruptRecordException, KafkaError
 from aiokafka.structs import TopicPartition
+from confluent_kafka.admin import (
+    AclBinding,
+    AclOperation,
+    AclPermissionType,
+    AdminClient,
+    ResourcePatternType,
+    ResourceType,
+)
 
 from service.core.errors import CannotRun, CommitFailed
 from service.core.events import Committed, Event, OffsetsMissing, Rebalanced
@@ -583,36 +591,75 @@ async def test_no_broker_is_a_sentence_within_seconds() -> None:
     assert time.monotonic() - started < 15
 
 
-@pytest.mark.parametrize("mechanism", ["PLAIN", "SCRAM-SHA-256"])
-async def test_credentials_open_the_door_or_are_refused_with_a_sentence(
-    real_broker: RealKafka, mechanism: str
-) -> None:
-    """The right password reads; a wrong one names the user and the setting."""
+def security(mechanism: str, password: str = SASL_PASSWORD) -> dict[str, object]:
+    return {
+        "security": {
+            "protocol": "SASL_PLAINTEXT",
+            "sasl_mechanism": mechanism,
+            "username": SASL_USER,
+            "password": password,
+        }
+    }
+
+
+@pytest.fixture
+def guarded(real_broker: RealKafka) -> Kafka:
+    """The real Kafka's listener that asks for credentials."""
     if not hasattr(real_broker, "sasl_bootstrap_servers"):
         pytest.skip("this broker has no listener that asks for credentials")
+    return Kafka(real_broker.sasl_bootstrap_servers)
+
+
+@pytest.mark.parametrize("mechanism", ["PLAIN", "SCRAM-SHA-256"])
+async def test_credentials_open_the_door_or_are_refused_with_a_sentence(
+    real_broker: RealKafka, guarded: Kafka, mechanism: str
+) -> None:
+    """The right password reads; a wrong one names the user and the setting."""
     plain = Kafka(real_broker.bootstrap_servers)
     topic, group = await plain.topic(), topics.unique_name("g")
     await plain.send(topic, "a")
-    guarded = Kafka(real_broker.sasl_bootstrap_servers)
 
-    def security(password: str) -> dict[str, object]:
-        return {
-            "security": {
-                "protocol": "SASL_PLAINTEXT",
-                "sasl_mechanism": mechanism,
-                "username": SASL_USER,
-                "password": password,
-            }
-        }
-
-    async with member(guarded, topic, group, kafka=security(SASL_PASSWORD)) as one:
+    async with member(guarded, topic, group, kafka=security(mechanism)) as one:
         await one.until(lambda: len(one.messages) == 1)
     with pytest.raises(CannotRun, match=f"refused the credentials of {SASL_USER}"):
-        async with member(guarded, topic, group, kafka=security("wrong")):
+        async with member(guarded, topic, group, kafka=security(mechanism, "wrong")):
             pass
     with pytest.raises(CannotRun, match=r"kafka.security.protocol \(PLAINTEXT\)"):
         async with member(guarded, topic, group):
             pass
+
+
+@pytest.mark.parametrize("operation", ["ALL", "READ"])
+@pytest.mark.parametrize("kind", ["TOPIC", "GROUP"])
+async def test_a_missing_permission_is_a_sentence(
+    real_broker: RealKafka, guarded: Kafka, kind: str, operation: str
+) -> None:
+    """At the start where it shows there, else by the poll that meets it; who, what, which."""
+    plain = Kafka(real_broker.bootstrap_servers)
+    topic, group = await plain.topic(), topics.unique_name("g")
+    await plain.send(topic, "a")
+    name = topic if kind == "TOPIC" else group
+    await asyncio.to_thread(_deny, plain.servers, kind, name, operation)
+
+    sentence = f"does not let {SASL_USER} use (topic|the group) {name}: give it READ"
+    with pytest.raises(CannotRun, match=sentence):
+        async with member(guarded, topic, group, kafka=security("PLAIN")) as one:
+            await one.until(lambda: bool(one.messages))
+
+
+def _deny(servers: str, kind: str, name: str, operation: str) -> None:
+    binding = AclBinding(
+        ResourceType[kind],
+        name,
+        ResourcePatternType.LITERAL,
+        f"User:{SASL_USER}",
+        "*",
+        AclOperation[operation],
+        AclPermissionType.DENY,
+    )
+    client = AdminClient({"bootstrap.servers": servers})
+    for made in client.create_acls([binding]).values():
+        made.result(10)
 
 
 # --- the group -----------------------------------------------------------------------------------
