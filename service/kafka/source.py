@@ -409,7 +409,7 @@ class KafkaSource:
             raise CommitFailed("rebalance")
         return {partition: held[partition] for partition in wanted}
 
-    # --- rebalance -----------------------------------------------------------------------------
+    # --- what it knows -------------------------------------------------------------------------
 
     async def ends(self) -> dict[Partition, int]:
         """The end of every partition of the input topics now (last stable offset).
@@ -420,8 +420,6 @@ class KafkaSource:
             return await within(self._kafka.request_timeout_s, self._offsets.ends())
         except (KafkaError, TimeoutError) as error:
             raise stop_for(error, self._kafka) from error
-
-    # --- what it says of itself ----------------------------------------------------------------
 
     def group(self) -> GroupStatus:
         """Membership now: settled, whether brokers answer, what holds intake up."""
