@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -237,7 +238,6 @@ class _Demo:
                 figures = read_figures(await response.text())
         except (aiohttp.ClientError, TimeoutError):
             return  # not up yet, or no longer: the last figures stand
-        self._board.notes = ""
         self._board.scraped(figures, time.monotonic())
         # The reader can be ahead of the service's own count, or behind it.
         if self._goal is not None and min(len(self._seen), figures.finished) >= self._goal:
@@ -406,4 +406,9 @@ def _save(board: Board, picture: Path) -> None:
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         console = Console(record=True, width=width, height=height, file=nowhere)
         console.print(screen(board), height=height)
-        picture.write_text(console.export_svg(title="sluice demo"), encoding="utf-8")
+        picture.write_text(_alone(console.export_svg(title="sluice demo")), encoding="utf-8")
+
+
+def _alone(svg: str) -> str:
+    """The picture without its fonts from elsewhere: it is shown where nothing may be fetched."""
+    return re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)

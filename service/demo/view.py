@@ -26,7 +26,7 @@ REJECTED_ROWS = 2
 RATE_WINDOW_S = 15.0
 """The throughput shown is the mean over this long: calls of seconds make a shorter one jump."""
 _BLOCKS = " ▁▂▃▄▅▆▇█"
-_CURVE_POINTS = 30
+_CURVE_POINTS = 18
 _ACCENT = "cyan"
 
 
@@ -68,7 +68,7 @@ class Board:
 
     def scraped(self, figures: Figures, now_s: float) -> None:
         """A new look at the service."""
-        self.figures, self.now_s = figures, now_s
+        self.figures, self.now_s, self.notes = figures, now_s, ""
         if self.began_s is None and figures.slots_busy:
             self.began_s = now_s
         self._history.append((now_s, figures.finished))
@@ -168,7 +168,10 @@ def _records(board: Board) -> RenderableType:
         table.add_row(Text(row.text), _record(row.record), seconds(row.seconds))
     body: RenderableType = table
     if not board.extractions:
-        body = Align.center(Text("the first records are on their way …", "dim"), vertical="middle")
+        body = Align.center(
+            Text("the model reads its instructions; the first records are on their way …", "dim"),
+            vertical="middle",
+        )
     return Panel(body, title="[bold]output topic[/]", title_align="left", border_style=_ACCENT)
 
 
