@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from service.core.errors import CannotRun, Stop, TransientFailure
+from service.core.errors import CannotRun, NotReachable, Stop
 from service.core.events import Called, Event, Finished
 from service.core.messages import Partition
 from service.core.status import Status
@@ -133,8 +133,8 @@ class _App:
         """Refused credentials end the start; an outage doesn't: it is waited out like any other."""
         try:
             warning = await self._extractor.check()
-        except TransientFailure as failure:
-            log.warning("the model's endpoint does not answer yet (%s); going on", failure.reason)
+        except NotReachable as failure:
+            log.warning("%s Going on: calls wait until it does.", failure)
         else:
             if warning is not None:
                 log.warning("%s", warning)

@@ -536,7 +536,7 @@ class Pipeline:
         between = self._reassigning or self._held_out
         return Status(
             state=self._state(group, now_s, stages),
-            slots=self._bounds.concurrency,
+            slots=int(self._admission.limit),
             slots_busy=self._admission.busy,
             window=self._bounds.window,
             window_messages=self._window.messages,

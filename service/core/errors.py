@@ -11,6 +11,7 @@
     └── Stop                  the process ends, with a sentence for a person
         ├── WrongSettings       exit code 2
         └── CannotRun           exit code 1
+            └── NotReachable      somebody else is down; whoever can wait, waits
 
 What fails for good inside a call is no error but an outcome: `Rejected`. Texts of these errors
 may be logged, so they never hold a message's text or a model's answer.
@@ -99,3 +100,7 @@ class WrongSettings(Stop):
 
 class CannotRun(Stop):
     """The settings may be right but the world is not ready for them; exit code 1."""
+
+
+class NotReachable(CannotRun):
+    """Something that we need does not answer now, and may do so later by itself."""

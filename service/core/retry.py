@@ -23,7 +23,8 @@ class Backoff:
     """Exponential backoff with full jitter.
 
     delay = uniform(0, min(cap, base * 2^(attempt - 1))), after M. Brooker, "Exponential Backoff
-    and Jitter" (2015); what a provider asked for is waited in full, and the jitter after it.
+    and Jitter" (2015). What a provider asked for is waited in full, and then a jitter of at most
+    as much again: it knows better than our doubling when there is room.
     """
 
     base_s: float = 0.5
@@ -34,7 +35,7 @@ class Backoff:
         assert attempt >= 1, "attempts are counted from 1"
         ceiling_s = min(self.cap_s, self.base_s * 2.0 ** min(attempt - 1, 32))
         asked_s = min(max(retry_after_s or 0.0, 0.0), RETRY_AFTER_MAX_S)
-        return asked_s + uniform(0.0, ceiling_s)
+        return asked_s + uniform(0.0, min(ceiling_s, asked_s) if asked_s else ceiling_s)
 
 
 def exhausted(

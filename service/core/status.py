@@ -49,7 +49,7 @@ class Status:
     """A snapshot; counts are messages unless named otherwise."""
 
     state: State
-    slots: int
+    slots: int  # calls that may be in flight now; fewer than the setting under overload
     slots_busy: int
     window: int
     window_messages: int

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 from service.core.errors import (
     CallFailure,
     CannotRun,
+    NotReachable,
     ServiceFailure,
     TransientFailure,
     WrongSettings,
@@ -137,7 +138,7 @@ class OpenAIExtractor:
         except openai.APIStatusError as error:
             return _unlisted(self._place, error.status_code)
         except (openai.APIConnectionError, TimeoutError):
-            raise CannotRun(
+            raise NotReachable(
                 f"{self._place} does not answer: check OPENAI_BASE_URL, and that the model "
                 "endpoint is running."
             ) from None
@@ -341,7 +342,7 @@ def _unlisted(place: str, status: int) -> str:
     if status == 401:
         raise CannotRun(f"{place} refuses the credentials: set OPENAI_API_KEY to a key it knows.")
     if status >= 500:
-        raise CannotRun(f"{place} answers {status}: the model endpoint is not well.")
+        raise NotReachable(f"{place} answers {status}: the model endpoint is not well.")
     return f"{place} does not list its models ({status}); calls may work all the same."
 
 

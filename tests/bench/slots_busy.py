@@ -35,6 +35,11 @@ def busy(spans: list[Span], slots: int) -> float:
     return used_s / (slots * (high_s - low_s))
 
 
+def fetch_spans(url: str) -> list[Span]:
+    with urllib.request.urlopen(f"{url}/_spans") as response:
+        return [(begin, end) for begin, end in json.load(response)]
+
+
 @asynccontextmanager
 async def endpoint(median_ms: float, sigma: float) -> AsyncIterator[str]:
     """The scripted endpoint as a process; its address."""
@@ -85,8 +90,7 @@ async def measure(servers: str, given: argparse.Namespace) -> None:
         )
         assert await service.wait() == 0, "the service failed"
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        with urllib.request.urlopen(f"{url}/_spans") as response:
-            spans = [(begin, end) for begin, end in json.load(response)]
+        spans = await asyncio.to_thread(fetch_spans, url)
     length_s = max(end for _, end in spans) - min(begin for begin, _ in spans)
     cpu_ms = (used.ru_utime + used.ru_stime) * 1000 / given.messages
     print(f"{'messages':>10}{'slots':>8}{'busy':>8}{'msg/s':>8}{'CPU ms/msg':>12}")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tests.process.conftest import Scene
 from tests.support.endpoint import Asked, Endpoint, Step, script_in_text
+from tests.support.kafka import free_ports
 from tests.support.service import run, service
 from tests.support.topics import Read, produce
 
@@ -145,6 +146,20 @@ async def test_refused_credentials_end_the_start_with_a_sentence(
     assert ended.code == 1
     assert "OPENAI_API_KEY" in ended.printed
     assert "Traceback" not in ended.printed
+
+
+async def test_a_provider_that_is_down_at_the_start_is_waited_for(scene: Scene) -> None:
+    """A start in the middle of an outage goes on, and everything is done when it is over."""
+    await scene.send(b"Ada is 36")
+    [port] = free_ports(1)
+    environment = {**scene.environment, "OPENAI_BASE_URL": f"http://127.0.0.1:{port}/v1"}
+    async with service(environment) as running:
+        await running.until("sluice_retries_total", 2)
+        async with Endpoint(port=port):
+            await running.until("sluice_messages_finished_total", 1)
+            running.signal(signal.SIGTERM)
+            assert (await running.ended()).code == 0
+    assert len(await scene.outputs()) == 1
 
 
 async def test_credentials_refused_later_stop_intake_and_heal(scene: Scene) -> None:

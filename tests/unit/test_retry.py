@@ -21,6 +21,11 @@ def test_retry_after_is_waited_in_full() -> None:
     assert Backoff().delay_s(1, lambda low, _: low, retry_after_s=1e9) == RETRY_AFTER_MAX_S
 
 
+def test_the_jitter_after_a_short_retry_after_is_short() -> None:
+    """A tenth of a second asked for the ninth time is not followed by half a minute of ours."""
+    assert Backoff().delay_s(9, lambda _, high: high, retry_after_s=0.1) == 0.2
+
+
 def test_poison_needs_attempts_and_a_fresh_success_of_others() -> None:
     """Neither many failures alone nor other successes alone reject a message."""
     assert exhausted(8, 8, now_s=100, other_success_s=41)
