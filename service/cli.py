@@ -98,11 +98,17 @@ def demo(
     messages: Annotated[
         int | None, typer.Option(min=1, help="End by itself after this many messages.")
     ] = None,
+    example: Annotated[
+        Literal["person", "ticket"], typer.Option(help="What to take from the texts.")
+    ] = "person",
+    picture: Annotated[
+        Path | None, typer.Option(hidden=True, help="Keep the last screen as an SVG file.")
+    ] = None,
 ) -> None:
     """See it work: an embedded Kafka and a small language model on this machine."""
     from service.demo.app import demo as run_demo
 
-    raise typer.Exit(run_demo(messages))
+    raise typer.Exit(run_demo(messages, example, picture))
 
 
 @app.command()
