@@ -61,7 +61,7 @@ def _fail(text: str, code: int) -> NoReturn:
 
 
 def _settings(config: Path | None) -> Settings:
-    from service.settings import load
+    from service.reading import load
 
     return load(config, os.environ)
 
@@ -135,7 +135,7 @@ def schema(
 ) -> None:
     """Print the JSON schema of the record that extraction.record names."""
     if settings:
-        from service.settings import table
+        from service.wording import table
 
         print(table(), end="")
         return

@@ -6,16 +6,13 @@ from the environment or from files named here. A wrong setting is a sentence, ne
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -23,31 +20,21 @@ from pydantic import (
     ConfigDict,
     Field,
     SecretStr,
-    ValidationError,
     field_validator,
     model_validator,
 )
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
-    EnvSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
 
-from service.core.errors import WrongSettings
-
 PREFIX = "SLUICE_"
 """Every environment variable of ours starts with it."""
 
-DEFAULT_FILE = Path("sluice.yaml")
-"""Read where it lies in the working folder and no other file is named."""
-
 PUBLISH_MARGIN_S = 10.0
 """What a drain needs beyond the calls: publishing their outcomes and one commit."""
-
 
 REBALANCE_MARGIN_S = 20.0
 """What a rebalance needs beyond its drain: commits and joining again."""
@@ -279,7 +266,7 @@ class TelemetrySettings(Section):
 
 
 class Settings(BaseSettings):
-    """All settings. Build it with `load`, which turns what is wrong into sentences."""
+    """All settings. `service.reading.load` builds them, and says what is wrong in sentences."""
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -334,27 +321,6 @@ class Settings(BaseSettings):
         return self
 
 
-def load(config: Path | None, environ: Mapping[str, str]) -> Settings:
-    """Settings from `config` (or sluice.yaml, where there is one) and `environ` over it.
-
-    Raises `WrongSettings`, whose text has a line for each thing that is wrong, all at once:
-    where it came from, what is wrong, what is allowed. An empty variable counts as not set.
-    """
-    file = _read(config)
-    variables, unknown = _variables(environ)
-    wrong = [*file.wrong, *unknown]
-    origins = _Origins(file.name, file.lines, frozenset(variables))
-    try:
-        settings = Settings(**_merged(file.values, _Environment(variables)()))
-    except ValidationError as error:
-        # It holds the inputs, secrets among them, so nothing is raised from it.
-        wrong += [line for one in error.errors() for line in _sentences(one, origins)]
-        settings = None
-    if wrong or settings is None:
-        raise WrongSettings("\n".join(wrong))
-    return settings
-
-
 def warnings(settings: Settings) -> tuple[str, ...]:
     """Sentences about settings that work, but probably not as meant."""
     found = []
@@ -372,15 +338,6 @@ def warnings(settings: Settings) -> tuple[str, ...]:
             "SASL_SSL encrypts it"
         )
     return tuple(found)
-
-
-def table() -> str:
-    """Every setting as a Markdown table, for the README."""
-    rows = ["| setting | default | allowed | meaning |", "|---|---|---|---|"]
-    for path, node in _settings():
-        cells = (f"`{_dotted(path)}`", _default(node), _allowed(node), _meaning(node))
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(rows) + "\n"
 
 
 # --- what cannot stand together ---------------------------------------------------------------
@@ -494,330 +451,3 @@ def _tls_contradictions(security: SecuritySettings) -> Iterator[Contradiction]:
 
 def _security(text: str, *names: str) -> Contradiction:
     return Contradiction(tuple(f"kafka.security.{name}" for name in names), text)
-
-
-# --- where settings come from -----------------------------------------------------------------
-
-Path_: TypeAlias = tuple[str, ...]
-"""A setting's place: ("kafka", "group_id")."""
-
-
-@dataclass(frozen=True, slots=True)
-class _File:
-    """A YAML file: its values, the line of each name, and sentences on what is wrong with it."""
-
-    name: str = ""
-    values: dict[str, Any] = field(default_factory=dict)
-    lines: Mapping[Path_, int] = field(default_factory=dict)
-    wrong: tuple[str, ...] = ()
-
-
-class _Environment(EnvSettingsSource):
-    """The variables that were passed in, not the process's own."""
-
-    def __init__(self, variables: Mapping[str, str]) -> None:
-        super().__init__(Settings)
-        self.env_vars = {name.lower(): value for name, value in variables.items()}
-
-    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
-        """What is no JSON stays as it is, so that validation names it together with the rest."""
-        try:
-            return super().decode_complex_value(field_name, field, value)
-        except ValueError:
-            return value
-
-
-def _read(config: Path | None) -> _File:
-    if config is None and not DEFAULT_FILE.exists():
-        return _File()
-    path = config or DEFAULT_FILE
-    try:
-        return _parsed(str(path), path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise WrongSettings(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise WrongSettings(f"{path}: is not UTF-8 text") from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{path} line {mark.line + 1}" if mark else str(path)
-        raise WrongSettings(f"{where}: is not YAML: {error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        # ValueError: PyYAML's own, for a date such as 2026-13-01.
-        raise WrongSettings(f"{path}: is not YAML ({type(error).__name__})") from None
-
-
-def _parsed(name: str, text: str) -> _File:
-    """Values and lines from one parse; the lines are read first, as merge keys change the tree."""
-    loader = yaml.SafeLoader(text)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return _File(name)
-        lines: dict[Path_, int] = {}
-        wrong = [f"{name} {sentence}" for sentence in _walk(node, (), lines)]
-        values = loader.construct_document(node)
-        if values is None:
-            return _File(name)
-    finally:
-        loader.dispose()
-    if not isinstance(values, dict):
-        raise WrongSettings(f"{name}: holds no sections; it should start with one, as in kafka:")
-    if _take_password(values):
-        line = lines.get(("kafka", "security", "password"))
-        wrong.append(
-            f"{name} line {line}: kafka.security.password is not taken from a file that may be "
-            f"copied and committed; set {PREFIX}KAFKA__SECURITY__PASSWORD, or "
-            "kafka.security.password_file to a file that holds it"
-        )
-    return _File(name, _tidied(values), lines, tuple(wrong))
-
-
-_DEPTH = 3
-"""Levels of names: section, section in it, setting. Below are values, which may refer to
-themselves in YAML."""
-
-
-def _walk(node: yaml.Node, path: Path_, lines: dict[Path_, int]) -> Iterator[str]:
-    """Note the line of each name; yield a sentence for a name that stands twice."""
-    if not isinstance(node, yaml.MappingNode) or len(path) == _DEPTH:
-        return
-    for key, value in node.value:
-        here = (*path, str(key.value))
-        line = key.start_mark.line + 1
-        if here in lines:
-            yield f"line {line}: {_dotted(here)} stands twice (line {lines[here]} has it too)"
-        lines.setdefault(here, line)
-        yield from _walk(value, here, lines)
-
-
-def _take_password(values: dict[Any, Any]) -> bool:
-    """Remove the password, so that nothing that follows can show it."""
-    kafka = values.get("kafka")
-    security = kafka.get("security") if isinstance(kafka, dict) else None
-    if not isinstance(security, dict) or "password" not in security:
-        return False
-    del security["password"]
-    return True
-
-
-def _tidied(values: Any, depth: int = 1) -> Any:
-    """Names as text, and a section whose settings are all commented out as an empty one."""
-    tidy = {}
-    for name, value in values.items():
-        if isinstance(value, dict) and depth < _DEPTH:
-            value = _tidied(value, depth + 1)
-        elif value is None and str(name) in _SECTIONS:
-            value = {}
-        tidy[str(name)] = value
-    return tidy
-
-
-_SECTIONS = frozenset({*Settings.model_fields, "security"})
-
-
-_KUBERNETES = re.compile(
-    rf"{PREFIX}(\w+_)?SERVICE_(HOST|PORT(_\w+)?)|{PREFIX}(\w+_)?PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?"
-)
-"""Variables that Kubernetes sets in every pod beside a Service called sluice or sluice-…"""
-
-
-def _of_others(name: str, value: str) -> bool:
-    """Kubernetes' variables, and the switches of our tests that a process they start inherits."""
-    if name.startswith(f"{PREFIX}TEST_"):
-        return True
-    if not _KUBERNETES.fullmatch(name):
-        return False
-    # SLUICE_PORT alone could be a person's mistake; Kubernetes puts a URL there.
-    return not name.endswith("_PORT") or "SERVICE" in name or "://" in value
-
-
-def _variables(environ: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Our variables by name, and a sentence for each that looks like ours and is not."""
-    known = {_variable(path) for path, _ in _settings()}
-    ours = {name.upper(): value for name, value in environ.items() if value}
-    ours = {name: value for name, value in ours.items() if name.startswith(PREFIX)}
-    wrong = [
-        f"{name}: there is no such setting{_meant(name, known)}"
-        for name, value in sorted(ours.items())
-        if name not in known and not _of_others(name, value)
-    ]
-    return {name: value for name, value in ours.items() if name in known}, wrong
-
-
-def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` wins, setting by setting; a section that is no section stays, to be named wrong."""
-    merged = dict(under)
-    for name, value in over.items():
-        below = merged.get(name)
-        if isinstance(value, Mapping) and isinstance(below, Mapping):
-            merged[name] = _merged(below, value)
-        else:
-            merged[name] = value
-    return merged
-
-
-# --- what is wrong, in sentences --------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Origins:
-    """Says where a setting's value came from."""
-
-    file: str
-    lines: Mapping[Path_, int]
-    variables: frozenset[str]
-
-    def of(self, path: Path_) -> str | None:
-        if _variable(path) in self.variables:
-            return _variable(path)
-        if path in self.lines:
-            return f"{self.file} line {self.lines[path]}: {_dotted(path)}"
-        return None
-
-    def nearest(self, loc: tuple[str | int, ...]) -> str:
-        """The origin of the setting that holds `loc`, and the way on from there."""
-        names = tuple(str(part) for part in loc)
-        for length in range(len(names), 0, -1):
-            origin = self.of(names[:length])
-            if origin is not None:
-                return origin + _rest(loc[length:])
-        return _dotted(names)
-
-
-def _rest(loc: tuple[str | int, ...]) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
-
-
-def _sentences(error: ErrorDetails, origins: _Origins) -> Iterator[str]:
-    cause = error.get("ctx", {}).get("error")
-    if isinstance(cause, Contradictions):
-        for one in cause.found:
-            yield f"{_where(one, origins)}: {one.text}"
-        return
-    loc = error["loc"]
-    where = origins.nearest(loc)
-    if error["type"] == "extra_forbidden":
-        names = tuple(str(part) for part in loc)
-        known = {_dotted(path) for path, _ in _settings()} | _SECTIONS
-        yield f"{where}: there is no such setting{_meant(_dotted(names), known)}"
-    elif isinstance(cause, ValueError):
-        yield f"{where}: {cause}"
-    else:
-        yield f"{where}: {_shown(error)}; {_expected(loc, error)}"
-
-
-def _where(contradiction: Contradiction, origins: _Origins) -> str:
-    paths = [tuple(name.split(".")) for name in contradiction.settings]
-    return " and ".join(origins.of(path) or _dotted(path) for path in paths)
-
-
-def _meant(name: str, known: set[str]) -> str:
-    """A suggestion: a typing error, the same last name in another section, or what is similar."""
-    last = _last_name(name)
-    names = sorted(known)
-    elsewhere = [one for one in names if _last_name(one) == last]
-    meant = (
-        difflib.get_close_matches(name, names, 1, cutoff=0.85)
-        or difflib.get_close_matches(name, elsewhere, 1, cutoff=0.0)
-        or difflib.get_close_matches(name, names, 1, cutoff=0.6)
-    )
-    return f"; did you mean {meant[0]}?" if meant else "; `sluice schema --settings` lists them all"
-
-
-def _last_name(name: str) -> str:
-    return re.split(r"__|\.", name)[-1]
-
-
-SHOWN_MAX = 60
-"""Characters of a wrong value that a sentence repeats."""
-
-
-def _shown(error: ErrorDetails) -> str:
-    """What was given, at most a glimpse of it."""
-    given, names = error["input"], error["loc"]
-    if error["type"] == "missing":
-        return "is missing"
-    # Where a section is expected, a secret may stand by mistake.
-    if names[-1] in _SECTIONS or not isinstance(given, str | int | float | bool):
-        return "is not allowed"
-    text = repr(given) if isinstance(given, str) else str(given)
-    return f"{text if len(text) <= SHOWN_MAX else text[:SHOWN_MAX] + '…'} is not allowed"
-
-
-def _expected(loc: tuple[str | int, ...], error: ErrorDetails) -> str:
-    for path, node in _settings():
-        if path == loc:
-            return f"allowed: {_allowed(node)}"
-    if loc and loc[-1] in _SECTIONS:
-        return "allowed: a section with settings below it"
-    return error["msg"][:1].lower() + error["msg"][1:]
-
-
-# --- names and texts of a setting -------------------------------------------------------------
-
-
-@cache
-def _settings() -> tuple[tuple[Path_, dict[str, Any]], ...]:
-    return tuple(_leaves(Settings))
-
-
-def _leaves(model: type[BaseModel], path: Path_ = ()) -> Iterator[tuple[Path_, dict[str, Any]]]:
-    """Every setting's place and JSON schema, in the order of the classes above."""
-    nodes = model.model_json_schema()["properties"]
-    for name, info in model.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
-            yield from _leaves(kind, (*path, name))
-        else:
-            yield (*path, name), nodes[name]
-
-
-def _dotted(path: Path_) -> str:
-    return ".".join(path)
-
-
-def _variable(path: Path_) -> str:
-    return PREFIX + "__".join(path).upper()
-
-
-def _allowed(node: Mapping[str, Any]) -> str:
-    if "anyOf" in node:
-        return " or ".join(_allowed(one) for one in node["anyOf"] if one.get("type") != "null")
-    if "enum" in node or "const" in node:
-        return " or ".join(node.get("enum", [node.get("const")]))
-    kind = node.get("type")
-    if kind in ("integer", "number"):
-        return f"a {'whole ' if kind == 'integer' else ''}number{_bounds(node)}"
-    return _WORDS.get(node.get("format") or kind or "", "text")
-
-
-_WORDS = {
-    "boolean": "true or false",
-    "array": "a list",
-    "path": "a path",
-    "password": "a secret",
-    "date-time": "a time such as 2026-01-31T08:00:00+00:00",
-}
-
-
-def _bounds(node: Mapping[str, Any]) -> str:
-    low = f" from {node['minimum']}" if "minimum" in node else ""
-    if "exclusiveMinimum" in node:
-        low = f" above {node['exclusiveMinimum']},"
-    high = f" up to {node['maximum']}" if "maximum" in node else ""
-    return low + high
-
-
-def _default(node: Mapping[str, Any]) -> str:
-    value = node.get("default")
-    if value is None or value == []:
-        return "none"
-    if isinstance(value, list):
-        value = ",".join(value)
-    if isinstance(value, bool):
-        value = str(value).lower()
-    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
-
-
-def _meaning(node: Mapping[str, Any]) -> str:
-    return " ".join(str(node.get("description", "")).split())

@@ -47,7 +47,7 @@ def mock_kafka() -> Iterator[EmbeddedBroker]:
 
 
 def _do_without(reason: str) -> None:
-    """Skips what needs a real Kafka; fails it where SLUICE_TEST_KAFKA=required."""
-    if os.environ.get("SLUICE_TEST_KAFKA") == "required":
+    """Skips what needs a real Kafka; fails it where TEST_KAFKA=required."""
+    if os.environ.get("TEST_KAFKA") == "required":
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason)

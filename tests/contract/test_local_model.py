@@ -62,7 +62,7 @@ async def extractor(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[OpenAIExtr
     try:
         await fetch_model(lambda done, total: None)
     except CannotRun as reason:
-        if os.environ.get("SLUICE_TEST_MODEL") == "required":
+        if os.environ.get("TEST_MODEL") == "required":
             pytest.fail(str(reason), pytrace=False)
         pytest.skip(str(reason))
     shots = [{"text": text, "records": dict(record)} for text, record in PERSON.shots]

@@ -94,7 +94,7 @@ async def test_ends_by_itself() -> None:
     try:
         await fetch_model(lambda done, total: None)
     except CannotRun as reason:
-        if os.environ.get("SLUICE_TEST_MODEL") == "required":
+        if os.environ.get("TEST_MODEL") == "required":
             pytest.fail(str(reason), pytrace=False)
         pytest.skip(str(reason))
     mark = uuid.uuid4().hex

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from service import settings as settings_module
+from service import reading
 from service.cli import main
-from service.settings import table
+from service.wording import table
 
 CANARY = "canary-5c1f"
 
@@ -94,7 +94,7 @@ def test_unexpected_exception_keeps_its_frames(
     def fail(*_: object) -> None:
         raise RuntimeError(CANARY)
 
-    monkeypatch.setattr(settings_module, "load", fail)
+    monkeypatch.setattr(reading, "load", fail)
     code, _, err = sluice("run")
     assert code == 1
     assert "Traceback" in err

@@ -10,10 +10,12 @@ from typing import Any
 
 import yaml
 
-from service import settings
 from service.core.status import State
 from service.demo.download import REQUIREMENT
 from service.demo.model import MODEL_NAME, SLOTS
+from service.reading import load
+from service.settings import warnings
+from service.wording import table
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -55,14 +57,14 @@ def _environment() -> dict[str, str]:
 
 def test_compose_settings_are_settings() -> None:
     """Every SLUICE_ variable of the compose file is a setting with an allowed value."""
-    loaded = settings.load(None, _environment())
+    loaded = load(None, _environment())
     assert loaded.kafka.bootstrap_servers == "kafka:19092"
-    assert settings.warnings(loaded) == ()
+    assert warnings(loaded) == ()
 
 
 def test_compose_gives_a_stop_the_time_it_takes() -> None:
     """Docker waits longer than a drain, a commit and the goodbye to the group may take."""
-    loaded = settings.load(None, _environment())
+    loaded = load(None, _environment())
     needed_s = loaded.delivery.drain_timeout_s + loaded.kafka.request_timeout_s
     assert _seconds(SERVICES["sluice"]["stop_grace_period"]) >= needed_s
 
@@ -123,7 +125,7 @@ def test_prometheus_scrapes_the_port_that_the_service_opens() -> None:
     jobs = {job["job_name"]: job for job in config["scrape_configs"]}
     (target,) = jobs["sluice"]["dns_sd_configs"]
     assert target["names"] == ["sluice"]
-    assert target["port"] == settings.load(None, {}).telemetry.port
+    assert target["port"] == load(None, {}).telemetry.port
     assert config["global"]["scrape_interval"] == "5s"
 
 
@@ -270,8 +272,8 @@ def _generated(name: str) -> str:
 
 
 def test_the_readme_lists_the_settings_there_are() -> None:
-    """The table is what `service.settings.table()` gives; paste it anew after a change."""
-    assert _generated("settings") == settings.table()
+    """The table is what `sluice schema --settings` prints; paste it anew after a change."""
+    assert _generated("settings") == table()
 
 
 def test_the_readme_lists_the_metrics_there_are() -> None:

@@ -14,7 +14,7 @@ BELOW: dict[str, set[str]] = {
     "service": set(),
     "service.core": set(),
     "service.pipeline": {"service.core"},
-    "service.settings": {"service.core"},
+    "service.settings": set(),
     "service.kafka": {"service.core", "service.pipeline", "service.settings"},
     "service.llm": {"service.core", "service.pipeline", "service.settings"},
     "service.telemetry": {"service.core", "service.pipeline", "service.settings"},
@@ -22,7 +22,9 @@ BELOW: dict[str, set[str]] = {
 BELOW["service.app"] = set(BELOW) - {"service"}
 BELOW["service.checks"] = BELOW["service.app"]
 BELOW["service.demo"] = {*BELOW["service.app"], "service.app"}
-BELOW["service.cli"] = {*BELOW["service.demo"], "service.checks", "service.demo"}
+BELOW["service.wording"] = {"service.settings"}
+BELOW["service.reading"] = {"service.core", "service.settings", "service.wording"}
+BELOW["service.cli"] = set(BELOW) - {"service"}
 BELOW["service.__main__"] = {"service.cli"}
 
 PURE = {"service", "service.core", "service.pipeline"}
@@ -170,6 +172,8 @@ def test_a_file_says_what_it_is(file: Path) -> None:
         ("service.llm.extractor", "from service.telemetry.metrics import Metrics"),
         ("service.telemetry.probes", "import service.kafka.source"),
         ("service.settings", "from service.app import run"),
+        ("service.settings", "from service.wording import table"),
+        ("service.app", "from service.reading import load"),
         ("service.app", "from service.cli import main"),
         ("service.kafka.source", "from service.demo.broker import EmbeddedBroker"),
     ],

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from service.core.errors import WrongSettings
-from service.settings import Settings, load, table, warnings
+from service.reading import load
+from service.settings import Settings, warnings
+from service.wording import table
 
 CANARY = "canary-5c1f"
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -431,12 +432,3 @@ def test_every_setting_has_a_meaning() -> None:
     rows = table().splitlines()[2:]
     assert len(rows) > 45
     assert all(len(row.split(" | ")[-1].removesuffix(" |")) > 10 for row in rows)
-
-
-def test_readme_shows_the_settings_of_today() -> None:
-    """The README's table is the one that `sluice schema --settings` prints."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    if "<!-- settings:begin -->" not in text:
-        pytest.skip("README.md has no settings table yet")
-    shown = text.split("<!-- settings:begin -->")[1].split("<!-- settings:end -->")[0]
-    assert table().strip() == shown.strip()

@@ -1,0 +1,201 @@
+"""Reads settings: a YAML file, the environment over it, and all that is wrong at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import EnvSettingsSource
+
+from service.core.errors import WrongSettings
+from service.settings import PREFIX, Settings
+from service.wording import (
+    SECTIONS,
+    Origins,
+    Place,
+    dotted,
+    every_setting,
+    sentences,
+    unheard_of,
+    variable,
+)
+
+DEFAULT_FILE = Path("sluice.yaml")
+"""Read where it lies in the working folder and no other file is named."""
+
+
+def load(config: Path | None, environ: Mapping[str, str]) -> Settings:
+    """Settings from `config` (or sluice.yaml, where there is one) and `environ` over it.
+
+    Raises `WrongSettings`, whose text has a line for each thing that is wrong, all at once:
+    where it came from, what is wrong, what is allowed. An empty variable counts as not set.
+    """
+    file = _read(config)
+    variables, unknown = _variables(environ)
+    wrong = [*file.wrong, *unknown]
+    origins = Origins(file.name, file.lines, frozenset(variables))
+    try:
+        settings = Settings(**_merged(file.values, _Environment(variables)()))
+    except ValidationError as error:
+        # It holds the inputs, secrets among them, so nothing is raised from it.
+        wrong += [line for one in error.errors() for line in sentences(one, origins)]
+        settings = None
+    if wrong or settings is None:
+        raise WrongSettings("\n".join(wrong))
+    return settings
+
+
+# --- the file ---
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A YAML file: its values, the line of each name, and sentences on what is wrong with it."""
+
+    name: str = ""
+    values: dict[str, Any] = field(default_factory=dict)
+    lines: Mapping[Place, int] = field(default_factory=dict)
+    wrong: tuple[str, ...] = ()
+
+
+def _read(config: Path | None) -> _File:
+    if config is None and not DEFAULT_FILE.exists():
+        return _File()
+    path = config or DEFAULT_FILE
+    try:
+        return _parsed(str(path), path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise WrongSettings(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise WrongSettings(f"{path}: is not UTF-8 text") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{path} line {mark.line + 1}" if mark else str(path)
+        raise WrongSettings(f"{where}: is not YAML: {error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        # ValueError: PyYAML's own, for a date such as 2026-13-01.
+        raise WrongSettings(f"{path}: is not YAML ({type(error).__name__})") from None
+
+
+def _parsed(name: str, text: str) -> _File:
+    """Values and lines from one parse; the lines are read first, as merge keys change the tree."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return _File(name)
+        lines: dict[Place, int] = {}
+        wrong = [f"{name} {sentence}" for sentence in _walk(node, (), lines)]
+        values = loader.construct_document(node)
+        if values is None:
+            return _File(name)
+    finally:
+        loader.dispose()
+    if not isinstance(values, dict):
+        raise WrongSettings(f"{name}: holds no sections; it should start with one, as in kafka:")
+    if _take_password(values):
+        line = lines.get(("kafka", "security", "password"))
+        wrong.append(
+            f"{name} line {line}: kafka.security.password is not taken from a file that may be "
+            f"copied and committed; set {PREFIX}KAFKA__SECURITY__PASSWORD, or "
+            "kafka.security.password_file to a file that holds it"
+        )
+    return _File(name, _tidied(values), lines, tuple(wrong))
+
+
+_DEPTH = 3
+"""Levels of names: section, section in it, setting. Below are values, which may refer to
+themselves in YAML."""
+
+
+def _walk(node: yaml.Node, path: Place, lines: dict[Place, int]) -> Iterator[str]:
+    """Note the line of each name; yield a sentence for a name that stands twice."""
+    if not isinstance(node, yaml.MappingNode) or len(path) == _DEPTH:
+        return
+    for key, value in node.value:
+        here = (*path, str(key.value))
+        line = key.start_mark.line + 1
+        if here in lines:
+            yield f"line {line}: {dotted(here)} stands twice (line {lines[here]} has it too)"
+        lines.setdefault(here, line)
+        yield from _walk(value, here, lines)
+
+
+def _take_password(values: dict[Any, Any]) -> bool:
+    """Remove the password, so that nothing that follows can show it."""
+    match values:
+        case {"kafka": {"security": {"password": _} as security}}:
+            del security["password"]
+            return True
+        case _:
+            return False
+
+
+def _tidied(values: Any, depth: int = 1) -> Any:
+    """Names as text, and a section whose settings are all commented out as an empty one."""
+    tidy = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and depth < _DEPTH:
+            value = _tidied(value, depth + 1)
+        elif value is None and str(name) in SECTIONS:
+            value = {}
+        tidy[str(name)] = value
+    return tidy
+
+
+# --- the environment over it ---
+
+
+def _variables(environ: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Our variables by name, and a sentence for each that looks like ours and is not."""
+    known = {variable(place) for place in every_setting()}
+    given = {name.upper(): value for name, value in environ.items() if value}
+    wrong = [
+        f"{name}: {unheard_of(name, known)}"
+        for name, value in sorted(given.items())
+        if name.startswith(PREFIX)
+        and name not in known
+        and not _KUBERNETES.fullmatch(f"{name}={value}")
+    ]
+    return {name: given[name] for name in known & given.keys()}, wrong
+
+
+_KUBERNETES = re.compile(
+    rf"{PREFIX}(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)=.*"
+    rf"|{PREFIX}(\w+_)?PORT=\w+://.*"
+)
+"""What Kubernetes sets in every pod beside a Service called sluice or sluice-…; without the URL
+SLUICE_PORT would be a person's mistake."""
+
+
+class _Environment(EnvSettingsSource):
+    """The variables that were passed in, not the process's own."""
+
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        super().__init__(Settings)
+        self.env_vars = {name.lower(): value for name, value in variables.items()}
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        """What is no JSON stays as it is, so that validation names it together with the rest."""
+        try:
+            return super().decode_complex_value(field_name, field, value)
+        except ValueError:
+            return value
+
+
+def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` wins, setting by setting."""
+    merged = dict(under)
+    for name, value in over.items():
+        below = merged.get(name)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            merged[name] = _merged(below, value)
+        else:
+            merged[name] = value
+    return merged

@@ -1,0 +1,193 @@
+"""What is said of settings: names, what is allowed, what is wrong, the README's table."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeAlias
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+from service.settings import PREFIX, Contradictions, Section, Settings
+
+Place: TypeAlias = tuple[str, ...]
+"""A setting's: ("kafka", "group_id")."""
+
+SECTIONS = frozenset({*Settings.model_fields, "security"})
+
+SHOWN_MAX = 60
+"""Characters of a wrong value that a sentence repeats."""
+
+
+def table() -> str:
+    """Every setting as a Markdown table, for the README."""
+    rows = ["| setting | default | allowed | meaning |", "|---|---|---|---|"]
+    for place, node in every_setting().items():
+        cells = (f"`{dotted(place)}`", _default(node), _allowed(node), _meaning(node))
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+@cache
+def every_setting() -> Mapping[Place, Mapping[str, Any]]:
+    """Its JSON schema by the setting's place, in the order of the fields."""
+    return dict(_leaves(Settings))
+
+
+def _leaves(model: type[BaseModel], place: Place = ()) -> Iterator[tuple[Place, dict[str, Any]]]:
+    nodes = model.model_json_schema()["properties"]
+    for name, info in model.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            yield from _leaves(kind, (*place, name))
+        else:
+            yield (*place, name), nodes[name]
+
+
+def dotted(place: Place) -> str:
+    return ".".join(place)
+
+
+def variable(place: Place) -> str:
+    return PREFIX + "__".join(place).upper()
+
+
+# --- what is wrong, in sentences --------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Origins:
+    """Where the values of settings came from: a line of the file, or a variable over it."""
+
+    file: str
+    lines: Mapping[Place, int]
+    variables: frozenset[str]
+
+    def of(self, place: Place) -> str | None:
+        if variable(place) in self.variables:
+            return variable(place)
+        if place in self.lines:
+            return f"{self.file} line {self.lines[place]}: {dotted(place)}"
+        return None
+
+    def nearest(self, loc: tuple[str | int, ...]) -> str:
+        """The origin of the setting that holds `loc`, and the way on from there."""
+        names = tuple(str(part) for part in loc)
+        for length in range(len(names), 0, -1):
+            origin = self.of(names[:length])
+            if origin is not None:
+                return origin + _rest(loc[length:])
+        return dotted(names)
+
+
+def _rest(loc: tuple[str | int, ...]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
+
+
+def sentences(error: ErrorDetails, origins: Origins) -> Iterator[str]:
+    """Where each wrong value came from, what is wrong with it, what is allowed."""
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, Contradictions):
+        for one in cause.found:
+            places = [tuple(name.split(".")) for name in one.settings]
+            where = " and ".join(origins.of(place) or dotted(place) for place in places)
+            yield f"{where}: {one.text}"
+        return
+    loc = error["loc"]
+    where = origins.nearest(loc)
+    if error["type"] == "extra_forbidden":
+        name = dotted(tuple(str(part) for part in loc))
+        yield f"{where}: {unheard_of(name, {*map(dotted, every_setting()), *SECTIONS})}"
+    elif isinstance(cause, ValueError):
+        yield f"{where}: {cause}"
+    else:
+        yield f"{where}: {_shown(error)}; {_expected(error)}"
+
+
+def unheard_of(name: str, known: Iterable[str]) -> str:
+    """With a suggestion: a typing error, the same last name in another section, or the nearest."""
+    names = sorted(known)
+    elsewhere = [one for one in names if _last_name(one) == _last_name(name)]
+    meant = (
+        difflib.get_close_matches(name, names, 1, cutoff=0.85)
+        or difflib.get_close_matches(name, elsewhere, 1, cutoff=0.0)
+        or difflib.get_close_matches(name, names, 1, cutoff=0.6)
+    )
+    then = f"did you mean {meant[0]}?" if meant else "`sluice schema --settings` lists them all"
+    return f"there is no such setting; {then}"
+
+
+def _last_name(name: str) -> str:
+    return re.split(r"__|\.", name)[-1]
+
+
+def _shown(error: ErrorDetails) -> str:
+    """What was given, at most a glimpse of it."""
+    given, names = error["input"], error["loc"]
+    if error["type"] == "missing":
+        return "is missing"
+    # Where a section is expected, a secret may stand by mistake.
+    if names[-1] in SECTIONS or not isinstance(given, str | int | float | bool):
+        return "is not allowed"
+    text = repr(given) if isinstance(given, str) else str(given)
+    return f"{text if len(text) <= SHOWN_MAX else text[:SHOWN_MAX] + '…'} is not allowed"
+
+
+def _expected(error: ErrorDetails) -> str:
+    loc = error["loc"]
+    node = every_setting().get(tuple(str(part) for part in loc))
+    if node is not None:
+        return f"allowed: {_allowed(node)}"
+    if loc and loc[-1] in SECTIONS:
+        return "allowed: a section with settings below it"
+    return error["msg"][:1].lower() + error["msg"][1:]
+
+
+# --- what is allowed, by default and meant -----------------------------------------------------
+
+
+def _allowed(node: Mapping[str, Any]) -> str:
+    if "anyOf" in node:
+        return " or ".join(_allowed(one) for one in node["anyOf"] if one.get("type") != "null")
+    if "enum" in node or "const" in node:
+        return " or ".join(node.get("enum", [node.get("const")]))
+    kind = node.get("type")
+    if kind in ("integer", "number"):
+        return f"a {'whole ' if kind == 'integer' else ''}number{_bounds(node)}"
+    return _WORDS.get(node.get("format") or kind or "", "text")
+
+
+_WORDS = {
+    "boolean": "true or false",
+    "array": "a list",
+    "path": "a path",
+    "password": "a secret",
+    "date-time": "a time such as 2026-01-31T08:00:00+00:00",
+}
+
+
+def _bounds(node: Mapping[str, Any]) -> str:
+    low = f" from {node['minimum']}" if "minimum" in node else ""
+    if "exclusiveMinimum" in node:
+        low = f" above {node['exclusiveMinimum']},"
+    high = f" up to {node['maximum']}" if "maximum" in node else ""
+    return low + high
+
+
+def _default(node: Mapping[str, Any]) -> str:
+    value = node.get("default")
+    if value is None or value == []:
+        return "none"
+    if isinstance(value, list):
+        value = ",".join(value)
+    if isinstance(value, bool):
+        value = str(value).lower()
+    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+
+
+def _meaning(node: Mapping[str, Any]) -> str:
+    return " ".join(str(node.get("description", "")).split())
