@@ -14,7 +14,6 @@ from service.kafka.connection import reach
 from service.kafka.topics import (
     DEAD_LETTER_ROOM_BYTES,
     Operation,
-    Topic,
     look_at_group,
     look_at_topics,
     record_max_bytes,
@@ -84,11 +83,11 @@ async def _broker(settings: Settings) -> tuple[str, ...]:
 
 async def _topics(settings: Settings) -> tuple[str, ...]:
     topics = await look_at_topics(settings.kafka, _names(settings))
-    missing = [topic.name for topic in topics.values() if topic.error is not None]
+    missing = [topic.name for topic in topics.values() if not topic.partitions]
     if missing:
         raise CannotRun(
-            f"missing: {', '.join(missing)}. Make output and dead letter topic with `sluice topics "
-            "create`, or correct the names"
+            f"missing: {', '.join(missing)}. Make them with `sluice topics create`, or correct the "
+            "names"
         )
     counts = ", ".join(f"{topic.name} ({topic.partitions})" for topic in topics.values())
     return (f"all there, partitions in brackets: {counts}", *await _sizes(settings))
@@ -113,17 +112,12 @@ async def _permissions(settings: Settings) -> tuple[str, ...]:
     topics = await look_at_topics(settings.kafka, _names(settings))
     wanted: list[tuple[str, Operation]] = [(name, "READ") for name in settings.input.topics]
     wanted += [(settings.output.topic, "WRITE"), (settings.dead_letters.topic, "WRITE")]
-    denied = [f"{need} on {name}" for name, need in wanted if not _may(topics[name], need)]
+    denied = [f"{need} on {name}" for name, need in wanted if not topics[name].allows(need)]
     if denied:
         raise CannotRun(f"missing: {', '.join(denied)}. Let an administrator grant them")
     if any(topic.may is None for topic in topics.values()):
         return ("nothing is refused, as far as this broker tells",)
     return ("the input may be read, output and dead letters written",)
-
-
-def _may(topic: Topic, operation: Operation) -> bool:
-    """A topic that is missing is not a question of permissions."""
-    return topic.error is not None or topic.allows(operation)
 
 
 async def _group(settings: Settings) -> tuple[str, ...]:

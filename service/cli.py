@@ -35,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # they show local variables, messages among them
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-topics = typer.Typer(help="The output and dead letter topics.", no_args_is_help=True)
+topics = typer.Typer(help="The input, output and dead letter topics.", no_args_is_help=True)
 app.add_typer(topics, name="topics")
 
 
@@ -157,13 +157,14 @@ def create(
     config: Config = None,
     partitions: Annotated[
         int | None,
-        typer.Option(min=1, help="Without it as many as the input has, so that order can hold."),
+        typer.Option(min=1, help="Without it 6 for the input, and as many for the others."),
     ] = None,
     replication: Annotated[
-        int | None, typer.Option(min=1, help="Copies; without it the brokers' default.")
+        int | None,
+        typer.Option(min=1, help="Without it the brokers' default, or the input's."),
     ] = None,
 ) -> None:
-    """Make the output and dead letter topics where they are missing."""
+    """Make the input, output and dead letter topics where they are missing."""
     settings = _settings(config)
     _quiet()
     import asyncio

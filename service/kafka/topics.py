@@ -31,7 +31,7 @@ from aiokafka.protocol.metadata import MetadataRequest_v4, MetadataRequest_v5
 from aiokafka.protocol.types import Array, Boolean, Int16, Int32, Schema, String
 
 from service.core.errors import CannotRun
-from service.kafka.connection import client_options, reach, stop_for, within
+from service.kafka.connection import client_options, is_lasting, reach, stop_for, within
 from service.kafka.sizes import ask_broker
 from service.settings import KafkaSettings, Settings
 
@@ -41,10 +41,20 @@ LOOK_S = 20.0
 """One look at topics or a group, the way to the broker included."""
 
 AGAIN_S = 0.2
-"""Between two questions for the group's coordinator."""
+"""Between two questions for what takes brokers a moment."""
+
+TELL_TRIES = 50
+"""Questions for a topic that was made: ten seconds and more."""
 
 CREATE_S = 30.0
 """Making one topic, until the controller says that it is done."""
+
+INPUT_PARTITIONS = 6
+"""Of an input topic that is made without a number: as many workers can share it, and adding some
+later would move keys."""
+
+BROKERS_CHOICE = -1
+"""Kafka's way to ask for the brokers' default number of replicas."""
 
 DEAD_LETTER_ROOM_BYTES = 131_072
 """What a dead letter is larger than its message: 16,384 characters of the model's answer and
@@ -58,13 +68,12 @@ _NOT_TOLD = -(2**31)
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """What a broker says of a topic; `error` is None where it exists and may be described.
+    """What a broker says of a topic; one without partitions is missing.
 
     `may` holds what we are allowed to do with it, None where the broker does not tell.
     """
 
     name: str
-    error: type[KafkaError] | None
     partitions: int
     replicas: int
     may: frozenset[Operation] | None
@@ -84,12 +93,15 @@ class Group:
 
 
 async def look_at_topics(kafka: KafkaSettings, names: Iterable[str]) -> dict[str, Topic]:
-    """What brokers say of the topics; creates none. Raises `Stop` where no broker lets us in."""
+    """What brokers say of the topics; creates none.
+
+    Raises `Stop` where no broker lets us in or we may not even ask.
+    """
     wanted = list(dict.fromkeys(names))
     async with _admin(kafka) as admin:
         answer = await within(LOOK_S, admin._send_request(_Topics(wanted)))
-    found = {each["topic"]: each for each in answer.to_object()["topics"]}
-    return {name: _topic(name, found[name]) for name in wanted}
+        found = {each["topic"]: each for each in answer.to_object()["topics"]}
+        return {name: _topic(name, found[name]) for name in wanted}
 
 
 async def look_at_group(kafka: KafkaSettings) -> Group:
@@ -126,54 +138,64 @@ async def record_max_bytes(kafka: KafkaSettings, topic: str) -> int | None:
 async def create_topics(
     settings: Settings, partitions: int | None = None, replication: int | None = None
 ) -> AsyncIterator[str]:
-    """Make the output and dead letter topics where they are missing; a sentence for each.
+    """Make the topics that are missing; a sentence for each.
 
-    Without numbers they are like the first input topic. Dead letters may be larger than what
-    that topic takes. Raises `Stop` with what stands in the way.
+    Without numbers output and dead letters are like the first input topic. Dead letters may be
+    larger than what that topic takes. Raises `Stop` with what stands in the way.
     """
-    kafka, output, letters = settings.kafka, settings.output.topic, settings.dead_letters.topic
-    model = settings.input.topics[0]
-    topics = await look_at_topics(kafka, (model, output, letters))
-    if topics[model].error is not None and (partitions is None or replication is None):
-        raise CannotRun(
-            f"There is no topic {model} whose partitions and replicas could be copied: correct "
-            "input.topics, or name --partitions and --replication."
-        )
-    for name in (output, letters):
-        if topics[name].error is None:
-            yield f"topic {name} is there already ({topics[name].partitions} partitions)"
-            continue
-        like = topics[model]
-        numbers = (partitions or like.partitions, replication or like.replicas)
-        size = await record_max_bytes(kafka, model) if name == letters else None
-        yield await _create(kafka, name, numbers, size)
+    kafka, inputs = settings.kafka, settings.input.topics
+    output, letters = settings.output.topic, settings.dead_letters.topic
+    topics = await look_at_topics(kafka, (*inputs, output, letters))
+    for name in inputs:
+        numbers = (partitions or INPUT_PARTITIONS, replication or BROKERS_CHOICE)
+        yield await _made(kafka, topics[name], numbers)
+    model = await _told(kafka, inputs[0])
+    numbers = (partitions or model.partitions, replication or model.replicas)
+    yield await _made(kafka, topics[output], numbers)
+    size = await record_max_bytes(kafka, model.name)
+    yield await _made(kafka, topics[letters], numbers, size and size + DEAD_LETTER_ROOM_BYTES)
 
 
-async def _create(
-    kafka: KafkaSettings, name: str, numbers: tuple[int, int], size_bytes: int | None
+async def _told(kafka: KafkaSettings, name: str) -> Topic:
+    """What brokers say of a topic that is there; one just made takes them a moment."""
+    for _ in range(TELL_TRIES):
+        topic = (await look_at_topics(kafka, (name,)))[name]
+        if topic.partitions:
+            return topic
+        await asyncio.sleep(AGAIN_S)
+    raise CannotRun(f"Brokers don't tell of topic {name} yet: try again.")
+
+
+async def _made(
+    kafka: KafkaSettings, topic: Topic, numbers: tuple[int, int], record_max: int | None = None
 ) -> str:
-    partitions, replicas = numbers
-    config = {}
-    if size_bytes is not None:
-        config["max.message.bytes"] = str(size_bytes + DEAD_LETTER_ROOM_BYTES)
-    new = NewTopic(name, partitions, replicas, topic_configs=config)
+    if topic.partitions:
+        return f"topic {topic.name} is there already ({topic.partitions} partitions)"
+    config = {} if record_max is None else {"max.message.bytes": str(record_max)}
+    # The client takes the brokers' choice only beside an assignment, which may be empty.
+    assignments: dict[int, list[int]] | None = {} if BROKERS_CHOICE in numbers else None
+    new = NewTopic(topic.name, *numbers, assignments, config)
     async with _admin(kafka) as admin:
         await within(LOOK_S, admin._client.force_metadata_update())
         if admin._client.cluster.controller is None:  # brokers that only look like Kafka
-            raise CannotRun(f"{kafka.bootstrap_servers} has no controller that could make {name}.")
+            raise CannotRun(
+                f"{kafka.bootstrap_servers} has no controller that could make {topic.name}."
+            )
         answer = await within(CREATE_S, admin.create_topics([new]))
     # name, code, and since version 1 the broker's own words
     _, code, *words = answer.topic_errors[0]
     error = for_code(code)
     if error is TopicAlreadyExistsError:
-        return f"topic {name} is there already"
+        return f"topic {topic.name} is there already"
     if error is not NoError:
-        raise CannotRun(
-            f"Topic {name} cannot be made with {partitions} partitions and {replicas} replicas: "
-            + ((words[0] if words else None) or error.__name__).rstrip(".")
-            + "."
-        )
-    return f"topic {name} is made: {partitions} partitions, {replicas} replicas"
+        why = ((words[0] if words else None) or error.__name__).rstrip(".")
+        raise CannotRun(f"Topic {topic.name} cannot be made with {_counted(*numbers)}: {why}.")
+    return f"topic {topic.name} is made with {_counted(*numbers)}"
+
+
+def _counted(partitions: int, replicas: int) -> str:
+    copies = "the brokers' number of" if replicas == BROKERS_CHOICE else replicas
+    return f"{partitions} partitions and {copies} replicas"
 
 
 @asynccontextmanager
@@ -192,11 +214,11 @@ async def _admin(kafka: KafkaSettings) -> AsyncIterator[AIOKafkaAdminClient]:
 
 def _topic(name: str, found: Mapping[str, Any]) -> Topic:
     error = for_code(found["error_code"])
+    if error is not UnknownTopicOrPartitionError and is_lasting(error()):
+        raise error(name)
     partitions = found["partitions"]
     replicas = len(partitions[0]["replicas"]) if partitions else 0
-    known = error is NoError and bool(partitions)
-    reason = None if known else (UnknownTopicOrPartitionError if error is NoError else error)
-    return Topic(name, reason, len(partitions), replicas, _allowed(found))
+    return Topic(name, len(partitions), replicas, _allowed(found))
 
 
 def _allowed(found: Mapping[str, Any]) -> frozenset[Operation] | None:

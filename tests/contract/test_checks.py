@@ -8,7 +8,7 @@ import socket
 from collections.abc import AsyncIterator
 
 import pytest
-from aiokafka.errors import TopicAuthorizationFailedError, UnknownTopicOrPartitionError
+from aiokafka.errors import TopicAuthorizationFailedError
 
 from service.checks import check
 from service.core.errors import CannotRun
@@ -165,8 +165,9 @@ async def test_real_kafka_tells_what_is_allowed(real_kafka: str) -> None:
     await create_topic(real_kafka, name, 3)
     topics = await look_at_topics(given.kafka, (name, f"{name}-none"))
     every = frozenset({"READ", "WRITE", "DESCRIBE"})
-    assert topics[name] == Topic(name, None, 3, 1, every)
-    assert topics[f"{name}-none"].error is UnknownTopicOrPartitionError
+    assert topics[name] == Topic(name, 3, 1, every)
+    missing = topics[f"{name}-none"]
+    assert (missing.partitions, missing.allows("READ")) == (0, True)
     group = await look_at_group(given.kafka)
     assert (group.state, group.members) == ("Dead", 0)
     assert group.may is not None
@@ -188,13 +189,14 @@ def test_rights_are_read_from_their_bits(bits: int, reads: bool, writes: bool) -
     found = {"error_code": 0, "partitions": [partition], "authorized_operations": bits}
     topic = _topic("texts", found)
     assert (topic.allows("READ"), topic.allows("WRITE")) == (reads, writes)
-    assert (topic.error, topic.partitions, topic.replicas) == (None, 1, 3)
+    assert (topic.partitions, topic.replicas) == (1, 3)
 
 
 def test_topic_that_may_not_be_described() -> None:
     """A refusal is not taken for a topic that is missing."""
     found = {"error_code": TopicAuthorizationFailedError.errno, "partitions": []}
-    assert _topic("texts", found).error is TopicAuthorizationFailedError
+    with pytest.raises(TopicAuthorizationFailedError, match="texts"):
+        _topic("texts", found)
 
 
 # --- topics create ---
@@ -213,9 +215,10 @@ async def test_topics_are_made_like_the_input(real_kafka: str, endpoint: Endpoin
     await create_topic(
         real_kafka, given.input.topics[0], 3, config={"max.message.bytes": "2000000"}
     )
-    first, second = await created(given)
-    assert first == f"topic {given.output.topic} is made: 3 partitions, 1 replicas"
-    assert second == f"topic {given.dead_letters.topic} is made: 3 partitions, 1 replicas"
+    there, first, second = await created(given)
+    assert there == f"topic {given.input.topics[0]} is there already (3 partitions)"
+    assert first == f"topic {given.output.topic} is made with 3 partitions and 1 replicas"
+    assert second == f"topic {given.dead_letters.topic} is made with 3 partitions and 1 replicas"
     letters = await record_max_bytes(given.kafka, given.dead_letters.topic)
     assert letters == 2_000_000 + DEAD_LETTER_ROOM_BYTES
     assert all("is there already" in line for line in await created(given))
@@ -223,14 +226,29 @@ async def test_topics_are_made_like_the_input(real_kafka: str, endpoint: Endpoin
     assert (code, len(said["topics"])) == (0, 1)
 
 
-async def test_numbers_can_be_named(real_kafka: str) -> None:
-    """With both numbers given, the input topic need not be there yet."""
+async def test_an_empty_kafka_needs_one_command(real_kafka: str, endpoint: Endpoint) -> None:
+    """A missing input topic is made too, the others like it, and then the check is content."""
     given = settings(real_kafka)
-    with pytest.raises(CannotRun, match="name --partitions and --replication"):
-        await created(given)
-    assert f"topic {given.output.topic} is made: 2 partitions, 1 replicas" in await created(
-        given, 2, 1
-    )
+    first, second, third = await created(given)
+    (name,) = given.input.topics
+    assert first == f"topic {name} is made with 6 partitions and the brokers' number of replicas"
+    topics = await look_at_topics(given.kafka, (name, given.output.topic, given.dead_letters.topic))
+    assert {topic.partitions for topic in topics.values()} == {6}
+    assert len({topic.replicas for topic in topics.values()}) == 1
+    assert [line.split(" is made")[0] for line in (second, third)] == [
+        f"topic {given.output.topic}",
+        f"topic {given.dead_letters.topic}",
+    ]
+    code, said = await checked(given)
+    assert (code, len(said["topics"])) == (0, 1)
+
+
+async def test_numbers_can_be_named(real_kafka: str) -> None:
+    """Every topic that is made has the numbers that were named."""
+    given = settings(real_kafka)
+    made = await created(given, 2, 1)
+    assert len(made) == 3
+    assert all(line.endswith(" is made with 2 partitions and 1 replicas") for line in made)
 
 
 async def test_too_many_replicas_is_a_sentence(real_kafka: str) -> None:

@@ -88,13 +88,13 @@ def test_containers_of_ours_are_locked_down() -> None:
 
 
 def test_every_topic_is_made_before_it_is_used() -> None:
-    """The input first, as outputs take its number of partitions; then whoever reads or writes."""
+    """First Kafka, then its topics, then whoever reads or writes them."""
     name = _environment()["SLUICE_INPUT__TOPICS"]
-    assert name in SERVICES["input-topic"]["command"]
     assert name == SERVICES["producer"]["environment"]["PRODUCER_TOPIC"]
+    assert name == SERVICES["topics"]["environment"]["SLUICE_INPUT__TOPICS"]
     done = {"condition": "service_completed_successfully"}
     assert SERVICES["topics"]["command"] == ["topics", "create"]
-    assert SERVICES["topics"]["depends_on"] == {"input-topic": done}
+    assert SERVICES["topics"]["depends_on"] == {"kafka": {"condition": "service_healthy"}}
     assert SERVICES["producer"]["depends_on"]["topics"] == done
     assert SERVICES["sluice"]["depends_on"]["topics"] == done
 
