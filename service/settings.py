@@ -72,9 +72,10 @@ def _servers(value: str) -> str:
 
 
 def _record(value: str) -> str:
-    if not re.fullmatch(r".+:[A-Za-z_][\w.]*|.+\.json", value):
+    if not re.fullmatch(r".+:[A-Za-z_][\w.]*", value):
         raise ValueError(
-            f"{value!r} is none of package.module:Model, path/to/file.py:Model, path/to/schema.json"
+            f"{value!r} is neither package.module:Model nor path/to/file.py:Model, with a pydantic "
+            "model (a JSON schema is not taken yet)"
         )
     return value
 
@@ -206,7 +207,7 @@ class Example(Section):
 
 class ExtractionSettings(Section):
     record: Annotated[str, AfterValidator(_record)] = "service.demo.records:Person"
-    """The record's type: package.module:Model, path/to/file.py:Model or path/to/schema.json."""
+    """The record's type, a pydantic model: package.module:Model or path/to/file.py:Model."""
     instructions: str = "Extract the record from the text."
     """What the model is told, before anything of the message."""
     examples: tuple[Example, ...] = ()

@@ -59,8 +59,15 @@ class Panel:
 
 @dataclass(frozen=True)
 class Row:
+    """Panels under one heading."""
+
     title: str
     panels: tuple[Panel, ...]
+
+
+def figure(title: str, question: str, unit: str, query: Query) -> Panel:
+    """One number, six in a row."""
+    return Panel(title, question, unit, (query,), kind="stat", width=4, height=4)
 
 
 def rate(metric: str, by: str = "", **labels: str) -> str:
@@ -123,59 +130,41 @@ def answered_share() -> str:
 WELL = Row(
     "Is it well?",
     (
-        Panel(
+        figure(
             "Workers ready",
             "How many workers are ready? /readyz of the others says why not.",
             "none",
-            (Query(total("sluice_ready"), "ready"),),
-            kind="stat",
-            width=4,
-            height=4,
+            Query(total("sluice_ready"), "ready"),
         ),
-        Panel(
+        figure(
             "Lag",
             "How many messages are not finished yet, over all partitions?",
             "short",
-            (Query(total("sluice_partition_lag"), "messages"),),
-            kind="stat",
-            width=4,
-            height=4,
+            Query(total("sluice_partition_lag"), "messages"),
         ),
-        Panel(
+        figure(
             "Oldest message",
             "How long ago was the oldest message written that is being worked on?",
             "s",
-            (Query(oldest_age(), "age"),),
-            kind="stat",
-            width=4,
-            height=4,
+            Query(oldest_age(), "age"),
         ),
-        Panel(
+        figure(
             "Finished",
             "How many messages get their outcome each second?",
             "ops",
-            (Query(rate("sluice_messages_finished_total"), "per second"),),
-            kind="stat",
-            width=4,
-            height=4,
+            Query(rate("sluice_messages_finished_total"), "per second"),
         ),
-        Panel(
+        figure(
             "Rejected",
             "Which share of them goes to the dead letter topic?",
             "percentunit",
-            (Query(rejected_share(), "share"),),
-            kind="stat",
-            width=4,
-            height=4,
+            Query(rejected_share(), "share"),
         ),
-        Panel(
+        figure(
             "Slots busy",
             "Which share of the slots has a call? Low with lag: look at the window and the state.",
             "percentunit",
-            (Query(busy_share(), "share"),),
-            kind="stat",
-            width=4,
-            height=4,
+            Query(busy_share(), "share"),
         ),
         Panel(
             "State",
@@ -389,7 +378,7 @@ CAUSES = Row(
 ROWS = (WELL, LAG, LATENCY, MODEL, SATURATION, CAUSES)
 
 
-def dashboard(rows: Sequence[Row] = ROWS) -> dict[str, Any]:
+def dashboard() -> dict[str, Any]:
     """The whole dashboard in Grafana's JSON model."""
     return {
         "uid": "sluice",
@@ -406,7 +395,7 @@ def dashboard(rows: Sequence[Row] = ROWS) -> dict[str, Any]:
         "templating": {"list": _variables()},
         "annotations": {"list": []},
         "links": [],
-        "panels": _laid_out(rows),
+        "panels": _laid_out(ROWS),
     }
 
 

@@ -266,15 +266,10 @@ class OpenAIExtractor:
 
     def _validated(self, answer: Completion, talk: Conversation) -> _Verdict:
         try:
-            value = self._parsed(answer)
+            records = self.record_type.records(self._parsed(answer))
         except (ValidationError, ResponseParsingError) as error:
             return self._invalid(answer, talk, error)
-        # The user's validators: what else they raise concerns this message alone.
-        except Exception as error:
-            return _rejected("user_code", Reason.USER_CODE, _described(error), talk, answer)
-        try:
-            records = self.record_type.records(value)
-        # The user's serializers: the same.
+        # The user's validators and serializers: what else they raise concerns this message alone.
         except Exception as error:
             return _rejected("user_code", Reason.USER_CODE, _described(error), talk, answer)
         return _Verdict("validated", Extracted(records, talk.spent, uuid.uuid4().hex))
@@ -298,16 +293,14 @@ class OpenAIExtractor:
 
 def _paid(talk: Conversation, answer: Completion | Failure) -> Conversation:
     """One call more, and its tokens where the answer says them."""
-    spent, tokens = talk.spent, answer if isinstance(answer, Completion) else None
-    return replace(
-        talk,
-        spent=replace(
+    spent = replace(talk.spent, calls=talk.spent.calls + 1)
+    if isinstance(answer, Completion):
+        spent = replace(
             spent,
-            calls=spent.calls + 1,
-            tokens_input=spent.tokens_input + (tokens.tokens_input if tokens else 0),
-            tokens_output=spent.tokens_output + (tokens.tokens_output if tokens else 0),
-        ),
-    )
+            tokens_input=spent.tokens_input + answer.tokens_input,
+            tokens_output=spent.tokens_output + answer.tokens_output,
+        )
+    return replace(talk, spent=spent)
 
 
 def _rejected(

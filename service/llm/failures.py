@@ -101,9 +101,7 @@ def from_status(
             return Transient("rate_limited", retry_after_s(headers))
         case 503 | 529:
             return Transient("overloaded", retry_after_s(headers))
-        case 409 | 425:
-            return Transient("server_error", retry_after_s(headers))
-        case _ if status >= 500:
+        case _ if status in (409, 425) or status >= 500:
             return Transient("server_error", retry_after_s(headers))
         case 400 | 413 | 422:
             return _about_the_message(status, body, words, detail)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from instructor.v2.core.response_model import prepare_response_model
 from pydantic import BaseModel, ConfigDict, RootModel, create_model
@@ -120,16 +120,6 @@ def _schema(model: type[BaseModel], reference: str) -> dict[str, Any]:
 
 def _model(reference: str) -> type[BaseModel]:
     place, _, name = reference.rpartition(":")
-    if reference.endswith(".json"):
-        raise WrongSettings(
-            f"extraction.record: {reference!r} is a JSON schema, which is not supported yet; "
-            "write it as a pydantic model in a Python file and name it path/to/file.py:Model."
-        )
-    if not place or not name:
-        raise WrongSettings(
-            f"extraction.record: {reference!r} names no class; write package.module:Model "
-            "or path/to/file.py:Model."
-        )
     module = _file(place) if place.endswith(".py") else _module(place)
     return _checked(_member(module, place, name), reference)
 
@@ -147,12 +137,12 @@ def _member(module: ModuleType, place: str, name: str) -> object:
         raise WrongSettings(f"extraction.record: {place!r} has no {name!r}; {there}.") from None
 
 
-def _is_model(value: object) -> bool:
+def _is_model(value: object) -> TypeGuard[type[BaseModel]]:
     return isinstance(value, type) and issubclass(value, BaseModel)
 
 
 def _checked(value: object, reference: str) -> type[BaseModel]:
-    if not (isinstance(value, type) and issubclass(value, BaseModel)):
+    if not _is_model(value):
         raise WrongSettings(
             f"extraction.record: {reference!r} is no pydantic model (a class derived from "
             "pydantic.BaseModel)."

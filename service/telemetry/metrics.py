@@ -42,10 +42,9 @@ from service.core.events import (
     Retried,
     Taken,
 )
-from service.core.messages import Partition, Reason
+from service.core.messages import Reason
 from service.core.status import PartitionStatus, State, Status
 from service.pipeline import POLL_SHARE
-from service.telemetry.probes import not_ready
 
 OUTCOMES = ("extracted", "rejected", "passed", "skipped")
 COMMITS = ("ok", "refused", "failed")
@@ -61,9 +60,6 @@ RETRY_REASONS = (
 OTHER = "other"
 """Label of what is in no closed set: better a coarse figure than a series for each text."""
 
-MODELS_MAX = 20
-"""Names of models that get series of their own."""
-
 QUEUE_EDGES_S = (0.001, 0.005, 0.025, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 CALL_EDGES_S = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120)
 """A small local model to a long answer with thinking; a third apart where most calls lie."""
@@ -75,8 +71,6 @@ LOOP_EDGES_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 
 SAMPLE_S = 0.5
 """Between two looks of `watch`: a look walks the window, and what moves faster averages out."""
-
-_Handler: TypeAlias = Callable[[Any], None]
 
 
 class Metrics:
@@ -93,7 +87,7 @@ class Metrics:
         self._declare_process()
         for model in models:
             self._of_model(model)
-        self._by_type: dict[type, _Handler] = {
+        self._by_type: dict[type, Callable[[Any], None]] = {
             Taken: self._taken,
             Dropped: self._dropped,
             Admitted: self._admitted,
@@ -287,15 +281,10 @@ class Metrics:
         return Histogram(name, meaning, buckets=edges, registry=self._registry)
 
     def _of_model(self, model: str) -> _ModelMetrics:
-        """The series of a model; beyond `MODELS_MAX` names they share one."""
-        found = self._models.get(model)
-        if found is not None:
-            return found
-        if len(self._models) >= MODELS_MAX and model != OTHER:
-            return self._of_model(OTHER)
-        self._models[model] = _ModelMetrics(
-            model, self._calls, self._reasks, self._tokens, self._call_duration
-        )
+        if model not in self._models:
+            self._models[model] = _ModelMetrics(
+                model, self._calls, self._reasks, self._tokens, self._call_duration
+            )
         return self._models[model]
 
     # --- events ------------------------------------------------------------------------------
@@ -405,7 +394,7 @@ def _states(state: State) -> GaugeMetricFamily:
 def _figures(status: Status) -> tuple[tuple[str, str, float], ...]:
     group = status.group
     return (
-        ("sluice_ready", "1 if /readyz says so; it also says why not.", not not_ready(status)),
+        ("sluice_ready", "1 if /readyz says so; it also says why not.", not status.not_ready),
         ("sluice_slots", "Calls that may be in flight at once now.", status.slots),
         ("sluice_slots_busy", "Calls in flight.", status.slots_busy),
         ("sluice_window_messages_max", "Messages that the window takes.", status.window),
@@ -479,12 +468,8 @@ def _by_partition(name: str, meaning: str, read: _Read, status: Status) -> Gauge
     for held, one in status.partitions.items():
         value = read(one)
         if value is not None:
-            family.add_metric(_labels(held), value)
+            family.add_metric([held.topic, str(held.partition)], value)
     return family
-
-
-def _labels(held: Partition) -> list[str]:
-    return [held.topic, str(held.partition)]
 
 
 def expose_process(registry: CollectorRegistry) -> None:

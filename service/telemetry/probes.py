@@ -73,14 +73,6 @@ def not_alive(status: Status, bounds: Bounds) -> tuple[str, ...]:
     return tuple(reasons)
 
 
-def not_ready(status: Status) -> tuple[str, ...]:
-    """Why no messages are taken that should be; empty means ready."""
-    problem = status.group.problem
-    if problem is None or problem in status.not_ready:
-        return status.not_ready
-    return (*status.not_ready, problem)
-
-
 class Probes:
     """The HTTP server; an async context manager that leaves nothing behind.
 
@@ -137,9 +129,9 @@ class Probes:
 
     async def _readyz(self, _: web.Request) -> web.Response:
         status = self._status()
-        reasons = not_ready(status)
-        body = {"ready": not reasons, "state": status.state.value, "reasons": reasons}
-        return _answer(body, good=not reasons)
+        ready = not status.not_ready
+        body = {"ready": ready, "state": status.state.value, "reasons": status.not_ready}
+        return _answer(body, good=ready)
 
 
 def _answer(body: Mapping[str, object], *, good: bool) -> web.Response:

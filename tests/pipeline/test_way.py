@@ -213,6 +213,18 @@ def test_poison_is_rejected_while_others_succeed(stage: Stage) -> None:
     assert stage.extractor.calls.count("poison") == 3
 
 
+def test_what_holds_the_source_up_is_said(stage: Stage) -> None:
+    """The source's problem is a reason for not being ready, and goes with it."""
+    troubled = GroupStatus(settled=True, broker_answers=True, problem="no topic texts")
+
+    async def look() -> None:
+        await asyncio.sleep(1)
+        assert stage.pipeline.status(troubled).not_ready == ("no topic texts",)
+        assert stage.pipeline.status(SETTLED).not_ready == ()
+
+    stage.show(look)
+
+
 def test_an_outage_rejects_nothing(stage: Stage) -> None:
     """When every call fails for an hour, nothing is rejected and nothing committed meanwhile."""
     for n in range(40):

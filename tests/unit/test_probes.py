@@ -17,7 +17,7 @@ from service.core.events import Called
 from service.core.status import GroupStatus, State, Status
 from service.settings import Settings
 from service.telemetry.metrics import Metrics, StatusGauges
-from service.telemetry.probes import Bounds, Probes, not_alive, not_ready
+from service.telemetry.probes import Bounds, Probes, not_alive
 
 BOUNDS = Bounds(poll_turn_s=90, call_overdue_s=60, unsettled_s=110)
 
@@ -99,25 +99,6 @@ def test_bounds_lie_above_the_groups_own() -> None:
     assert settings.rebalance_timeout_s == 45
     assert bounds.unsettled_s > settings.rebalance_timeout_s + 45
     assert bounds.poll_turn_s > 30
-
-
-# --- readiness ---
-
-
-@pytest.mark.parametrize(
-    ("own", "problem", "said"),
-    [
-        ((), None, ()),
-        (("it is stopping",), None, ("it is stopping",)),
-        ((), "no topic texts", ("no topic texts",)),
-        (("it is stopping",), "no topic texts", ("it is stopping", "no topic texts")),
-        (("no topic texts",), "no topic texts", ("no topic texts",)),
-    ],
-)
-def test_not_ready(own: tuple[str, ...], problem: str | None, said: tuple[str, ...]) -> None:
-    """The pipeline's reasons and the group's problem, each said once."""
-    status = replace(WELL, not_ready=own, group=GroupStatus(problem=problem))
-    assert not_ready(status) == said
 
 
 # --- the server ---

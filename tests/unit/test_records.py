@@ -86,15 +86,12 @@ def test_a_module_in_the_working_directory_is_found(
 @pytest.mark.parametrize(
     ("reference", "sentence"),
     [
-        ("Person", "names no class"),
-        ("service.demo.records:", "names no class"),
         ("no.such.module:Person", "no module 'no'"),
         ("service.demo.nothing:Person", "no module 'service.demo.nothing'"),
         ("service.demo.records:Persona", "has no 'Persona'; there are: Person"),
         ("service.core.errors:WrongSettings", "is no pydantic model"),
         ("pydantic:BaseModel", "named fields"),
         ("nowhere/records.py:Person", "there is no file"),
-        ("schema.json", "JSON schema, which is not supported"),
     ],
 )
 def test_a_wrong_reference_is_a_sentence(reference: str, sentence: str) -> None:

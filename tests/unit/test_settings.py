@@ -299,7 +299,9 @@ WRONG = [
     ("dead_letters__topic", "x" * 250, "no legal topic name"),
     ("kafka__bootstrap_servers", "http://broker:9092", "is no host:port"),
     ("kafka__bootstrap_servers", "a:9092,,b:9092", "is no host:port"),
-    ("extraction__record", "service.demo.records", "is none of package.module:Model"),
+    ("extraction__record", "service.demo.records", "is neither package.module:Model nor"),
+    ("extraction__record", "service.demo.records:", "is neither package.module:Model nor"),
+    ("extraction__record", "s.json", "a JSON schema is not taken yet"),
     ("extraction__call_timeout_s", "nan", "allowed: a number above 0, up to 3600"),
     ("extraction__call_timeout_s", "inf", "allowed: a number above 0, up to 3600"),
     ("extraction__examples", "[{", "allowed: a list"),
@@ -326,9 +328,7 @@ def test_bootstrap_servers(value: str) -> None:
     assert load(None, variables(kafka__bootstrap_servers=value)).kafka.bootstrap_servers == value
 
 
-@pytest.mark.parametrize(
-    "value", ["a.b:Model", "a/b c.py:Model", "s.json", "C:/x.py:M", "m:Outer.In"]
-)
+@pytest.mark.parametrize("value", ["a.b:Model", "a/b c.py:Model", "C:/x.py:M", "m:Outer.In"])
 def test_records(value: str) -> None:
     """Every way in which a record's type is written is taken."""
     assert load(None, variables(extraction__record=value)).extraction.record == value
