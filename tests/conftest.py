@@ -14,13 +14,23 @@ from tests.support.kafka import Broker, KafkaUnavailable, find_broker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`-m 'not real_kafka'` leaves out whatever asks for the fixture."""
     for item in items:
-        if {"real_kafka", "real_broker"} & set(getattr(item, "fixturenames", ())):
+        if {"real_kafka", "real_broker", "own_broker"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.real_kafka)
 
 
 @pytest.fixture(scope="session")
 def real_broker() -> Iterator[Broker]:
     """A real Kafka of our own that lives as long as the run; don't kill it in a test."""
+    yield from _broker()
+
+
+@pytest.fixture(scope="module")
+def own_broker() -> Iterator[Broker]:
+    """A real Kafka of one test file's own: it may be killed, stopped and started again."""
+    yield from _broker()
+
+
+def _broker() -> Iterator[Broker]:
     try:
         broker = find_broker()
         broker.start()
