@@ -14,7 +14,7 @@ COUNT = 600
 
 
 async def test_a_broker_that_dies_and_comes_back(own_broker: Broker) -> None:
-    """Killed with -9 for ten seconds: the process lives, is not ready but alive, says that it
+    """Killed with -9 for some seconds: the process lives, its liveness probe too, it says that it
     waits for Kafka, and finishes everything by itself."""
     async with Endpoint(latency=Latency(median_s=0.1)) as endpoint:
         scene = Scene(own_broker.bootstrap_servers, endpoint)
