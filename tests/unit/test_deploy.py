@@ -291,3 +291,19 @@ def test_the_readme_points_to_files_that_exist() -> None:
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
     assert len(targets) > 10
     assert [one for one in targets if not (ROOT / one).exists()] == []
+
+
+def test_the_file_map_names_every_file() -> None:
+    """Each file of service/ stands in it, under its folder, and nothing that is not there."""
+    service_lines = README.split("service/\n")[1].split("tests/  ")[0].splitlines()
+    named, folder = set(), ""
+    for line in service_lines:
+        if not line.startswith("    "):
+            folder = ""
+        name = line.split()[0]
+        if name.endswith("/"):
+            folder = name
+        else:
+            named.add(folder + name)
+    there = {str(file.relative_to(ROOT / "service")) for file in (ROOT / "service").rglob("*.py")}
+    assert named == {name for name in there if not name.endswith("__init__.py")}
