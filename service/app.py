@@ -32,8 +32,7 @@ from service.pipeline import Bounds, Pipeline
 from service.settings import Settings, warnings
 from service.telemetry.logs import configured
 from service.telemetry.metrics import Metrics, StatusGauges, expose_process
-from service.telemetry.probes import Bounds as ProbeBounds
-from service.telemetry.probes import Probes
+from service.telemetry.probes import Patience, Probes
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +85,7 @@ class _App:
             settings.telemetry.port,
             registry,
             self.status,
-            ProbeBounds.of(settings),
+            Patience.of(settings),
         )
         self._started = False
 

@@ -209,14 +209,18 @@ def _beside(directory: Path) -> Iterator[None]:
 
 
 def _broken(place: str, error: Exception) -> WrongSettings:
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if "importlib" not in frame.filename][1:]
-    line = error.lineno if isinstance(error, SyntaxError) else ours[-1].lineno if ours else None
-    file = error.filename if isinstance(error, SyntaxError) else ours[-1].filename if ours else ""
-    where = f" ({file}, line {line})" if line else ""
     return WrongSettings(
-        f"extraction.record: importing {place!r} failed: {_one_line(error)}{where}."
+        f"extraction.record: importing {place!r} failed: {_one_line(error)}{_where(error)}."
     )
+
+
+def _where(error: Exception) -> str:
+    """The line of the user's that raised it, where there is one."""
+    if isinstance(error, SyntaxError):
+        return f" ({error.filename}, line {error.lineno})" if error.lineno else ""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if "importlib" not in frame.filename][1:]
+    return f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
 
 
 def _one_line(error: Exception) -> str:

@@ -37,7 +37,7 @@ CLOSE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class Patience:
     """How long each clock of ours may run; seconds."""
 
     poll_turn_s: float
@@ -54,19 +54,19 @@ class Bounds:
         )
 
 
-def not_alive(status: Status, bounds: Bounds) -> tuple[str, ...]:
+def not_alive(status: Status, patience: Patience) -> tuple[str, ...]:
     """Why a restart would help; empty while it would not.
 
     The source counts `unsettled_s` only while a broker answers; asked for here once more, as a
     restart in an outage helps nobody.
     """
     reasons = []
-    if status.poll_turn_age_s > bounds.poll_turn_s:
+    if status.poll_turn_age_s > patience.poll_turn_s:
         reasons.append(f"the poll loop has not turned for {status.poll_turn_age_s:.0f} s")
-    if status.call_overdue_s > bounds.call_overdue_s:
+    if status.call_overdue_s > patience.call_overdue_s:
         reasons.append(f"a call outlives its deadline by {status.call_overdue_s:.0f} s")
     group = status.group
-    if group.broker_answers and not group.settled and group.unsettled_s > bounds.unsettled_s:
+    if group.broker_answers and not group.settled and group.unsettled_s > patience.unsettled_s:
         reasons.append(
             f"the group has not settled for {group.unsettled_s:.0f} s although a broker answers"
         )
@@ -85,10 +85,10 @@ class Probes:
         port: int,
         registry: CollectorRegistry,
         status: Callable[[], Status],
-        bounds: Bounds,
+        patience: Patience,
     ) -> None:
         self.host, self.port = host, port
-        self._registry, self._status, self._bounds = registry, status, bounds
+        self._registry, self._status, self._patience = registry, status, patience
         application = web.Application()
         application.add_routes(
             [
@@ -124,7 +124,7 @@ class Probes:
         return web.Response(body=body, headers={hdrs.CONTENT_TYPE: content_type})
 
     async def _livez(self, _: web.Request) -> web.Response:
-        reasons = not_alive(self._status(), self._bounds)
+        reasons = not_alive(self._status(), self._patience)
         return _answer({"alive": not reasons, "reasons": reasons}, good=not reasons)
 
     async def _readyz(self, _: web.Request) -> web.Response:

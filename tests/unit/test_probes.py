@@ -17,9 +17,9 @@ from service.core.events import Called
 from service.core.status import GroupStatus, State, Status
 from service.settings import Settings
 from service.telemetry.metrics import Metrics, StatusGauges
-from service.telemetry.probes import Bounds, Probes, not_alive
+from service.telemetry.probes import Patience, Probes, not_alive
 
-BOUNDS = Bounds(poll_turn_s=90, call_overdue_s=60, unsettled_s=110)
+PATIENCE = Patience(poll_turn_s=90, call_overdue_s=60, unsettled_s=110)
 
 WELL = Status(
     state=State.RUNNING,
@@ -55,7 +55,7 @@ WELL = Status(
 )
 def test_what_a_restart_would_help(status: Status, said: str) -> None:
     """Each of the three clocks beyond its bound is one reason."""
-    assert not_alive(status, BOUNDS) == (said,)
+    assert not_alive(status, PATIENCE) == (said,)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_what_a_restart_would_help(status: Status, said: str) -> None:
 )
 def test_what_a_restart_would_not_help(status: Status) -> None:
     """At the bounds, and with a broker that is away however long, it is alive."""
-    assert not_alive(status, BOUNDS) == ()
+    assert not_alive(status, PATIENCE) == ()
 
 
 @pytest.mark.parametrize("state", list(State))
@@ -84,7 +84,7 @@ def test_neighbours_never_fail_it(state: State) -> None:
         not_ready=("the provider refuses the credentials",),
         group=GroupStatus(unsettled_s=86_400, broker_answers=False, problem="no broker answers"),
     )
-    assert not_alive(status, BOUNDS) == ()
+    assert not_alive(status, PATIENCE) == ()
 
 
 def test_bounds_lie_above_the_groups_own() -> None:
@@ -95,7 +95,7 @@ def test_bounds_lie_above_the_groups_own() -> None:
             "delivery": {"rebalance_drain_s": 20},
         }
     )
-    bounds = Bounds.of(settings)
+    bounds = Patience.of(settings)
     assert settings.rebalance_timeout_s == 45
     assert bounds.unsettled_s > settings.rebalance_timeout_s + 45
     assert bounds.poll_turn_s > 30
@@ -112,7 +112,7 @@ class Served:
         self.registry = CollectorRegistry()
         self.metrics = Metrics(self.registry, models=("small",))
         self.registry.register(StatusGauges(lambda: self.status))
-        self.probes = Probes("127.0.0.1", 0, self.registry, lambda: self.status, BOUNDS)
+        self.probes = Probes("127.0.0.1", 0, self.registry, lambda: self.status, PATIENCE)
 
     async def get(self, path: str, accept: str = "*/*") -> tuple[int, str, str]:
         """Status, content type and body."""
@@ -228,7 +228,7 @@ async def test_taken_port() -> None:
     """A port that is taken is a sentence that names the setting, and leaves nothing open."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        probes = Probes("127.0.0.1", port, CollectorRegistry(), lambda: WELL, BOUNDS)
+        probes = Probes("127.0.0.1", port, CollectorRegistry(), lambda: WELL, PATIENCE)
         with pytest.raises(CannotRun, match=rf"^127.0.0.1 port {port} .* is taken; set telemetry"):
             await probes.__aenter__()
         assert probes._runner.server is None
@@ -236,7 +236,7 @@ async def test_taken_port() -> None:
 
 async def test_address_of_another_machine() -> None:
     """An address that is not ours is a sentence too."""
-    probes = Probes("192.0.2.1", 0, CollectorRegistry(), lambda: WELL, BOUNDS)
+    probes = Probes("192.0.2.1", 0, CollectorRegistry(), lambda: WELL, PATIENCE)
     with pytest.raises(CannotRun, match=r"set telemetry\.host to an address of this machine"):
         await probes.__aenter__()
 
@@ -247,7 +247,7 @@ async def test_port_of_the_settings_is_kept() -> None:
         port = free.getsockname()[1]
     registry = CollectorRegistry()
     Gauge("one", "One.", registry=registry)
-    async with Probes("127.0.0.1", port, registry, lambda: WELL, BOUNDS) as probes:
+    async with Probes("127.0.0.1", port, registry, lambda: WELL, PATIENCE) as probes:
         assert probes.port == port
-    async with Probes("127.0.0.1", 0, registry, lambda: WELL, BOUNDS) as probes:
+    async with Probes("127.0.0.1", 0, registry, lambda: WELL, PATIENCE) as probes:
         assert probes.port > 0
