@@ -246,9 +246,10 @@ class Pipeline:
             return 0
         if self._window.size_bytes >= self._bounds.window_bytes:
             return 0
-        if self._admission.circuit.state is not CircuitState.CLOSED:
-            return 0
         room = self._bounds.window - self._window.messages
+        if self._admission.circuit.state is not CircuitState.CLOSED:
+            # Only a success closes it, and those that have failed may fail for ever.
+            return 0 if self._window.untried else min(room, 1)
         return room if room >= max(1, self._bounds.window // POLL_SHARE) else 0
 
     def _take(self, batch: Batch) -> None:
@@ -297,7 +298,8 @@ class Pipeline:
         if self._tasks is None or self._reassigning or self._held_out:
             return
         now_s = self._now_s()
-        self._window.requeue_due(now_s)
+        opened = self._admission.circuit.state is not CircuitState.CLOSED
+        self._window.requeue_due(now_s, behind=opened)  # so that an untried one has its turn
         ask_again_s = self._window.next_retry_s
         while self._window.next_queued() is not None:
             wait_s = self._admission.wait_s(now_s)

@@ -167,15 +167,18 @@ class Window:
         self._move(entry, Stage.RETRYING, now_s)
         heapq.heappush(self._retries, (due_s, next(self._sequence), entry))
 
-    def requeue_due(self, now_s: float) -> None:
-        """Put retries whose time has come before everything queued, the earliest first."""
+    def requeue_due(self, now_s: float, *, behind: bool = False) -> None:
+        """Put retries whose time has come before everything queued, or behind it."""
         due = []
         while self._retries and self._retries[0][0] <= now_s:
             entry = heapq.heappop(self._retries)[2]
             if not self._gone(entry, Stage.RETRYING):
                 self._move(entry, Stage.QUEUED, now_s)
                 due.append(entry)
-        self._queue.extendleft(reversed(due))
+        if behind:
+            self._queue.extend(due)
+        else:
+            self._queue.extendleft(reversed(due))
 
     @property
     def next_retry_s(self) -> float | None:
@@ -223,6 +226,14 @@ class Window:
                 self._remove(entry)
 
     # --- what it says of itself --------------------------------------------------------------
+
+    @property
+    def untried(self) -> bool:
+        """Whether a message is still to have its first attempt, or has it now; walks the window."""
+        return any(
+            not entry.attempts and entry.stage in (Stage.QUEUED, Stage.CALLING)
+            for entry in self.entries()
+        )
 
     def entries(self) -> Iterator[Entry]:
         for holding in self.held.values():

@@ -141,6 +141,24 @@ def test_an_acknowledgement_after_the_loss_marks_nothing() -> None:
     assert sorted(set(stage.broker.texts())) == ["one", "two"]
 
 
+def test_an_open_circuit_does_not_outlast_its_messages() -> None:
+    """Partitions are lost during an outage, and all failing messages with them: intake resumes."""
+    stage = Stage()
+    for n in range(20):
+        stage.broker.append(f"text {n}")
+    stage.extractor.always = TransientFailure("connection")
+
+    async def lose() -> None:
+        await asyncio.sleep(120)
+        assert stage.pipeline.status(SETTLED).state is State.WAITING_FOR_PROVIDER
+        await stage.source.rebalance(fresh={partition()})
+        stage.extractor.always = None
+        await asyncio.sleep(120)
+
+    stage.show(lose)
+    assert stage.broker.committed == {partition(): 20}
+
+
 def test_slots_are_whole_after_many_rebalances() -> None:
     """However often calls are cut off, no slot is lost and none is given back twice."""
     stage = Stage(partitions=3, bounds=replace(BOUNDS, rebalance_drain_s=0.05))

@@ -247,6 +247,43 @@ def test_an_outage_rejects_nothing(stage: Stage) -> None:
     assert stage.broker.committed == {partition(): 40}
 
 
+def test_poison_alone_does_not_keep_the_others_out(stage: Stage) -> None:
+    """Messages that always fail open the circuit; others that come hours later get through."""
+    for n in range(2):
+        stage.broker.append(f"poison {n}")
+        stage.extractor.scripts[f"poison {n}"] = [TransientFailure("server_error")] * 999
+
+    async def later() -> None:
+        await asyncio.sleep(7200)
+        assert stage.rejected() == [], "nothing else has succeeded"
+        for n in range(20):
+            stage.broker.append(f"text {n}")
+        await asyncio.sleep(600)
+
+    stage.show(later)
+    assert [rejected.reason for rejected in stage.rejected()] == [Reason.EXHAUSTED] * 2
+    assert stage.broker.committed == {partition(): 22}
+
+
+def test_an_outage_takes_in_little(stage: Stage) -> None:
+    """While the circuit is open, a message is taken only once those before it have failed."""
+    stage.broker.append("first")
+    stage.extractor.always = TransientFailure("connection")
+
+    async def outage() -> None:
+        await asyncio.sleep(600)
+        for n in range(100):
+            stage.broker.append(f"text {n}")
+        await asyncio.sleep(60)
+        assert stage.pipeline.status(SETTLED).window_messages <= 5
+        await asyncio.sleep(36_000)
+        assert stage.pipeline.status(SETTLED).window_messages <= BOUNDS.window
+        stage.pipeline.force()
+
+    stage.show(outage)
+    assert stage.extractor.in_flight_max == 1
+
+
 def test_a_quota_rejects_nothing_and_is_used() -> None:
     """Under a hidden quota of 10 calls a second nothing is rejected, no message is tried more
     than ten times, and the quota is used to nine tenths."""
