@@ -68,7 +68,7 @@ def configured(
     root, shown_before = logging.getLogger(), warnings.showwarning
     level, handlers = root.level, root.handlers[:]
     formatter = JsonLines() if telemetry.log_format == "json" else TextLines()
-    root.handlers[:] = [_Lines(formatter, count, stream or sys.stderr)]
+    root.handlers[:] = [_Lines(formatter, count, stream)]
     root.setLevel(telemetry.log_level)
     warnings.showwarning = _warned
     try:
@@ -86,15 +86,18 @@ class _Lines(logging.StreamHandler[TextIO]):
         self,
         formatter: logging.Formatter,
         count: Callable[[Level], None] | None,
-        stream: TextIO,
+        stream: TextIO | None,
     ) -> None:
         super().__init__(stream)
+        self._follows_stderr = stream is None
         self.setFormatter(formatter)
         self.addFilter(may_be_logged)
         self.addFilter(_Repeats())
         self._count = count
 
     def emit(self, record: logging.LogRecord) -> None:
+        if self._follows_stderr:
+            self.stream = sys.stderr  # a progress bar puts itself before it
         super().emit(record)
         if self._count is not None and record.levelno >= logging.WARNING:
             self._count("error" if record.levelno >= logging.ERROR else "warning")
