@@ -166,6 +166,7 @@ class Pipeline:
         self._window = Window(bounds.ordering)
         self._tasks: asyncio.TaskGroup | None = None  # only while work may be started
         self._working: dict[asyncio.Task[None], Holding] = {}
+        self._sent: dict[asyncio.Future[None], Holding] = {}  # not acknowledged
         self._lanes_at_work: set[Lane] = set()  # a task is handing over their outcomes
         self._lanes_resting: set[Lane] = set()  # a send failed; a timer will go on with them
         self._moved = asyncio.Event()  # set whenever something may have become possible
@@ -408,6 +409,8 @@ class Pipeline:
         except (OutputTooLarge, PublishFailed) as failure:
             self._not_published(entry, failure)
         else:
+            self._sent[acknowledged] = entry.holding
+            acknowledged.add_done_callback(self._sent.pop)
             acknowledged.add_done_callback(partial(self._called_back, self._settled, entry))
 
     def _settled(self, entry: Entry, acknowledged: asyncio.Future[None]) -> None:
@@ -514,10 +517,11 @@ class Pipeline:
         self._moved.set()
 
     def _call_off(self, lost: list[Holding]) -> None:
-        """Cancel the work for partitions that are not ours any more."""
-        for task, holding in self._working.items():
-            if holding in lost:
-                task.cancel()
+        """Cancel the work for partitions that are not ours any more, and withdraw their outcomes."""
+        for work in (self._working, self._sent):
+            for task, holding in work.items():
+                if holding in lost:
+                    task.cancel()
         called_off = sum(1 for entry in self._window.calling if entry.holding in lost)
         if called_off and not self._draining:
             self._abandon(called_off)

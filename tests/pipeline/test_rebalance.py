@@ -159,6 +159,22 @@ def test_an_open_circuit_does_not_outlast_its_messages() -> None:
     assert stage.broker.committed == {partition(): 20}
 
 
+def test_what_was_handed_over_is_withdrawn_with_its_partition() -> None:
+    """An outcome that waits for a broker is not published once its partition is another's."""
+    stage = Stage()
+    stage.broker.append("one")
+    stage.sink.ack_s = 30.0
+
+    async def lose() -> None:
+        await asyncio.sleep(1)
+        await stage.source.rebalance()
+        await asyncio.sleep(60)
+
+    stage.show(lose)
+    assert stage.sink.handed == [0]
+    assert stage.broker.published == []
+
+
 def test_slots_are_whole_after_many_rebalances() -> None:
     """However often calls are cut off, no slot is lost and none is given back twice."""
     stage = Stage(partitions=3, bounds=replace(BOUNDS, rebalance_drain_s=0.05))
