@@ -448,7 +448,7 @@ class Pipeline:
         if entry.holding.lost:
             return
         rest_s = 0.0
-        if isinstance(failure, OutputTooLarge) and isinstance(entry.outcome, Extracted):
+        if isinstance(failure, OutputTooLarge) and isinstance(entry.outcome, Extracted | Passed):
             entry.outcome = _too_large(entry.outcome)
         else:
             entry.publish_attempts += 1
@@ -517,7 +517,7 @@ class Pipeline:
         self._moved.set()
 
     def _call_off(self, lost: list[Holding]) -> None:
-        """Cancel the work for partitions that are not ours any more, and withdraw their outcomes."""
+        """Cancel the work for lost partitions, and withdraw their outcomes that have not left."""
         for work in (self._working, self._sent):
             for task, holding in work.items():
                 if holding in lost:
@@ -663,7 +663,9 @@ def _exhausted(entry: Entry, failure: CallFailure) -> Rejected:
     )
 
 
-def _too_large(outcome: Extracted) -> Rejected:
+def _too_large(outcome: Extracted | Passed) -> Rejected:
+    if isinstance(outcome, Passed):
+        return Rejected(Reason.OUTPUT_TOO_LARGE, "the output topic takes no tombstone of this size")
     largest = max((len(record.json) for record in outcome.records), default=0)
     return Rejected(
         Reason.OUTPUT_TOO_LARGE,

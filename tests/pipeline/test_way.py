@@ -358,6 +358,15 @@ def test_an_output_too_large_becomes_a_dead_letter(stage: Stage) -> None:
     assert sorted(stage.extractor.calls) == ["large", "small"]
 
 
+def test_a_tombstone_too_large_becomes_a_dead_letter(stage: Stage) -> None:
+    """A tombstone that the output topic does not take (its key, its headers) holds nothing up."""
+    stage.broker.logs[partition()].append(None, b"k")
+    stage.sink.failures[0] = [OutputTooLarge()]
+    stage.show()
+    assert [rejected.reason for rejected in stage.rejected()] == [Reason.OUTPUT_TOO_LARGE]
+    assert stage.broker.committed == {partition(): 1}
+
+
 def test_a_dead_letter_that_cannot_be_published_holds_its_offset(stage: Stage) -> None:
     """While sends fail, the offset stays; nothing is dropped, and it goes on when they work."""
     stage.broker.append("bad")
