@@ -6,7 +6,7 @@ Rules of this file: time comes in as seconds of a monotonic clock; nothing waits
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from service.core.retry import Backoff, Uniform
+from service.core.retry import RETRY_AFTER_MAX_S, Backoff, Uniform
 
 CIRCUIT_FAILURES = 10
 """Failures in a row, with no success between, that open the circuit: fewer happen by chance
@@ -123,7 +123,8 @@ class Admission:
     def overloaded(self, now_s: float, started_s: float, retry_after_s: float | None) -> None:
         """A call that began at `started_s` was turned away, or not answered in time."""
         if retry_after_s is not None:
-            self.cooldown_until_s = max(self.cooldown_until_s, now_s + retry_after_s)
+            asked_s = min(retry_after_s, RETRY_AFTER_MAX_S)
+            self.cooldown_until_s = max(self.cooldown_until_s, now_s + asked_s)
         if started_s >= self.decreased_at_s:
             self.limit = max(1.0, self.limit * DECREASE)
             self.decreased_at_s = now_s

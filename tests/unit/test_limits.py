@@ -3,6 +3,7 @@
 import pytest
 
 from service.core.limits import CIRCUIT_FAILURES, Admission, Circuit, CircuitState
+from service.core.retry import RETRY_AFTER_MAX_S
 
 
 def upper(low: float, high: float) -> float:
@@ -38,6 +39,12 @@ def test_the_cooldown_is_shared_and_never_shortened(admission: Admission) -> Non
     admission.overloaded(1, 0, retry_after_s=2)
     assert admission.wait_s(4) == 6
     assert admission.wait_s(10) == 0
+
+
+def test_the_cooldown_is_bounded(admission: Admission) -> None:
+    """A provider that asks for a year is asked again after a quarter of an hour."""
+    admission.overloaded(0, 0, retry_after_s=3e7)
+    assert admission.wait_s(0) == RETRY_AFTER_MAX_S
 
 
 def test_overload_takes_slots_away_once_for_a_round_of_calls() -> None:
