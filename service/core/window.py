@@ -116,10 +116,18 @@ class Window:
             for partition, holding in tuple(self.held.items())
             if epochs.get(partition) != holding.epoch
         ]
+        if lost:
+            self._forget_gone()
         for partition, epoch in epochs.items():
             if partition not in self.held:
                 self.held[partition] = Holding(epoch)
         return lost
+
+    def _forget_gone(self) -> None:
+        """Behind a live one at the front, lost entries would pile up with each rebalance."""
+        self._queue = deque(each for each in self._queue if not self._gone(each, Stage.QUEUED))
+        self._retries = [each for each in self._retries if not self._gone(each[2], Stage.RETRYING)]
+        heapq.heapify(self._retries)
 
     def _lose(self, partition: Partition) -> Holding:
         holding = self.held.pop(partition)
@@ -254,7 +262,7 @@ class Window:
         entry.stage, entry.since_s = stage, now_s
 
     def _gone(self, entry: Entry, stage: Stage) -> bool:
-        """Queue and heap keep entries that were let go or lost until they come to the front."""
+        """Queue and heap keep entries that were let go until they come to the front."""
         return entry.stage is not stage or entry.message.offset not in entry.holding.entries
 
     def _remove(self, entry: Entry) -> None:

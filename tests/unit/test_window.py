@@ -1,7 +1,9 @@
 """The window's bookkeeping: counts stay right whatever happens to an entry."""
 
+import gc
+
 from service.core.messages import Message, Partition, Skipped
-from service.core.window import Stage, Window
+from service.core.window import Entry, Stage, Window
 
 WHERE = Partition("in", 0)
 
@@ -47,6 +49,28 @@ def test_a_lost_holding_leaves_nothing_behind() -> None:
     assert (window.messages, window.size_bytes, window.handed) == (0, 0, 0)
     assert window.next_queued() is None
     assert window.next_retry_s is None
+
+
+def test_lost_messages_do_not_pile_up_behind_a_kept_one() -> None:
+    """However often a partition is lost, its messages are not kept in memory."""
+    window = full(2)
+    retried = window.call_next(0)
+    window.call_ended(retried)
+    window.retry(retried, now_s=0, due_s=1)
+    other, kept = Partition("in", 1), {WHERE: 1}
+    for epoch in range(2, 5):
+        window.assign({**kept, other: epoch})
+        for offset in range(3):
+            entry = window.take(Message(other, offset, epoch, None, b"1", (), 0), now_s=0)
+            assert entry is not None
+            window.queue(entry) if offset else window.retry(entry, 0, due_s=99)
+        del entry
+    window.assign(kept)
+    gc.collect()
+    alive = [each for each in gc.get_objects() if isinstance(each, Entry)]
+    assert [each for each in alive if each.message.partition == other] == []
+    assert window.next_retry_s == 1
+    assert window.next_queued() is not None
 
 
 def test_due_retries_come_before_the_queue_the_earliest_first() -> None:
