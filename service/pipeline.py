@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, Protocol, assert_never
+from typing import Literal, Protocol, TypeAlias, assert_never
 
 from service.core.errors import (
     CallFailure,
@@ -53,6 +53,8 @@ from service.core.status import GroupStatus, State, Status
 from service.core.window import Entry, Holding, Stage, Window
 
 log = logging.getLogger(__name__)
+
+Work: TypeAlias = Callable[..., Coroutine[None, None, None]]
 
 IDLE_TURN_S = 1.0
 """The longest that the intake waits for room before it polls anyway, taking nothing: the group
@@ -190,14 +192,16 @@ class Pipeline:
         self._turned_at_s = self._moved_at_s = self._now_s()
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
-            intake = tasks.create_task(self._take_in(until))
-            commits = tasks.create_task(self._commit_regularly())
-            await self._until(lambda: self._stopping)
-            await self._drain()
-            commits.cancel()
-            await self._commit_finally()
-            intake.cancel()
-            self._end()
+            intake = tasks.create_task(_to_its_end(self._take_in, until))
+            commits = tasks.create_task(_to_its_end(self._commit_regularly))
+            try:
+                await self._until(lambda: self._stopping)
+                await self._drain()
+                commits.cancel()
+                await self._commit_finally()
+                intake.cancel()
+            finally:
+                self._end()
 
     @property
     def stopping(self) -> bool:
@@ -313,7 +317,7 @@ class Pipeline:
             self._observe(Admitted(now_s - entry.since_s))
             self._window.call_next(now_s)
             self._admission.admit()
-            self._start(self._call(entry), entry.holding)
+            self._start(entry.holding, self._call, entry)
         self._wake_at(ask_again_s)
 
     async def _call(self, entry: Entry) -> None:
@@ -383,7 +387,7 @@ class Pipeline:
 
     def _start_hand_over(self, entry: Entry) -> None:
         if entry.lane.ready and self._may_hand_over(entry.holding, entry.lane):
-            self._start(self._hand_over(entry.holding, entry.lane), entry.holding)
+            self._start(entry.holding, self._hand_over, entry.holding, entry.lane)
 
     async def _hand_over(self, holding: Holding, lane: Lane) -> None:
         """Give the sink what the lane has ready, in order; one task at a time for a lane."""
@@ -603,12 +607,11 @@ class Pipeline:
     def _wall_ms(self) -> int:
         return int(self._wall_clock() * 1000)
 
-    def _start(self, work: Coroutine[None, None, None], holding: Holding) -> None:
+    def _start(self, holding: Holding, work: Work, *arguments: object) -> None:
         """A task that is called off when the holding is lost."""
         if self._tasks is None:
-            work.close()
             return
-        task = self._tasks.create_task(work)
+        task = self._tasks.create_task(_to_its_end(work, *arguments))
         self._working[task] = holding
         task.add_done_callback(self._working.pop)
 
@@ -646,6 +649,17 @@ class Pipeline:
 
 async def _raise(failure: BaseException) -> None:
     raise failure
+
+
+async def _to_its_end(work: Work, *arguments: object) -> None:
+    """A cancellation that comes from within is a failure, which a task group would overlook."""
+    try:
+        await work(*arguments)
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise RuntimeError("cancelled, and not by us") from None
 
 
 def _sentence(failure: CallFailure) -> str:

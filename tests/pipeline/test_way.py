@@ -510,6 +510,46 @@ def test_a_bug_in_a_callback_ends_the_run(stage: Stage) -> None:
     assert stage.broker.committed.get(partition(), 0) == 0
 
 
+def test_a_bug_ends_the_run_with_backlog_in_order(stage: Stage) -> None:
+    """When the run ends by a bug no further call starts, nothing else fails, and it is told."""
+    for n in range(40):
+        stage.broker.append(f"text {n}")
+    stage.extractor.latency_s = lambda text: 0.1 if text == "text 0" else 5.0
+    stage.extractor.scripts["text 0"] = [RuntimeError("bug")]
+    unheard: list[dict[str, object]] = []
+
+    async def hear() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: unheard.append(context))
+        await asyncio.sleep(1)
+
+    with pytest.raises(ExceptionGroup) as caught:
+        stage.show(hear)
+    assert unheard == []
+    [run] = caught.value.exceptions
+    assert isinstance(run, ExceptionGroup)
+    assert [str(each) for each in run.exceptions] == ["bug"]
+    assert len(stage.extractor.calls) == 4
+
+
+@pytest.mark.parametrize("where", ["call", "publish", "poll", "commit"])
+def test_a_cancellation_from_within_ends_the_run(stage: Stage, where: str) -> None:
+    """A library that raises its own cancellation does not end a task unnoticed."""
+    for n in range(2):
+        stage.broker.append(f"text {n}")
+    stage.extractor.latency_s = lambda text: 5.0 if text == "text 1" else 0.1
+
+    async def cancelled(*_: object) -> None:
+        raise asyncio.CancelledError
+
+    owners = {"call": stage.extractor, "publish": stage.sink}
+    setattr(owners.get(where, stage.source), where, cancelled)
+    with pytest.raises(ExceptionGroup) as caught:
+        stage.show()
+    assert caught.group_contains(RuntimeError, match="not by us")
+    assert stage.broker.committed.get(partition(), 0) == 0
+
+
 def test_states_tell_idle_running_and_kafka_apart(stage: Stage) -> None:
     """The state is one word for what is going on."""
 
