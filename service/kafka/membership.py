@@ -82,6 +82,13 @@ class Membership:
         with self._consumer._subscription.fetch_context():
             yield
 
+    def raise_what_failed(self) -> None:
+        """Raises the `KafkaError` for which the group's own task waits to be heard.
+
+        It waits without end, and only `getmany` would ask.
+        """
+        self._consumer._coordinator.check_errors()
+
     async def find_coordinator(self) -> None:
         """Returns once the group's coordinator is known and connected; may wait without end."""
         await self._consumer._coordinator.ensure_coordinator_known()

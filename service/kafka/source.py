@@ -326,6 +326,11 @@ class KafkaSource:
         await asyncio.sleep(POLL_WAIT_S)
 
     async def _wait_for_the_restore(self, holdings: Holdings, limit: int) -> None:
+        try:
+            self._membership.raise_what_failed()
+        except KafkaError as error:
+            self._failure = [], error
+            return
         with self._membership.polling():
             try:
                 await within(POLL_WAIT_S if limit else 0.0, holdings.restored.wait())

@@ -697,6 +697,19 @@ async def test_a_member_that_stays_keeps_its_partitions_epochs(real: Kafka) -> N
     assert all(one.epochs[each] > max(before.values()) for each in two.epochs)
 
 
+async def test_a_group_that_does_not_let_us_in_is_a_sentence(real: Kafka) -> None:
+    """Another program shares the group's partitions in another way: said, not waited out."""
+    topic, group = await real.topic(), topics.unique_name("g")
+    other = AIOKafkaConsumer(topic, bootstrap_servers=real.servers, group_id=group)
+    await other.start()
+    try:
+        with pytest.raises(CannotRun, match=f"group {group} has members that share"):
+            async with member(real, topic, group) as one:
+                await one.until(lambda: bool(one.assignments))
+    finally:
+        await other.stop()
+
+
 async def test_what_is_revoked_can_be_committed_inside_and_not_after(real: Kafka) -> None:
     """The pipeline's last commit works; then nothing is, until it is known whose they are."""
     topic, group = await real.topic(2), topics.unique_name("g")
