@@ -20,7 +20,7 @@ from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.abc import ConsumerRebalanceListener
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, StaleMetadata
 
 from service.core.events import Observe, OffsetsMissing, Rebalanced
 from service.core.messages import Partition
@@ -224,6 +224,9 @@ class Holdings:
 
     async def _restore_all(self, given: _Given) -> None:
         stored = await self._offsets.stored()
+        if not given.partitions <= stored.keys():
+            # The group's leader asked another broker, which knows more partitions already.
+            raise StaleMetadata("a partition that is given is not known yet")
         bounds = await self._offsets.bounds(given.partitions)
         kept = self._kept(given, stored)
         fresh = given.partitions - kept.keys() - self.held.keys()

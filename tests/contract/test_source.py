@@ -838,6 +838,27 @@ async def test_a_restore_that_fails_is_repeated(
     assert one.texts == ["b"]
 
 
+async def test_a_broker_that_lags_behind_a_new_partition_is_waited_for(
+    kafka: Kafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The group gives out a partition that the broker we ask has not heard of: asked again."""
+    monkeypatch.setattr("service.kafka.holdings.RESTORE_AGAIN_S", 0.3)
+    topic, group = await kafka.topic(2), topics.unique_name("g")
+    await kafka.send(topic, "a", partition=1)
+    partitions = GroupOffsets.partitions
+    asked = 0
+
+    async def behind(self: GroupOffsets) -> frozenset[Partition]:
+        nonlocal asked
+        asked += 1
+        return await partitions(self) - ({part(topic, 1)} if asked <= 2 else set())
+
+    monkeypatch.setattr(GroupOffsets, "partitions", behind)
+    async with member(kafka, topic, group) as one:
+        await one.until(lambda: one.texts == ["a"])
+    assert asked == 3
+
+
 async def test_stop_leaves_the_group_at_once(real: Kafka) -> None:
     """Another member has the partitions long before the session would have timed out."""
     topic, group = await real.topic(2), topics.unique_name("g")
