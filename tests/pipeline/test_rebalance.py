@@ -19,11 +19,10 @@ def test_calls_in_flight_are_waited_for_and_committed() -> None:
 
     async def lose() -> None:
         await asyncio.sleep(1)
-        assert stage.source.assignment is not None
-        await stage.source.assignment.revoked()
+        await stage.source.revoke()
         assert stage.broker.committed == {partition(): 4}
         assert len(stage.extractor.calls) == 4, "a call was admitted during the revoke"
-        stage.source._hold({})
+        stage.source.hold()
         await asyncio.sleep(10)
 
     stage.show(lose)
@@ -72,6 +71,7 @@ def test_a_kept_partition_keeps_its_running_call() -> None:
     async def keep() -> None:
         await asyncio.sleep(1)
         await stage.source.rebalance(keep={partition(0)})
+        stage.source.fetch_again()
         await asyncio.sleep(30)
 
     stage.show(keep)
@@ -106,15 +106,12 @@ def test_nothing_is_published_between_revoke_and_assignment() -> None:
 
     async def between() -> None:
         await asyncio.sleep(1)
-        assert stage.source.assignment is not None
-        await stage.source.assignment.revoked()
-        stage.source._between = True
+        await stage.source.revoke()
         await asyncio.sleep(5)
         assert stage.extractor.in_flight == []
         assert stage.sink.handed == []
         assert stage.pipeline.status(SETTLED).state is State.REBALANCING
-        stage.source._between = False
-        stage.source._hold(dict(stage.source.epochs))
+        stage.source.hold(keep={partition()})
         await asyncio.sleep(1)
 
     stage.show(between)

@@ -103,6 +103,7 @@ def test_nothing_lost_through_rebalances(seed: int) -> None:
     rng = random.Random(1000 + seed)
     stage = scene(rng)
     everything = {partition(n) for n in range(PARTITIONS)}
+    stage.sink.loses_acknowledgement = lambda: rng.random() < 0.01
 
     async def shake() -> None:
         for _ in range(rng.randrange(1, 8)):
@@ -111,6 +112,8 @@ def test_nothing_lost_through_rebalances(seed: int) -> None:
             mine = {p for p in everything if rng.random() < 0.7}
             kept = {p for p in mine & held if rng.random() < 0.6}
             await stage.source.rebalance(keep=kept, fresh=mine - kept)
+            if rng.random() < 0.5:
+                stage.source.fetch_again()
         await stage.source.rebalance(
             keep=everything & stage.source.epochs.keys(),
             fresh=everything - stage.source.epochs.keys(),

@@ -48,7 +48,7 @@ class Stage:
         self.broker = FakeBroker(partitions)
         self.source = FakeSource(self.broker)
         self.extractor = FakeExtractor()
-        self.sink = FakeSink(self.broker)
+        self.sink = FakeSink(self.broker, ordering=bounds.ordering)
         self.events: list[Event] = []
         self.bounds = bounds
         self.pipeline = self.new_pipeline()
@@ -154,13 +154,14 @@ def test_holes_do_not_hold_the_commit(stage: Stage) -> None:
 
 
 def test_what_needs_no_call_makes_none(stage: Stage) -> None:
-    """Tombstones, skipped and undecodable messages are finished without a call, in order."""
+    """Tombstones, skipped and undecodable messages are finished without a call."""
     stage.broker.logs[partition()].append(None, b"k")
     stage.broker.append("skip", key="k")
     stage.broker.append("bad", key="k")
     stage.show()
     assert stage.extractor.calls == []
-    assert [event.outcome for event in stage.finished()] == ["passed", "skipped", "rejected"]
+    outcomes = sorted(event.outcome for event in stage.finished())
+    assert outcomes == ["passed", "rejected", "skipped"]
     assert stage.broker.committed == {partition(): 3}
 
 

@@ -1,83 +1,104 @@
 """A broker, a model and a checker in memory, for pipeline tests under virtual time.
 
 The fakes assert their invariants on every call: a check at the end of a run would miss a
-publish that came after its commit.
+publish that came after its commit. Source and sink stand under the same contract suites as the
+Kafka adapters (tests/contract), so what they do is what Kafka does, and no more.
 """
 
 import asyncio
+import itertools
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from service.core.errors import CommitFailed, PublishFailed
+from service.core.errors import CommitFailed, OutputTooLarge, PublishFailed
+from service.core.lanes import Ordering
 from service.core.messages import (
     Batch,
     Extracted,
+    Headers,
     Message,
     Outcome,
     Partition,
+    Passed,
     Provenance,
     Record,
     Rejected,
 )
+from service.kafka.lane_failures import LaneFailures
 from service.pipeline import Assignment
 
 PROVENANCE = Provenance("fake", "p", "s", calls=1)
+TOPIC = "in"
 
 
 def partition(number: int = 0) -> Partition:
-    return Partition("in", number)
+    return Partition(TOPIC, number)
 
 
 def extracted(text: str) -> Extracted:
     return Extracted((Record(text.encode()),), PROVENANCE, answer_id=text)
 
 
+class Logged(NamedTuple):
+    """What a log holds at one offset."""
+
+    key: bytes | None
+    value: bytes | None
+    headers: Headers
+    timestamp_ms: int
+
+
 @dataclass
 class Log:
     """One partition: values by offset; a hole (marker, compacted) is an offset without one."""
 
-    values: dict[int, tuple[bytes | None, bytes | None]] = field(default_factory=dict)
+    values: dict[int, Logged] = field(default_factory=dict)
     end: int = 0
 
-    def append(self, value: bytes | None, key: bytes | None = None) -> int:
+    def append(
+        self,
+        value: bytes | None,
+        key: bytes | None = None,
+        headers: Headers = (),
+        timestamp_ms: int = 0,
+    ) -> int:
         offset, self.end = self.end, self.end + 1
-        self.values[offset] = (key, value)
+        self.values[offset] = Logged(key, value, headers, timestamp_ms)
         return offset
 
     def hole(self) -> None:
-        """A transaction marker, or a message that compaction removed."""
+        """A transaction marker, an aborted message, or one that compaction removed."""
         self.end += 1
 
 
 class FakeBroker:
     """Logs, committed offsets and published outcomes, shared by any number of members."""
 
-    def __init__(self, partitions: int = 1) -> None:
-        self.logs = {partition(n): Log() for n in range(partitions)}
+    def __init__(self, partitions: int = 1, topic: str = TOPIC) -> None:
+        self.topic = topic
+        self.logs = {Partition(topic, n): Log() for n in range(partitions)}
         self.committed: dict[Partition, int] = {}
         self.published: list[tuple[Message, Outcome]] = []
         self.acknowledged: dict[Partition, set[int]] = defaultdict(set)
 
     def append(self, text: str, key: str | None = None, number: int = 0) -> int:
-        return self.logs[partition(number)].append(
+        return self.logs[Partition(self.topic, number)].append(
             text.encode(), None if key is None else key.encode()
         )
 
     def check_commit(self, where: Partition, offset: int) -> None:
         """Everything below a committed offset has an acknowledged outcome."""
-        missing = [
-            o for o in self.logs[where].values if o < offset and o not in self.acknowledged[where]
-        ]
+        delivered = self.logs[where].values if where in self.logs else {}
+        missing = [o for o in delivered if o < offset and o not in self.acknowledged[where]]
         assert not missing, f"committed {where}@{offset} before the outcomes of {missing}"
 
     def outcomes(self, number: int = 0) -> list[int]:
-        """Offsets of one partition in the order of their first acknowledged publish."""
-        seen = dict.fromkeys(
-            m.offset for m, _ in self.published if m.partition == partition(number)
-        )
-        return list(seen)
+        """Offsets of one partition in the order of their first publish."""
+        where = Partition(self.topic, number)
+        return list(dict.fromkeys(m.offset for m, _ in self.published if m.partition == where))
 
     def texts(self) -> list[str]:
         """What was published, in order."""
@@ -96,19 +117,24 @@ class FakeSource:
         self.poll_wait_s = poll_wait_s
         self.positions: dict[Partition, int] = {}
         self.epochs: dict[Partition, int] = {}
-        self.epoch = 0
         self.refuse_commits = 0
         self.commits: list[dict[Partition, int]] = []
         self.polls: list[int] = []
         self.assignment: Assignment | None = None
         self.commit_s = 0.001
-        self._between = False
+        self.before_storing: Callable[[], Awaitable[None]] = self._reach_the_coordinator
+        self._numbers = itertools.count(1)  # of epochs
+        self._turns = itertools.count()  # which partition a poll begins with
+        self._before: dict[Partition, int] = {}  # what a revoke has taken away
+        self._reassigning = False
+
+    # --- what the group does to it -------------------------------------------------------------
 
     def assign(self, assignment: Assignment, numbers: range | None = None) -> None:
         """The first assignment."""
         self.assignment = assignment
-        chosen = self.broker.logs if numbers is None else [partition(n) for n in numbers]
-        self._hold(dict.fromkeys(chosen))
+        everything = self.broker.logs.keys()
+        self.hold(fresh={p for p in everything if numbers is None or p.partition in numbers})
 
     async def rebalance(
         self,
@@ -116,62 +142,98 @@ class FakeSource:
         fresh: AbstractSet[Partition] = frozenset(),
     ) -> None:
         """Revoke everything, then hold `keep` with their epochs and `fresh` with new ones."""
-        assert self.assignment is not None
-        await self.assignment.revoked()
-        self._between = True
+        await self.revoke()
         await asyncio.sleep(0.01)
-        self._hold({**dict.fromkeys(fresh), **{p: self.epochs[p] for p in keep}})
-        self._between = False
+        self.hold(keep, fresh)
 
-    def _hold(self, epochs: Mapping[Partition, int | None]) -> None:
+    async def revoke(self) -> None:
+        """Everything is in question: the pipeline may finish and commit, then nothing is held."""
         assert self.assignment is not None
-        self.epochs = {}
-        for where, known in epochs.items():
-            if known is None:
-                self.epoch += 1
-            self.epochs[where] = self.epoch if known is None else known
+        self._reassigning = True
+        await self.assignment.revoked()
+        self._before, self.epochs = self.epochs, {}
+
+    def hold(
+        self,
+        keep: AbstractSet[Partition] = frozenset(),
+        fresh: AbstractSet[Partition] = frozenset(),
+    ) -> None:
+        """What comes after a revoke: `keep` go on where they were, `fresh` where Kafka says."""
+        assert self.assignment is not None
+        assert not keep & fresh
+        self.epochs = {where: self._before[where] for where in sorted(keep)}
+        for where in sorted(fresh):
+            self.epochs[where] = next(self._numbers)
             self.positions[where] = self.broker.committed.get(where, 0)
+        self._reassigning = False
         self.assignment.assigned(dict(self.epochs))
+
+    def fetch_again(self) -> None:
+        """Deliver once more what is not committed; no contract says that it never happens."""
+        self.positions = {where: self.broker.committed.get(where, 0) for where in self.epochs}
+
+    # --- Source --------------------------------------------------------------------------------
 
     async def poll(self, limit: int, closed: AbstractSet[Partition]) -> Batch:
         self.polls.append(limit)
-        while self._between:
-            await asyncio.sleep(0.01)
-        messages: list[Message] = []
-        if not any(self.positions[p] < self.broker.logs[p].end for p in self.epochs) or not limit:
-            await asyncio.sleep(self.poll_wait_s)
-        for where in self.epochs:
-            if where not in closed:
-                messages += self._fetch(where, limit - len(messages))
+        ready = any(self._behind(where) for where in self.epochs if where not in closed)
+        waits = limit > 0 and (self._reassigning or not ready)
+        await asyncio.sleep(self.poll_wait_s if waits else 0.0)
+        if self._reassigning:
+            return Batch()
+        # No wait from here on: positions belong to these messages.
+        messages = self._take([where for where in self.epochs if where not in closed], limit)
         positions = {p: self.positions[p] for p in self.epochs}
         ends = {p: self.broker.logs[p].end for p in self.epochs}
         return Batch(tuple(messages), positions, ends)
 
+    def _behind(self, where: Partition) -> bool:
+        return self.positions[where] < self.broker.logs[where].end
+
+    def _take(self, open_: list[Partition], limit: int) -> list[Message]:
+        """Partitions take turns, so that a small limit is filled from all of them."""
+        if not open_ or not limit:
+            return []
+        share = -(-limit // len(open_))
+        first = next(self._turns) % len(open_)
+        messages: list[Message] = []
+        for where in open_[first:] + open_[:first]:
+            messages += self._fetch(where, min(share, limit - len(messages)))
+        return messages
+
     def _fetch(self, where: Partition, limit: int) -> list[Message]:
         log, found = self.broker.logs[where], []
-        while self.positions[where] < log.end:
+        while self._behind(where):
             offset = self.positions[where]
             if offset in log.values:
                 if len(found) >= limit:
                     break
-                key, value = log.values[offset]
-                found.append(Message(where, offset, self.epochs[where], key, value, (), 0))
+                found.append(Message(where, offset, self.epochs[where], *log.values[offset]))
             self.positions[where] += 1
         return found
 
     async def commit(self, offsets: Mapping[Partition, int]) -> None:
         for where, offset in offsets.items():
             self.broker.check_commit(where, offset)
-        if self._between or not offsets.keys() <= self.epochs.keys():
-            raise CommitFailed("rebalance")
+        held = self._held(offsets)
         if self.refuse_commits:
             self.refuse_commits -= 1
             raise CommitFailed("refused")
-        await asyncio.sleep(self.commit_s)
+        await self.before_storing()
+        if held != self._held(offsets):
+            raise CommitFailed("rebalance")
         for where, offset in offsets.items():
             assert offset >= self.broker.committed.get(where, 0), "an offset was moved back"
         self.broker.committed.update(offsets)
         self.commits.append(dict(offsets))
+
+    async def _reach_the_coordinator(self) -> None:
+        await asyncio.sleep(self.commit_s)
+
+    def _held(self, wanted: Iterable[Partition]) -> dict[Partition, int]:
+        if not set(wanted) <= self.epochs.keys():
+            raise CommitFailed("rebalance")
+        return {where: self.epochs[where] for where in wanted}
 
 
 class FakeExtractor:
@@ -213,46 +275,115 @@ class FakeSink:
     """Acknowledges in order of hand-over after `ack_s`; can fail chosen sends.
 
     A failed send fails everything handed over and not settled yet, as a replaced producer does,
-    so that nothing later overtakes it.
+    and what comes later in its lane until it is sent again: nothing overtakes it.
     """
 
-    def __init__(self, broker: FakeBroker, *, ack_s: float = 0.005) -> None:
+    def __init__(
+        self,
+        broker: FakeBroker,
+        *,
+        ordering: Ordering = "key",
+        ack_s: float = 0.005,
+        record_max_bytes: int | None = None,
+        limit_known: bool = True,
+    ) -> None:
         self.broker = broker
         self.ack_s = ack_s
+        self.record_max_bytes = record_max_bytes
+        self.limit_known = limit_known  # else it is met only when the broker refuses
         self.buffer_s = 0.0  # how long a hand-over waits for room
         self.failures: dict[int, list[Exception]] = defaultdict(list)  # by offset
         self.flaky: Callable[[], bool] = lambda: False
+        self.loses_acknowledgement: Callable[[], bool] = lambda: False
         self.handed: list[int] = []
         self.down = False
         self._producer = 0
+        self._failed = LaneFailures(ordering)
         self._pending: deque[tuple[Message, Outcome, asyncio.Future[None], int]] = deque()
 
     async def publish(self, message: Message, outcome: Outcome) -> asyncio.Future[None]:
         if self.buffer_s:
             await asyncio.sleep(self.buffer_s)
-        if self.down:
-            raise PublishFailed
-        self.handed.append(message.offset)
         loop = asyncio.get_running_loop()
         acknowledged: asyncio.Future[None] = loop.create_future()
-        self._pending.append((message, outcome, acknowledged, self._producer))
-        loop.call_later(self.ack_s, self._settle)
+        if self.down:
+            self._fail(message, acknowledged, PublishFailed("down"))
+        elif not _has_output(outcome):
+            self._land(message, outcome)
+            self._acknowledge(message, acknowledged)
+        elif self.limit_known and self._too_large(outcome):
+            self._fail(message, acknowledged, OutputTooLarge())
+        else:
+            self._hand_over(message, outcome, acknowledged)
         return acknowledged
+
+    def _hand_over(
+        self, message: Message, outcome: Outcome, acknowledged: asyncio.Future[None]
+    ) -> None:
+        try:
+            self._failed.let_pass(message)
+        except PublishFailed as failure:
+            self._fail(message, acknowledged, failure)
+            return
+        self.handed.append(message.offset)
+        self._pending.append((message, outcome, acknowledged, self._producer))
+        asyncio.get_running_loop().call_later(self.ack_s, self._settle)
 
     def _settle(self) -> None:
         # First in, first out: timers that are due at the same time come in no certain order.
         message, outcome, acknowledged, producer = self._pending.popleft()
         if acknowledged.done():
+            return  # withdrawn
+        failure = self._failure(message, outcome, producer)
+        if failure is None:
+            self._land(message, outcome)
+            failure = PublishFailed("unknown") if self.loses_acknowledgement() else None
+        if failure is None:
+            self._acknowledge(message, acknowledged)
             return
+        if isinstance(failure, PublishFailed) and producer == self._producer:
+            self._producer += 1
+        self._fail(message, acknowledged, failure)
+
+    def _failure(self, message: Message, outcome: Outcome, producer: int) -> Exception | None:
+        if producer != self._producer or self.down:
+            return PublishFailed("behind a failed one")
         if self.failures[message.offset]:
             failure = self.failures[message.offset].pop(0)
-            if isinstance(failure, PublishFailed):
-                self._producer += 1
-            acknowledged.set_exception(failure)
-        elif producer != self._producer or self.down or self.flaky():
-            self._producer += producer == self._producer
-            acknowledged.set_exception(PublishFailed())
-        else:
-            self.broker.published.append((message, outcome))
-            self.broker.acknowledged[message.partition].add(message.offset)
-            acknowledged.set_result(None)
+            # A dead letter is never too large: it shrinks, or it is held.
+            held = isinstance(failure, OutputTooLarge) and isinstance(outcome, Rejected)
+            return PublishFailed("held") if held else failure
+        if self._too_large(outcome):
+            return OutputTooLarge()
+        return PublishFailed("flaky") if self.flaky() else None
+
+    def _too_large(self, outcome: Outcome) -> bool:
+        if self.record_max_bytes is None or not isinstance(outcome, Extracted):
+            return False
+        return any(len(record.json) > self.record_max_bytes for record in outcome.records)
+
+    def _land(self, message: Message, outcome: Outcome) -> None:
+        self.broker.published.append((message, outcome))
+
+    def _acknowledge(self, message: Message, acknowledged: asyncio.Future[None]) -> None:
+        self.broker.acknowledged[message.partition].add(message.offset)
+        acknowledged.set_result(None)
+
+    def _fail(
+        self, message: Message, acknowledged: asyncio.Future[None], failure: Exception
+    ) -> None:
+        if isinstance(failure, PublishFailed):
+            self._failed.add(message)
+        acknowledged.set_exception(failure)
+        acknowledged.exception()  # a lane that was dropped hears of it from nobody: no complaint
+
+
+def _has_output(outcome: Outcome) -> bool:
+    """Skipped, or an answer without records, puts nothing into Kafka."""
+    match outcome:
+        case Extracted():
+            return bool(outcome.records)
+        case Passed() | Rejected():
+            return True
+        case _:
+            return False
