@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -78,9 +79,18 @@ class Membership:
 
     @contextmanager
     def polling(self) -> Iterator[None]:
-        """Time in here counts as polled, as it does within `getmany`."""
-        with self._consumer._subscription.fetch_context():
-            yield
+        """Time in here counts as polled, as it does within `getmany`; time after it does not.
+
+        The client counts a poll that raised, or was cancelled, as one that goes on for ever: a
+        member that polls no more would keep its partitions.
+        """
+        subscription = self._consumer._subscription
+        try:
+            with subscription.fetch_context():
+                yield
+        finally:
+            subscription._fetch_count = 0  # polls do not overlap
+            subscription._last_fetch_ended = time.monotonic()
 
     def raise_what_failed(self) -> None:
         """Raises the `KafkaError` for which the group's own task waits to be heard.

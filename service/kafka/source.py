@@ -236,9 +236,10 @@ class KafkaSource:
             # this task, where getmany waits: never between its taking messages and returning
             # them. (wait_for would run it in another task, which can end while we are cancelled.)
             async with asyncio.timeout(wait_s + 1.0):
-                found = await self._consumer.getmany(
-                    *partitions, timeout_ms=int(wait_s * 1000), max_records=limit
-                )
+                with self._membership.polling():
+                    found = await self._consumer.getmany(
+                        *partitions, timeout_ms=int(wait_s * 1000), max_records=limit
+                    )
         except TimeoutError:
             return []
         except (KafkaError, UnicodeDecodeError) as error:

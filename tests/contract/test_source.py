@@ -859,6 +859,20 @@ async def test_a_broker_that_lags_behind_a_new_partition_is_waited_for(
     assert asked == 3
 
 
+async def test_who_stops_polling_gives_its_partitions_up(
+    real: Kafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A member whose polls have ceased leaves the group, also when its last one was cut off."""
+    monkeypatch.setattr("service.kafka.source.MAX_POLL_INTERVAL_MS", 2000)
+    topic, group = await real.topic(), topics.unique_name("g")
+    async with member(real, topic, group) as one:
+        await one.until(lambda: len(one.epochs) == 1)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(one.poll(), 0.05)
+        async with member(real, topic, group) as two:
+            await two.until(lambda: len(two.epochs) == 1)
+
+
 async def test_stop_leaves_the_group_at_once(real: Kafka) -> None:
     """Another member has the partitions long before the session would have timed out."""
     topic, group = await real.topic(2), topics.unique_name("g")
