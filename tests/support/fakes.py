@@ -150,7 +150,8 @@ class FakeSource:
         """Everything is in question: the pipeline may finish and commit, then nothing is held."""
         assert self.assignment is not None
         self._reassigning = True
-        await self.assignment.revoked()
+        if self.epochs:
+            await self.assignment.revoked()
         self._before, self.epochs = self.epochs, {}
 
     def hold(
