@@ -1,4 +1,8 @@
-"""The Kafka sink on an embedded broker and on a real Kafka."""
+"""What every sink keeps to, the fake among them; then what a real protocol is needed for.
+
+Claims on `target` run on the fake of the pipeline tests, on the embedded broker and on a real
+Kafka: what the pipeline was tested against is what it meets.
+"""
 
 import asyncio
 import contextlib
@@ -10,13 +14,11 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.errors import NotLeaderForPartitionError
 
 from service.core.errors import CannotRun, OutputTooLarge, PublishFailed
 from service.core.messages import (
@@ -36,47 +38,13 @@ from service.kafka import sink as sink_module
 from service.kafka import sizes as sizes_module
 from service.kafka.sink import KafkaSink
 from service.kafka.sizes import size_alone
-from service.settings import Settings
+from service.pipeline import Sink
 from tests.support.kafka import KafkaUnavailable, RealKafka, fetch_jars
-from tests.support.topics import Read, admin, create_topic, produce, read_topic, unique_name
+from tests.support.sinks import Fake, Kafka, Output
+from tests.support.topics import Read, admin, create_topic, produce, unique_name
 
 PROVENANCE = Provenance("small", "p1", "s1", calls=1, tokens_input=10, tokens_output=4)
 NOW_MS = int(time.time() * 1000)
-
-
-@dataclass(frozen=True)
-class Kafka:
-    """A broker with topics for one test."""
-
-    servers: str
-    output: str
-    dead_letters: str
-
-    def settings(self, **sections: dict[str, object]) -> Settings:
-        own: dict[str, dict[str, object]] = {
-            "kafka": {"bootstrap_servers": self.servers, "request_timeout_s": 5},
-            "output": {"topic": self.output},
-            "dead_letters": {"topic": self.dead_letters},
-        }
-        for name, section in sections.items():
-            own[name] = {**own.get(name, {}), **section}
-        return Settings.model_validate(own)
-
-    @asynccontextmanager
-    async def sink(self, **sections: dict[str, object]) -> AsyncIterator[KafkaSink]:
-        sink = KafkaSink(self.settings(**sections))
-        await sink.start()
-        try:
-            yield sink
-        finally:
-            await sink.stop()
-            assert sink.unacknowledged == 0
-
-    async def outputs(self) -> list[Read]:
-        return await read_topic(self.servers, self.output)
-
-    async def letters(self) -> list[Read]:
-        return await read_topic(self.servers, self.dead_letters)
 
 
 async def real(servers: str, **config: str) -> Kafka:
@@ -87,8 +55,26 @@ async def real(servers: str, **config: str) -> Kafka:
     return kafka
 
 
+@pytest.fixture(params=["fake", "mock", pytest.param("real", marks=pytest.mark.real_kafka)])
+async def target(request: pytest.FixtureRequest) -> Output:
+    """Whatever a sink can write to."""
+    return Fake() if request.param == "fake" else await _kafka(request)
+
+
+@pytest.fixture(params=["fake", pytest.param("real", marks=pytest.mark.real_kafka)])
+async def small_target(request: pytest.FixtureRequest) -> Output:
+    """One that takes no record above 3,000 bytes; the embedded broker takes any."""
+    if request.param == "fake":
+        return Fake(record_max_bytes=3_000)
+    return await real(request.getfixturevalue("real_kafka"), max_message_bytes="3000")
+
+
 @pytest.fixture(params=["mock", pytest.param("real", marks=pytest.mark.real_kafka)])
 async def kafka(request: pytest.FixtureRequest) -> Kafka:
+    return await _kafka(request)
+
+
+async def _kafka(request: pytest.FixtureRequest) -> Kafka:
     if request.param == "real":
         return await real(request.getfixturevalue("real_kafka"))
     broker: EmbeddedBroker = request.getfixturevalue("mock_kafka")
@@ -107,7 +93,7 @@ def extracted(*values: bytes | Record) -> Extracted:
 
 
 async def publish_all(
-    sink: KafkaSink, pairs: Iterable[tuple[Message, Outcome]]
+    sink: Sink, pairs: Iterable[tuple[Message, Outcome]]
 ) -> list[BaseException | None]:
     """Hands all over without waiting, then says how each ended."""
     waiting = [await sink.publish(which, outcome) for which, outcome in pairs]
@@ -187,12 +173,29 @@ async def test_messages_without_a_key_are_spread_or_kept_by_partition(kafka: Kaf
         assert partitions == {r.partition for r in await kafka.outputs() if r.value in values}
 
 
-async def test_nothing_to_publish_is_done_at_once(kafka: Kafka) -> None:
+async def test_nothing_to_publish_is_done_at_once(target: Output) -> None:
     """Skipped and an empty list of records end without a Kafka record."""
-    async with kafka.sink() as sink:
+    async with target.sink() as sink:
         for outcome in (Skipped(), extracted()):
             assert (await sink.publish(message(), outcome)).done()
-    assert await kafka.outputs() == []
+    assert await target.outputs() == []
+
+
+async def test_every_outcome_settles_and_stands_where_it_belongs(target: Output) -> None:
+    """What is acknowledged can be read at that moment, and goes nowhere else."""
+    async with target.sink() as sink:
+        passed = await sink.publish(message(0, b"gone", None), Passed())
+        rejected = await sink.publish(message(1, b"own", b"text"), Rejected(Reason.INVALID, "no"))
+        assert not passed.done()
+        assert not rejected.done()
+        assert await ending(passed) is None
+        assert [(read.key, read.value) for read in await target.outputs()] == [(b"gone", None)]
+        assert await ending(rejected) is None
+        assert [(read.key, read.value) for read in await target.letters()] == [(b"own", b"text")]
+        others = [(message(2), Skipped()), (message(3), extracted(b"{}"))]
+        assert await publish_all(sink, others) == [None, None]
+        outputs = {(read.key, read.value) for read in await target.outputs()}
+        assert outputs == {(b"gone", None), (b"k", b"{}")}
 
 
 async def test_a_tombstone_is_handed_on(kafka: Kafka) -> None:
@@ -233,53 +236,84 @@ async def test_a_rejected_tombstone_without_key_can_be_written_too(kafka: Kafka)
 # --- order -------------------------------------------------------------------------------------
 
 
-async def test_order_within_a_key_with_many_lanes(kafka: Kafka) -> None:
+async def test_order_within_a_key_with_many_lanes(target: Output) -> None:
     """Lanes that hand over without waiting keep their order, and nothing is doubled."""
     lanes = [[message(100 * lane + n, b"%d" % lane) for n in range(25)] for lane in range(40)]
 
-    async def run(sink: KafkaSink, lane: list[Message]) -> "list[asyncio.Future[None]]":
+    async def run(sink: Sink, lane: list[Message]) -> "list[asyncio.Future[None]]":
         waiting = []
         for which in lane:
             waiting.append(await sink.publish(which, extracted(b"1", b"2")))
             await asyncio.sleep(0)
         return waiting
 
-    async with kafka.sink() as sink, asyncio.TaskGroup() as group:
+    async with target.sink() as sink, asyncio.TaskGroup() as group:
         tasks = [group.create_task(run(sink, lane)) for lane in lanes]
         for task in tasks:
             for waiting in await task:
                 assert await ending(waiting) is None
-    found = await kafka.outputs()
+    found = await target.outputs()
     assert len(found) == 40 * 25 * 2
     assert {lane[0].key: [m.offset for m in lane] for lane in lanes} == by_key(found)
 
 
-async def test_records_of_one_message_stand_together(kafka: Kafka) -> None:
+async def test_records_of_one_message_stand_together(target: Output) -> None:
     """Several records of a message are consecutive in their partition."""
     pairs = [(message(n, b"%d" % (n % 7)), extracted(b"0", b"1", b"2")) for n in range(60)]
-    async with kafka.sink() as sink:
+    async with target.sink() as sink:
         await publish_all(sink, pairs)
-    found = [r.header["sluice.record.index"] for r in await kafka.outputs()]
-    assert found == ["0", "1", "2"] * 60
+    found = await target.outputs()
+    assert [read.value for read in found] == [b"0", b"1", b"2"] * 60
+    together = [
+        {read.header["sluice.source.offset"] for read in found[i : i + 3]} for i in range(0, 180, 3)
+    ]
+    assert [len(offsets) for offsets in together] == [1] * 60
 
 
-async def test_cancelling_withdraws_what_has_not_left(kafka: Kafka) -> None:
+async def test_acknowledgements_come_in_order(target: Output) -> None:
+    """Within a lane futures end in the order of the hand-overs, none before it has waited."""
+    ended: list[int] = []
+    async with target.sink() as sink:
+        for n in range(50):
+            waiting = await sink.publish(message(n), extracted(b"%d" % n))
+            assert not waiting.done(), "acknowledged before anybody could have taken it"
+            waiting.add_done_callback(lambda _, n=n: ended.append(n))
+        assert await ending(waiting) is None
+        assert ended == list(range(50))
+
+
+async def test_a_failed_send_fails_what_was_handed_over_behind_it(
+    target: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing later of its lane lands until it is sent again, whatever comes meanwhile."""
+    lost = iter([True])
+    target.break_sends(monkeypatch, lost=lambda: next(lost, False))
+    lane = [(message(n), extracted(b"%d" % n)) for n in range(4)]
+    async with target.sink() as sink:
+        assert [PublishFailed] * 3 == [type(end) for end in await publish_all(sink, lane[:3])]
+        assert [PublishFailed] == [type(end) for end in await publish_all(sink, lane[3:])]
+        assert await target.outputs() == []
+        assert await publish_all(sink, lane) == [None] * 4
+    assert [read.value for read in await target.outputs()] == [b"0", b"1", b"2", b"3"]
+
+
+async def test_cancelling_withdraws_what_has_not_left(target: Output) -> None:
     """A cancelled awaitable takes its message out of the queue; the others go on."""
-    async with kafka.sink() as sink:
+    async with target.sink() as sink:
         first = await sink.publish(message(1), extracted(b"1"))
         second = await sink.publish(message(2), extracted(b"2"))
         second.cancel()
         third = await sink.publish(message(3), extracted(b"3"))
         assert [await ending(first), await ending(third)] == [None, None]
-    assert [r.value for r in await kafka.outputs()] == [b"1", b"3"]
+    assert [r.value for r in await target.outputs()] == [b"1", b"3"]
 
 
 # --- size --------------------------------------------------------------------------------------
 
 
-async def test_larger_than_the_setting_is_too_large_as_a_whole(kafka: Kafka) -> None:
+async def test_larger_than_the_setting_is_too_large_as_a_whole(target: Output) -> None:
     """One record above `output.message_max_bytes`: none of the message, all of the others."""
-    async with kafka.sink(output={"message_max_bytes": 5_000}) as sink:
+    async with target.sink(output={"message_max_bytes": 5_000}) as sink:
         ends = await publish_all(
             sink,
             [
@@ -288,8 +322,10 @@ async def test_larger_than_the_setting_is_too_large_as_a_whole(kafka: Kafka) -> 
                 (message(2), extracted(b"c")),
             ],
         )
+        again = await sink.publish(message(3), extracted(b"x" * 6_000))
+        assert again.done(), "what is known to be too large is not handed over"
     assert [type(None), OutputTooLarge, type(None)] == [type(each) for each in ends]
-    assert [r.value for r in await kafka.outputs()] == [b"a", b"c"]
+    assert [r.value for r in await target.outputs()] == [b"a", b"c"]
 
 
 @pytest.mark.real_kafka
@@ -297,8 +333,8 @@ async def test_the_topics_limit_is_met_to_the_byte(
     real_kafka: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What we count as the topic's limit the broker takes, and one byte more it refuses."""
-    monkeypatch.setattr(sink_module, "ask_broker", _tells_nothing)
     kafka = await real(real_kafka, max_message_bytes="3000")
+    kafka.conceal_limit(monkeypatch)
     which = message(0)
     async with kafka.sink() as sink:
         await publish_all(sink, [(which, extracted(b""))])
@@ -312,26 +348,20 @@ async def test_the_topics_limit_is_met_to_the_byte(
     assert [type(None), OutputTooLarge] == [type(each) for each in ends]
 
 
-@pytest.mark.real_kafka
 @pytest.mark.parametrize("told", [True, False])
 async def test_only_the_guilty_one_is_too_large(
-    real_kafka: str, monkeypatch: pytest.MonkeyPatch, told: bool
+    small_target: Output, monkeypatch: pytest.MonkeyPatch, told: bool
 ) -> None:
     """Whether the brokers told their limit or refuse a whole batch: one fails, all others land."""
     if not told:
-        monkeypatch.setattr(sink_module, "ask_broker", _tells_nothing)
-    kafka = await real(real_kafka, max_message_bytes="3000")
+        small_target.conceal_limit(monkeypatch)
     values = [b"%d" % n for n in range(30)]
     values[12] = b"x" * 4_000
-    async with kafka.sink() as sink:
+    async with small_target.sink() as sink:
         ends = await publish_all(sink, [(message(n), extracted(v)) for n, v in enumerate(values)])
     assert [n for n, each in enumerate(ends) if isinstance(each, OutputTooLarge)] == [12]
     assert [n for n, each in enumerate(ends) if each is not None] == [12]
-    assert values[:12] + values[13:] == [r.value for r in await kafka.outputs()]
-
-
-async def _tells_nothing(*_: object) -> None:
-    return None
+    assert values[:12] + values[13:] == [r.value for r in await small_target.outputs()]
 
 
 @pytest.mark.real_kafka
@@ -340,10 +370,10 @@ async def test_a_dead_letter_shrinks_and_then_is_held(
     real_kafka: str, monkeypatch: pytest.MonkeyPatch, told: bool
 ) -> None:
     """First the answer goes, then the detail; what is still too large waits for a larger topic."""
-    if not told:
-        monkeypatch.setattr(sink_module, "ask_broker", _tells_nothing)
     monkeypatch.setattr(sizes_module, "REFRESH_S", 0.2)
     kafka = await real(real_kafka)
+    if not told:
+        kafka.conceal_limit(monkeypatch)
     await set_limit(kafka.servers, kafka.dead_letters, 2_000)
     long = "x" * 1_700
     cases = {
@@ -477,7 +507,7 @@ async def complaints() -> AsyncIterator[None]:
     assert heard == []
 
 
-async def run_lane(sink: KafkaSink, lane: Sequence[Message], pause_s: float) -> int:
+async def run_lane(sink: Sink, lane: Sequence[Message], pause_s: float) -> int:
     """Publishes a lane as the pipeline does, only more eagerly: it notices failures late.
 
     Returns how many sends failed. All of a round are handed over before the first is looked at.
@@ -495,34 +525,21 @@ async def run_lane(sink: KafkaSink, lane: Sequence[Message], pause_s: float) -> 
     return failures
 
 
-class FlakyProducer(AIOKafkaProducer):  # type: ignore[misc]
-    """Loses every fifth batch or so, or its acknowledgement; replays from its seed."""
-
-    random = random.Random(7)
-
-    async def send_batch(self, batch: object, topic: str, *, partition: int) -> object:
-        fate = self.random.random()
-        if fate < 0.1:
-            raise NotLeaderForPartitionError
-        acknowledged = await super().send_batch(batch, topic, partition=partition)
-        if fate < 0.2:
-            await acknowledged
-            raise NotLeaderForPartitionError
-        return acknowledged
-
-
-async def test_no_order_changes_when_batches_are_lost(
-    kafka: Kafka, monkeypatch: pytest.MonkeyPatch
+async def test_no_order_changes_when_sends_are_lost(
+    target: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Batches or their acknowledgements lost, the broker well: nothing overtakes what failed."""
-    monkeypatch.setattr(sink_module, "AIOKafkaProducer", FlakyProducer)
+    """Sends or their acknowledgements lost, the broker well: nothing overtakes what failed."""
+    draw = random.Random(7)
+    target.break_sends(
+        monkeypatch, lost=lambda: draw.random() < 0.1, unheard=lambda: draw.random() < 0.1
+    )
     lanes = [[message(100 * lane + n, b"%d" % lane) for n in range(25)] for lane in range(10)]
-    async with kafka.sink() as sink, asyncio.TaskGroup() as group:
+    async with target.sink() as sink, asyncio.TaskGroup() as group:
         tasks = [group.create_task(run_lane(sink, lane, 0.01)) for lane in lanes]
     assert sum(task.result() for task in tasks) > 0
-    assert {lane[0].key: [m.offset for m in lane] for lane in lanes} == by_key(
-        await kafka.outputs()
-    )
+    found = await target.outputs()
+    assert {lane[0].key: [m.offset for m in lane] for lane in lanes} == by_key(found)
+    assert len(found) > 250, "no acknowledgement was lost"
 
 
 @pytest.mark.real_kafka

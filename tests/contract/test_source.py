@@ -594,8 +594,10 @@ async def test_a_member_that_stays_keeps_its_partitions_epochs(group_broker: Bro
             await both(one, two, lambda: (one.texts + two.texts).count("b") == 4)
             assert one.texts.count("a") == 4, "fetched again what it had"
             assert two.texts.count("a") == 2, "nothing of it was committed"
-        await one.until(lambda: len(one.epochs) == 4)
+        await one.until(lambda: len(one.epochs) == 4 and len(one.messages) == 10)
 
+    # What came back anew is delivered again, from what is committed; what was kept is not.
+    assert sorted(one.texts) == ["a"] * 6 + ["b"] * 4
     came_back = one.epochs.keys() - two.epochs.keys()
     assert all(one.epochs[each] == before[each] for each in came_back)
     assert all(one.epochs[each] > max(before.values()) for each in two.epochs)
@@ -635,6 +637,28 @@ async def test_what_is_revoked_can_be_committed_inside_and_not_after(group_broke
                 await one.commit(committed)
             await two.turn(2)
             assert two.messages == []
+
+
+async def test_nothing_is_read_or_committed_between_revoke_and_assignment(
+    group_broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was held is in question, although messages are there: both wait for the assignment."""
+    topic, group = await group_broker.topic(2), topics.unique_name("g")
+    await group_broker.send(topic, "a", partition=0)
+    await group_broker.send(topic, "a", partition=1)
+
+    async with member(group_broker, topic, group) as one:
+        await one.until(lambda: len(one.messages) == 2)
+        held_up = group_broker.hold_up_restores(monkeypatch)
+        async with member(group_broker, topic, group) as two:
+            await one.until(held_up.asked.is_set)
+            await group_broker.send(topic, "b", partition=0)
+            for _ in range(3):
+                assert await one.poll() == Batch()
+            with pytest.raises(CommitFailed, match="rebalance"):
+                await one.commit({part(topic, 0): 1, part(topic, 1): 1})
+            held_up.gate.set()
+            await both(one, two, lambda: len(one.epochs) == len(two.epochs) == 1)
 
 
 async def test_a_commit_does_not_outlive_its_assignment(
