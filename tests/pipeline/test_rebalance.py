@@ -156,6 +156,65 @@ def test_an_open_circuit_does_not_outlast_its_messages() -> None:
     assert stage.broker.committed == {partition(): 20}
 
 
+def test_an_acknowledgement_in_the_moment_of_the_loss_marks_nothing() -> None:
+    """Acknowledged, but not heard of yet when the partition is taken away: nothing happens."""
+    stage = Stage()
+    stage.broker.append("one")
+
+    def lose_in_a_moment() -> bool:
+        asyncio.get_running_loop().call_soon(stage.source.hold)
+        return False
+
+    stage.sink.loses_acknowledgement = lose_in_a_moment
+
+    async def wait() -> None:
+        await asyncio.sleep(5)
+
+    stage.show(wait)
+    assert stage.broker.texts() == ["one"]
+    assert stage.finished() == []
+
+
+def test_nothing_is_published_while_the_revoke_commits() -> None:
+    """What comes after the drain of a revoke waits, also while its commit is under way."""
+    stage = Stage(bounds=replace(BOUNDS, commit_interval_s=100))
+    stage.broker.append("quick")
+    stage.broker.append("slow")
+    stage.extractor.latency_s = lambda text: 6.5 if text == "slow" else 0.1
+    stage.source.commit_s = 1.0
+
+    async def lose() -> None:
+        await asyncio.sleep(1)
+        await stage.source.revoke()
+        assert asyncio.get_running_loop().time() == 7.0
+        assert stage.extractor.in_flight == []
+        assert stage.sink.handed == [0]
+        stage.source.hold()
+
+    stage.show(lose)
+    assert stage.broker.texts() == ["quick"]
+    assert stage.broker.committed == {partition(): 1}
+
+
+def test_commits_do_not_overtake_each_other() -> None:
+    """The commit of a revoke waits for a slow one under way: no offset moves back."""
+    stage = Stage()
+    stage.broker.append("quick")
+    stage.broker.append("later")
+    stage.extractor.latency_s = lambda text: 1.2 if text == "later" else 0.1
+    stage.source.commit_s = 3.0
+
+    async def lose() -> None:
+        await asyncio.sleep(0.6)
+        stage.source.commit_s = 0.001
+        await stage.source.rebalance(keep={partition()})
+        assert stage.broker.committed == {partition(): 2}
+        await asyncio.sleep(5)
+
+    stage.show(lose)
+    assert stage.broker.committed == {partition(): 2}
+
+
 def test_what_was_handed_over_is_withdrawn_with_its_partition() -> None:
     """An outcome that waits for a broker is not published once its partition is another's."""
     stage = Stage()

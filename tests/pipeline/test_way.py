@@ -347,6 +347,38 @@ def test_a_failed_send_is_sent_again_in_order(stage: Stage) -> None:
     assert stage.broker.committed == {partition(): 6}
 
 
+def test_a_lane_is_handed_over_by_one_task(stage: Stage) -> None:
+    """While the sink makes one outcome wait, the next of its lane does not pass it."""
+    stage.broker.append("first", key="k")
+    stage.broker.append("second", key="k")
+    stage.extractor.latency_s = lambda text: 0.1 if text == "first" else 0.5
+    stage.sink.buffer_s = 1.0
+
+    async def free() -> None:
+        await asyncio.sleep(0.3)
+        stage.sink.buffer_s = 0.0
+        await asyncio.sleep(5)
+
+    stage.show(free)
+    assert stage.sink.handed == [0, 1]
+
+
+def test_a_lane_rests_after_a_failed_send(stage: Stage) -> None:
+    """An answer that comes meanwhile does not make the lane try again before its time."""
+    stage.broker.append("first", key="k")
+    stage.broker.append("second", key="k")
+    stage.extractor.latency_s = lambda text: 0.1 if text == "first" else 0.3
+    stage.sink.failures[0] = [PublishFailed()]
+
+    async def look() -> None:
+        await asyncio.sleep(0.5)
+        assert stage.sink.handed == [0]
+        await asyncio.sleep(5)
+
+    stage.show(look)
+    assert stage.sink.handed == [0, 0, 1]
+
+
 def test_an_output_too_large_becomes_a_dead_letter(stage: Stage) -> None:
     """Only the guilty message is rejected, once, without another call."""
     stage.broker.append("large", key="k")

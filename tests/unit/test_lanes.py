@@ -12,6 +12,22 @@ def message(offset: int, key: bytes | None) -> Message:
     return Message(Partition("in", 0), offset, 0, key, b"text", (), 0)
 
 
+def test_a_stopped_lane_hands_nothing_over() -> None:
+    """From a failure until everything handed over is settled, later ones wait."""
+    lane = Lane()
+    for offset in range(3):
+        lane.enter(offset)
+    lane.answer(0)
+    lane.answer(1)
+    assert [lane.hand_over(), lane.hand_over()] == [0, 1]
+    assert not lane.fail(0)
+    lane.answer(2)
+    assert not lane.ready
+    assert lane.hand_over() is None
+    assert lane.acknowledge(1)
+    assert [lane.hand_over(), lane.hand_over()] == [0, 2]
+
+
 def test_which_lane() -> None:
     """Key order: a lane a key, keyless messages alone; partition order: one; none: each alone."""
     assert lane_id("key", message(1, b"k")) == lane_id("key", message(2, b"k"))
