@@ -97,7 +97,7 @@ class _App:
         self._summary.observe(event)
 
     async def run(self, until_caught_up: bool) -> int:
-        """Start, work, stop; 0 when it ended as it should."""
+        """Start, work, stop; 0 when it ended as it should, 1 when its last commit failed."""
         for sentence in warnings(self._settings):
             log.warning("%s", sentence)
         with self._signals():
@@ -106,16 +106,17 @@ class _App:
                     await self._start(started)
                     until = await self._source.ends() if until_caught_up else None
                     self._started = True
-                    await self._work(until)
+                    committed = await self._work(until)
             except asyncio.CancelledError:
                 if self._started:
                     raise
                 log.info("stopped by a signal before it had started")
+                return 0
         log.info("stopped: %s", self._summary)
         problem = self._source.group().problem
         if until_caught_up and problem is not None:
             raise CannotRun(problem)
-        return 0
+        return 0 if committed else 1
 
     async def _start(self, started: AsyncExitStack) -> None:
         """From what is needed last at the stop to what is needed first."""
@@ -138,14 +139,15 @@ class _App:
             if warning is not None:
                 log.warning("%s", warning)
 
-    async def _work(self, until: Mapping[Partition, int] | None) -> None:
+    async def _work(self, until: Mapping[Partition, int] | None) -> bool:
         async with asyncio.TaskGroup() as tasks:
             beside = [tasks.create_task(self._metrics.watch(self.status))]
             if until is not None and sys.stderr.isatty():
                 beside.append(tasks.create_task(self._show_progress(until)))
-            await self._pipeline.run(until)
+            committed = await self._pipeline.run(until)
             for task in beside:
                 task.cancel()
+        return committed
 
     async def _show_progress(self, until: Mapping[Partition, int]) -> None:
         """Messages finished of those that were there at the start, in the partitions held."""

@@ -183,11 +183,11 @@ class Pipeline:
 
     # --- the life of a run ---------------------------------------------------------------------
 
-    async def run(self, until: Mapping[Partition, int] | None = None) -> None:
+    async def run(self, until: Mapping[Partition, int] | None = None) -> bool:
         """Work until `stop`, or until the partitions held have reached the offsets in `until`.
 
-        Returns with everything finished committed, as far as the source let it. When it is
-        cancelled or raises, what is not committed is left to be delivered again.
+        Returns whether everything finished is committed: False where the source refused to the
+        end. When it is cancelled or raises, what is not committed is left to be delivered again.
         """
         self._turned_at_s = self._moved_at_s = self._now_s()
         async with asyncio.TaskGroup() as tasks:
@@ -198,10 +198,11 @@ class Pipeline:
                 await self._until(lambda: self._stopping)
                 await self._drain()
                 commits.cancel()
-                await self._commit_finally()
+                committed = await self._commit_finally()
                 intake.cancel()
             finally:
                 self._end()
+        return committed
 
     @property
     def stopping(self) -> bool:
@@ -477,12 +478,13 @@ class Pipeline:
             await asyncio.sleep(self._bounds.commit_interval_s)
             await self._commit()
 
-    async def _commit_finally(self) -> None:
+    async def _commit_finally(self) -> bool:
         for _ in range(FINAL_COMMITS_MAX):
             if await self._commit():
-                return
+                return True
             await asyncio.sleep(self._bounds.commit_interval_s)
         log.error("the last commit failed; what finished since the one before may be repeated")
+        return False
 
     async def _commit(self) -> bool:
         """Store the next offsets; False if the source refused. One commit at a time."""

@@ -65,19 +65,20 @@ class Stage:
             wall_clock=lambda: asyncio.get_running_loop().time(),
         )
 
-    def show(self, act: Callable[[], Awaitable[None]] | None = None) -> None:
-        """Run until caught up; `act` happens beside it."""
+    def show(self, act: Callable[[], Awaitable[None]] | None = None) -> bool:
+        """Run until caught up; `act` happens beside it. What `run` says in the end."""
 
-        async def play() -> None:
+        async def play() -> bool:
             self.source.assign(self.pipeline)
             ends = {p: log.end for p, log in self.broker.logs.items()}
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self.pipeline.run(None if act else ends))
+                run = tasks.create_task(self.pipeline.run(None if act else ends))
                 if act is not None:
                     await act()
                     self.pipeline.stop()
+            return run.result()
 
-        virtual_time.run(play())
+        return virtual_time.run(play())
 
     def finished(self) -> list[Finished]:
         return [event for event in self.events if isinstance(event, Finished)]
@@ -518,8 +519,16 @@ def test_a_refused_commit_is_made_good(stage: Stage) -> None:
     for n in range(20):
         stage.broker.append(f"text {n}")
     stage.source.refuse_commits = 4
-    stage.show()
+    assert stage.show()
     assert stage.broker.committed == {partition(): 20}
+
+
+def test_a_last_commit_that_fails_is_said(stage: Stage) -> None:
+    """A run whose commits are refused to the end says so, as its exit code will."""
+    stage.broker.append("text")
+    stage.source.refuse_commits = 1000
+    assert not stage.show()
+    assert stage.broker.committed == {}
 
 
 def test_a_bug_ends_the_run_uncommitted(stage: Stage) -> None:
