@@ -33,7 +33,7 @@ from service.kafka.membership import Membership
 from service.kafka.offsets import GroupOffsets
 from tests.support import topics
 from tests.support.kafka import SASL_PASSWORD, SASL_USER, RealKafka, free_ports
-from tests.support.sources import PATIENCE_S, Broker, Fake, Kafka, both, member, part
+from tests.support.sources import PATIENCE_S, Broker, Fake, HeldUp, Kafka, both, member, part
 
 REAL = pytest.mark.real_kafka
 
@@ -639,10 +639,10 @@ async def test_what_is_revoked_can_be_committed_inside_and_not_after(group_broke
             assert two.messages == []
 
 
-async def test_nothing_is_read_or_committed_between_revoke_and_assignment(
+async def test_nothing_is_read_or_committed_until_it_is_known_whose_it_is(
     group_broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was held is in question, although messages are there: both wait for the assignment."""
+    """From the revoke on no poll takes what is there; after it no commit does, until assigned."""
     topic, group = await group_broker.topic(2), topics.unique_name("g")
     await group_broker.send(topic, "a", partition=0)
     await group_broker.send(topic, "a", partition=1)
@@ -650,9 +650,14 @@ async def test_nothing_is_read_or_committed_between_revoke_and_assignment(
     async with member(group_broker, topic, group) as one:
         await one.until(lambda: len(one.messages) == 2)
         held_up = group_broker.hold_up_restores(monkeypatch)
+        revoke = HeldUp()
+        one.when_revoked = revoke.wait
         async with member(group_broker, topic, group) as two:
-            await one.until(held_up.asked.is_set)
+            await one.until(revoke.asked.is_set)
             await group_broker.send(topic, "b", partition=0)
+            assert await one.poll() == Batch()
+            revoke.gate.set()
+            await one.until(held_up.asked.is_set)
             for _ in range(3):
                 assert await one.poll() == Batch()
             with pytest.raises(CommitFailed, match="rebalance"):

@@ -297,8 +297,9 @@ class Fake:
 
     async def settle(self) -> None:
         """Until no rebalance runs; raises what one has raised."""
-        while self._rebalances:
-            await self._rebalances.pop()
+        async with asyncio.timeout(PATIENCE_S):  # a test that fails may leave a gate shut
+            while self._rebalances:
+                await self._rebalances.pop()
 
     def _rebalance(self, topic: str) -> None:
         self._rebalances.append(asyncio.create_task(self._share_out(topic)))
