@@ -126,7 +126,8 @@ class Sink(Protocol):
         """Hand an outcome over; the order of these calls is the order in the log.
 
         Returns once it is in the producer's hands; the future ends with the acknowledgement
-        of all in-sync replicas, or raises `PublishFailed` or `OutputTooLarge`.
+        of all in-sync replicas, or with `PublishFailed` or `OutputTooLarge`, which `publish`
+        itself never raises.
         """
 
 
@@ -409,14 +410,10 @@ class Pipeline:
 
     async def _publish(self, entry: Entry) -> None:
         assert entry.outcome is not None, "handed over without an outcome"
-        try:
-            acknowledged = await self._sink.publish(entry.message, entry.outcome)
-        except (OutputTooLarge, PublishFailed) as failure:
-            self._not_published(entry, failure)
-        else:
-            self._sent[acknowledged] = entry.holding
-            acknowledged.add_done_callback(self._sent.pop)
-            acknowledged.add_done_callback(partial(self._called_back, self._settled, entry))
+        acknowledged = await self._sink.publish(entry.message, entry.outcome)
+        self._sent[acknowledged] = entry.holding
+        acknowledged.add_done_callback(self._sent.pop)
+        acknowledged.add_done_callback(partial(self._called_back, self._settled, entry))
 
     def _settled(self, entry: Entry, acknowledged: asyncio.Future[None]) -> None:
         """The sink's word on one outcome; too late if the partition is not ours any more."""

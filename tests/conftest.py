@@ -35,7 +35,7 @@ def _broker() -> Iterator[Broker]:
         broker = find_broker()
         broker.start()
     except KafkaUnavailable as error:
-        _do_without(str(error))
+        do_without(str(error))
     try:
         yield broker
     finally:
@@ -56,7 +56,7 @@ def mock_kafka() -> Iterator[EmbeddedBroker]:
         yield broker
 
 
-def _do_without(reason: str) -> None:
+def do_without(reason: str) -> None:
     """Skips what needs a real Kafka; fails it where TEST_KAFKA=required."""
     if os.environ.get("TEST_KAFKA") == "required":
         pytest.fail(reason, pytrace=False)

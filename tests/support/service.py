@@ -74,11 +74,6 @@ class Service:
                 assert self.process.returncode is None, f"it ended:\n{self.printed}"
                 await asyncio.sleep(0.05)
 
-    async def until_ready(self, within_s: float = 60) -> None:
-        async with asyncio.timeout(within_s):
-            while (await self.get("/readyz"))[0] != 200:
-                await asyncio.sleep(0.05)
-
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 

@@ -95,11 +95,6 @@ async def _until_it_has_leaders(client: AIOKafkaAdminClient, name: str, partitio
     raise AssertionError(f"{name} got no leaders")
 
 
-async def delete_topic(servers: str, name: str) -> None:
-    async with admin(servers) as client:
-        await client.delete_topics([name])
-
-
 Sent = bytes | None | tuple[bytes | None, bytes | None]
 """A value, or a key and a value."""
 
