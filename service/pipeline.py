@@ -308,14 +308,12 @@ class Pipeline:
         opened = self._admission.circuit.state is not CircuitState.CLOSED
         self._window.requeue_due(now_s, behind=opened)  # so that an untried one has its turn
         ask_again_s = self._window.next_retry_s
-        while self._window.next_queued() is not None:
+        while (entry := self._window.next_queued()) is not None:
             wait_s = self._admission.wait_s(now_s)
             if wait_s != 0.0:
                 if wait_s is not None:
                     ask_again_s = min(now_s + wait_s, ask_again_s or now_s + wait_s)
                 break
-            entry = self._window.next_queued()
-            assert entry is not None, "the loop's condition"
             self._observe(Admitted(now_s - entry.since_s))
             self._window.call_next(now_s)
             self._admission.admit()
@@ -447,8 +445,6 @@ class Pipeline:
 
     def _not_published(self, entry: Entry, failure: OutputTooLarge | PublishFailed) -> None:
         """The lane stops; once all it had handed over is settled, it starts again in order."""
-        if entry.holding.lost:
-            return
         rest_s = 0.0
         if isinstance(failure, OutputTooLarge) and isinstance(entry.outcome, Extracted | Passed):
             entry.outcome = _too_large(entry.outcome)
@@ -543,8 +539,10 @@ class Pipeline:
         oldest_call = next(iter(self._window.calling), None)
         overdue_s = 0.0 if oldest_call is None else now_s - oldest_call.since_s
         between = self._reassigning or self._held_out
+        partitions = {each: holding.status() for each, holding in self._window.held.items()}
+        lag = sum(one.lag or 0 for one in partitions.values())
         return Status(
-            state=self._state(group, now_s, stages),
+            state=self._state(group, now_s, stages, lag),
             slots=int(self._admission.limit),
             slots_busy=self._admission.busy,
             window=self._bounds.window,
@@ -558,10 +556,10 @@ class Pipeline:
             call_overdue_s=max(0.0, overdue_s - self._bounds.call_deadline_s),
             not_ready=self._not_ready(group),
             group=group,
-            partitions={p: holding.status() for p, holding in self._window.held.items()},
+            partitions=partitions,
         )
 
-    def _state(self, group: GroupStatus, now_s: float, stages: Counter[Stage]) -> State:
+    def _state(self, group: GroupStatus, now_s: float, stages: Counter[Stage], lag: int) -> State:
         if self._draining:
             return State.DRAINING
         if not self._assigned_once:
@@ -576,7 +574,6 @@ class Pipeline:
             return State.RUNNING
         if stages[Stage.RETRYING] or self._admission.cooldown_until_s > now_s:
             return State.WAITING_FOR_PROVIDER
-        lag = sum(holding.status().lag or 0 for holding in self._window.held.values())
         if not lag and not self._window.messages:
             return State.IDLE
         return State.STALLED if now_s - self._moved_at_s > STALLED_AFTER_S else State.RUNNING
