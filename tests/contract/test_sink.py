@@ -40,7 +40,7 @@ from service.kafka.sink import KafkaSink
 from service.kafka.sizes import size_alone
 from service.pipeline import Sink
 from tests.conftest import do_without
-from tests.support.kafka import KafkaUnavailable, RealKafka, fetch_jars
+from tests.support.kafka import Broker, RealKafka
 from tests.support.sinks import Fake, Kafka, Output
 from tests.support.topics import Read, admin, create_topic, produce, unique_name
 
@@ -474,22 +474,11 @@ async def test_without_a_topic_it_cannot_run(
 # --- brokers that fail -------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def own_broker() -> Iterator[RealKafka]:
-    """A real Kafka of this file's own: it is killed and stopped here."""
-    try:
-        fetch_jars()
-        broker = RealKafka()
-        broker.start()
-    except (KafkaUnavailable, OSError) as error:
-        do_without(str(error))
-    yield broker
-    broker.remove()
-
-
 @contextlib.contextmanager
-def hanging(broker: RealKafka) -> Iterator[None]:
+def hanging(broker: Broker) -> Iterator[None]:
     """The broker's process stands still: connections stay open, nobody answers."""
+    if not isinstance(broker, RealKafka):
+        do_without("only a broker that is a process of ours can be made to stand still")
     assert broker._process is not None
     os.kill(broker._process.pid, signal.SIGSTOP)
     try:
@@ -547,7 +536,7 @@ async def test_no_order_changes_when_sends_are_lost(
 @pytest.mark.parametrize("how", ["hangs", "is killed"])
 @pytest.mark.timeout(240)
 @pytest.mark.usefixtures("complaints")
-async def test_no_order_changes_when_the_broker_fails(own_broker: RealKafka, how: str) -> None:
+async def test_no_order_changes_when_the_broker_fails(own_broker: Broker, how: str) -> None:
     """A broker that goes away in the middle: all is published, in order of first appearance."""
     kafka = await real(own_broker.bootstrap_servers)
     lanes = [[message(100 * lane + n, b"%d" % lane) for n in range(60)] for lane in range(20)]
@@ -570,7 +559,7 @@ async def test_no_order_changes_when_the_broker_fails(own_broker: RealKafka, how
 
 @pytest.mark.real_kafka
 @pytest.mark.usefixtures("complaints")
-async def test_a_hanging_broker_fails_sends_and_stops_nobody(own_broker: RealKafka) -> None:
+async def test_a_hanging_broker_fails_sends_and_stops_nobody(own_broker: Broker) -> None:
     """A send fails within twice the request timeout; stopping then is bounded and clean."""
     kafka = await real(own_broker.bootstrap_servers)
     sink = KafkaSink(kafka.settings(kafka={"request_timeout_s": 1}))
