@@ -157,7 +157,7 @@ class _App:
             task = progress.add_task("messages", total=None)
             while True:
                 for partition, one in self.status().partitions.items():
-                    if one.next_offset is not None and partition in until:
+                    if partition in until:
                         first.setdefault(partition, one.next_offset)
                 total = sum(max(0, until[partition] - at) for partition, at in first.items())
                 progress.update(task, total=total, completed=self._summary.finished)

@@ -33,6 +33,7 @@ from service.core.events import (
     Observe,
     PublishRetried,
     Retried,
+    Spared,
     Taken,
 )
 from service.core.lanes import Lane, Ordering
@@ -48,6 +49,7 @@ from service.core.messages import (
     Rejected,
     Skipped,
 )
+from service.core.offsets import UNCLEAN_ENDS_MAX, Given, Progress
 from service.core.retry import NEVER_THE_MESSAGE, OVERLOAD, Backoff, Uniform, exhausted
 from service.core.status import GroupStatus, State, Status
 from service.core.window import Entry, Holding, Stage, Window
@@ -84,14 +86,25 @@ class Assignment(Protocol):
         partitions is published or committed until `assigned` says whose they are.
         """
 
-    def assigned(self, epochs: Mapping[Partition, int]) -> None:
+    def assigned(self, given: Mapping[Partition, Given]) -> None:
         """These are held now, and no others.
 
         A partition with the epoch it had before keeps its messages and running calls; one with
         a new epoch starts anew; one that is missing is lost: its calls are cancelled, its
-        outcomes neither published nor committed. Called after the restore (offset read, seek
-        done) and before the first message of the new epochs is returned by `poll`.
+        outcomes neither published nor committed. Called after the restore (offset and completed
+        map read, seek done) and before the first message of the new epochs is returned by `poll`.
         """
+
+    def progress(
+        self, partition: Partition, finishing: frozenset[int] = frozenset()
+    ) -> Progress | None:
+        """What Kafka should hold of a partition, once `finishing` has finished too.
+
+        None where it is not held.
+        """
+
+    def stored(self, partition: Partition, progress: Progress) -> None:
+        """Kafka holds this now; told only while the partition is held as it was when asked."""
 
 
 class Source(Protocol):
@@ -104,8 +117,12 @@ class Source(Protocol):
         in offset order within a partition. Raises `Stop` where going on makes no sense.
         """
 
-    async def commit(self, offsets: Mapping[Partition, int]) -> None:
-        """Store next offsets, within a bounded time; raises `CommitFailed`."""
+    async def commit(self, partitions: AbstractSet[Partition]) -> None:
+        """Store their progress, within a bounded time; raises `CommitFailed`.
+
+        It asks its `Assignment` for it, in the moment in which it is sent, and tells it when it
+        is stored.
+        """
 
 
 class Extractor(Protocol):
@@ -166,10 +183,11 @@ class Pipeline:
         self._uniform, self._wall_clock = uniform, wall_clock
         self._backoff = Backoff()
         self._admission = Admission(bounds.concurrency, Circuit(uniform))
-        self._window = Window(bounds.ordering)
+        self._window = Window(bounds.ordering, suspects=bounds.concurrency)
         self._tasks: asyncio.TaskGroup | None = None  # only while work may be started
         self._working: dict[asyncio.Task[None], Holding] = {}
         self._sent: dict[asyncio.Future[None], Holding] = {}  # not acknowledged
+        self._alone: Entry | None = None  # the only call that may run now
         self._lanes_at_work: set[Lane] = set()  # a task is handing over their outcomes
         self._lanes_resting: set[Lane] = set()  # a send failed; a timer will go on with them
         self._moved = asyncio.Event()  # set whenever something may have become possible
@@ -178,7 +196,7 @@ class Pipeline:
         self._held_out = True  # from a revoke until the next assignment
         self._reassigning = False
         self._assigned_once = False
-        self._stopping = self._draining = self._forced = False
+        self._stopping = self._draining = self._forced = self._ending = False
         self._last_success_s: float | None = None
         self._turned_at_s = self._moved_at_s = 0.0
 
@@ -243,7 +261,7 @@ class Pipeline:
             limit = self._room()
             if limit == 0 and await self._until(lambda: self._room() > 0, IDLE_TURN_S):
                 continue
-            self._take(await self._source.poll(limit, frozenset()))
+            self._take(await self._source.poll(limit, self._window.crowded()))
             if until is not None and self._reached(until):
                 self.stop()
 
@@ -262,14 +280,15 @@ class Pipeline:
     def _take(self, batch: Batch) -> None:
         """Messages enter the window; then the positions, which stand behind these messages."""
         now_s = self._now_s()
-        taken = taken_bytes = 0
+        taken = taken_bytes = finished = 0
         for message in batch.messages:
             entry = self._window.take(message, now_s)
-            if entry is None:
+            if not isinstance(entry, Entry):
+                finished += entry == "finished"
                 continue
             taken += 1
             taken_bytes += message.size_bytes
-            decoded = self._decode(message)
+            decoded = _died_before(entry) or self._decode(message)
             if isinstance(decoded, str):
                 entry.text = decoded
                 self._window.queue(entry)
@@ -282,8 +301,10 @@ class Pipeline:
                 holding.end = batch.ends.get(partition, holding.end)
         if taken:
             self._observe(Taken(taken, taken_bytes))
-        if taken < len(batch.messages):
-            self._observe(Dropped(len(batch.messages) - taken))
+        if finished:
+            self._observe(Spared(finished))
+        if taken + finished < len(batch.messages):
+            self._observe(Dropped(len(batch.messages) - taken - finished))
         self._admit()
 
     def _reached(self, until: Mapping[Partition, int]) -> bool:
@@ -292,10 +313,8 @@ class Pipeline:
             return False
         for partition, end in until.items():
             holding = self._window.held.get(partition)
-            if holding is not None:
-                next_offset = holding.tracker.next_offset
-                if next_offset is None or next_offset < end:
-                    return False
+            if holding is not None and holding.tracker.next_offset < end:
+                return False
         return True
 
     # --- calls -----------------------------------------------------------------------------------
@@ -309,6 +328,8 @@ class Pipeline:
         self._window.requeue_due(now_s, behind=opened)  # so that an untried one has its turn
         ask_again_s = self._window.next_retry_s
         while (entry := self._window.next_queued()) is not None:
+            if self._alone is not None or (entry.alone and self._window.calling):
+                break  # the end of a call goes on with it
             wait_s = self._admission.wait_s(now_s)
             if wait_s != 0.0:
                 if wait_s is not None:
@@ -317,21 +338,22 @@ class Pipeline:
             self._observe(Admitted(now_s - entry.since_s))
             self._window.call_next(now_s)
             self._admission.admit()
+            if entry.alone:
+                self._alone = entry
             self._start(entry.holding, self._call, entry)
         self._wake_at(ask_again_s)
 
     async def _call(self, entry: Entry) -> None:
         """One attempt; then whatever the lane can publish."""
-        result: Extracted | Rejected | CallFailure
         try:
-            result = await self._extractor.call(entry.text, entry.progress)
-        except CallFailure as failure:
-            result = failure
+            result = await (self._ask_alone(entry) if entry.alone else self._ask(entry))
         except asyncio.CancelledError:
             self._admission.circuit.cancelled()
             self._wake_at(self._now_s())  # the slot is free for another
             raise
         finally:
+            if self._alone is entry:
+                self._alone = None
             self._window.call_ended(entry)
             self._admission.release()
             self._moved_on()
@@ -382,6 +404,30 @@ class Pipeline:
                 outcome, attempts=max(calls, entry.attempts), first_failed_at_ms=first_ms
             )
         self._window.answered(entry, outcome, self._now_s())
+
+    async def _ask(self, entry: Entry) -> Extracted | Rejected | CallFailure:
+        try:
+            return await self._extractor.call(entry.text, entry.progress)
+        except CallFailure as failure:
+            return failure
+
+    async def _ask_alone(self, entry: Entry) -> Extracted | Rejected | CallFailure:
+        """While it runs nobody else does, and if the process dies now, it is known of what."""
+        await self._mark_alone(entry, entry.message.offset)
+        result = await self._ask(entry)
+        await self._mark_alone(entry, None)
+        return result
+
+    async def _mark_alone(self, entry: Entry, offset: int | None) -> None:
+        """Kafka knows who runs alone before he does, and that he has survived before others run.
+
+        Waits until it is stored, for as long as the partition is ours.
+        """
+        entry.holding.alone = offset
+        while True:
+            if await self._commit():
+                return
+            await asyncio.sleep(self._bounds.commit_interval_s)
 
     # --- publishing ------------------------------------------------------------------------------
 
@@ -470,8 +516,11 @@ class Pipeline:
         while True:
             await asyncio.sleep(self._bounds.commit_interval_s)
             await self._commit()
+            self._window.measure()
 
     async def _commit_finally(self) -> bool:
+        """From here on it is a clean end, which the commit says."""
+        self._ending = True
         for _ in range(FINAL_COMMITS_MAX):
             if await self._commit():
                 return True
@@ -480,19 +529,32 @@ class Pipeline:
         return False
 
     async def _commit(self) -> bool:
-        """Store the next offsets; False if the source refused. One commit at a time."""
+        """Store what has changed; False if the source refused. One commit at a time."""
         async with self._committing:
-            offsets = self._window.committable()
-            if not offsets:
+            changed = {each for each in self._window.held if self._has_changed(each)}
+            if not changed:
                 return True
-            holdings = {partition: self._window.held[partition] for partition in offsets}
             try:
-                await self._source.commit(offsets)
+                await self._source.commit(changed)
             except CommitFailed:
                 return False
-            for partition, holding in holdings.items():
-                holding.committed = offsets[partition]
             return True
+
+    def _has_changed(self, partition: Partition) -> bool:
+        progress = self.progress(partition)
+        return progress != self._window.held[partition].committed
+
+    def progress(
+        self, partition: Partition, finishing: frozenset[int] = frozenset()
+    ) -> Progress | None:
+        holding = self._window.held.get(partition)
+        if holding is None:
+            return None
+        return holding.progress(clean=self._held_out or self._ending, finishing=finishing)
+
+    def stored(self, partition: Partition, progress: Progress) -> None:
+        if (holding := self._window.held.get(partition)) is not None:
+            holding.committed = progress
 
     # --- assignment ------------------------------------------------------------------------------
 
@@ -505,8 +567,8 @@ class Pipeline:
         self._held_out = True
         await self._commit()
 
-    def assigned(self, epochs: Mapping[Partition, int]) -> None:
-        self._call_off(self._window.assign(epochs))
+    def assigned(self, given: Mapping[Partition, Given]) -> None:
+        self._call_off(self._window.assign(given))
         self._held_out = self._reassigning = False
         self._assigned_once = True
         self._turned_at_s = self._now_s()
@@ -663,6 +725,17 @@ def _sentence(failure: CallFailure) -> str:
     if isinstance(failure, ServiceFailure):
         return f"calls to the model fail ({failure.reason}): {failure.remedy}"
     return f"calls to the model fail ({failure.reason}); they are tried again"
+
+
+def _died_before(entry: Entry) -> Rejected | None:
+    """What becomes of a message that ran alone when the process died."""
+    if entry.message.offset != entry.holding.given.alone:
+        return None
+    return Rejected(
+        Reason.PROCESS_DIED,
+        f"the process died {UNCLEAN_ENDS_MAX} times with this message unfinished, and once more "
+        "while it was the only one that ran",
+    )
 
 
 def _exhausted(entry: Entry, failure: CallFailure) -> Rejected:

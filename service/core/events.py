@@ -46,6 +46,13 @@ class Dropped:
 
 
 @dataclass(frozen=True, slots=True)
+class Spared:
+    """Fetched messages that an earlier holder had finished, as the completed map said."""
+
+    messages: int
+
+
+@dataclass(frozen=True, slots=True)
 class Admitted:
     """A message got a slot after `waited_s` seconds in the queue."""
 
@@ -116,6 +123,11 @@ class Rebalanced:
 
 
 @dataclass(frozen=True, slots=True)
+class ForeignMetadata:
+    """Metadata stored with an offset that is damaged, or not ours: the offset alone counted."""
+
+
+@dataclass(frozen=True, slots=True)
 class OffsetsMissing:
     """The log no longer holds messages that were never read (retention passed them)."""
 
@@ -125,6 +137,7 @@ class OffsetsMissing:
 Event: TypeAlias = (
     Taken
     | Dropped
+    | Spared
     | Admitted
     | Called
     | Retried
@@ -133,6 +146,7 @@ Event: TypeAlias = (
     | Abandoned
     | Committed
     | Rebalanced
+    | ForeignMetadata
     | OffsetsMissing
 )
 Observe: TypeAlias = Callable[[Event], None]

@@ -111,6 +111,7 @@ class Reason(StrEnum):
     BAD_REQUEST = "bad_request"  # the provider refused this very request (400, 422)
     USER_CODE = "user_code"  # an exception in the user's own code
     EXHAUSTED = "exhausted"  # kept failing while others succeeded
+    PROCESS_DIED = "process_died"  # it ran alone when the process died, after others had died too
     OUTPUT_TOO_LARGE = "output_too_large"  # the output topic does not take a value of this size
 
 

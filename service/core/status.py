@@ -24,10 +24,11 @@ class State(StrEnum):
 class PartitionStatus:
     """One held partition. `lag` counts messages behind the end, None while it is unknown."""
 
-    next_offset: int | None
+    next_offset: int
     lag: int | None
     unfinished: int
     oldest_unfinished_ms: int | None  # the message's own timestamp, epoch milliseconds
+    map_ratio: float = 0.0  # of the room for the completed map; intake stops at three quarters
 
 
 @dataclass(frozen=True, slots=True)

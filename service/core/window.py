@@ -11,11 +11,26 @@ import itertools
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping
 from enum import Enum
+from typing import Literal
 
+from service.core.completed import encode, finished_ranges
 from service.core.lanes import Lane, Ordering, lane_id
 from service.core.messages import Message, Outcome, Partition
-from service.core.offsets import PartitionTracker
+from service.core.offsets import (
+    UNCLEAN_ENDS_MAX,
+    Delivery,
+    Given,
+    PartitionTracker,
+    Progress,
+)
 from service.core.status import PartitionStatus
+
+MAP_CHARS_MAX = 3_900
+"""Characters of a completed map: what brokers take as metadata (4,096 by default), less what
+stands before the map."""
+
+MAP_CHARS_HIGH = MAP_CHARS_MAX * 3 // 4
+"""A map of this size takes no more: the messages that are out have to fit into the rest."""
 
 
 class Stage(Enum):
@@ -32,6 +47,7 @@ class Entry:
     """One message in the window."""
 
     __slots__ = (
+        "alone",
         "attempts",
         "attempts_that_count",
         "first_failed_at_ms",
@@ -61,21 +77,59 @@ class Entry:
         self.progress: object | None = None  # what the extractor wants back
         self.first_failed_at_ms: int | None = None
         self.publish_attempts = 0  # failed ones
+        self.alone = holding.next_is_suspect()  # it runs by itself
 
 
 class Holding:
     """One partition under one epoch: its tracker, its lanes, its part of the window."""
 
-    __slots__ = ("committed", "end", "entries", "epoch", "lanes", "lost", "tracker")
+    __slots__ = (
+        "alone",
+        "committed",
+        "end",
+        "entries",
+        "epoch",
+        "given",
+        "lanes",
+        "lost",
+        "map_chars",
+        "suspects",
+        "tracker",
+    )
 
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
-        self.tracker = PartitionTracker()
+    def __init__(self, given: Given, suspects: int) -> None:
+        self.epoch, self.given = given.epoch, given.progress
+        next_offset, runs = given.progress.next_offset, given.progress.runs
+        self.tracker = PartitionTracker(next_offset, finished_ranges(next_offset, runs))
         self.lanes: dict[Hashable, Lane] = {}
         self.entries: dict[int, Entry] = {}  # by offset, in order
-        self.committed: int | None = None
+        self.committed = given.progress  # what Kafka is known to hold
         self.end: int | None = None
         self.lost = False
+        self.map_chars = 0  # of the completed map, as it was when it was last measured
+        self.alone: int | None = given.progress.alone
+        """The offset of the message that runs by itself, or that did when somebody died."""
+        # The holder's own end is in the count in advance.
+        died = given.progress.unclean_ends > UNCLEAN_ENDS_MAX and self.alone is None
+        self.suspects = suspects if died else 0  # so many of the next ones run by themselves
+
+    def next_is_suspect(self) -> bool:
+        """Whether the message that comes now may be what the process died of; counts it."""
+        if not self.suspects:
+            return False
+        self.suspects -= 1
+        return True
+
+    def progress(self, *, clean: bool, finishing: frozenset[int] = frozenset()) -> Progress:
+        """What Kafka should hold of it; `clean` where we let go of it in order."""
+        next_offset, runs = self.tracker.progress(finishing)
+        unclean_ends = 0
+        if next_offset == self.given.next_offset:
+            unclean_ends = max(0, self.given.unclean_ends - clean)
+        alone = self.alone
+        if alone is not None and (alone < next_offset or (clean and alone != self.given.alone)):
+            alone = None  # it was passed over, or has not died but was called off
+        return Progress(next_offset, runs, unclean_ends, alone)
 
     def lane(self, identity: Hashable) -> Lane:
         lane = self.lanes.get(identity)
@@ -87,17 +141,19 @@ class Holding:
         next_offset = self.tracker.next_offset
         return PartitionStatus(
             next_offset=next_offset,
-            lag=None if self.end is None or next_offset is None else max(0, self.end - next_offset),
+            lag=None if self.end is None else max(0, self.end - next_offset),
             unfinished=self.tracker.unfinished,
             oldest_unfinished_ms=self.tracker.oldest_unfinished_ms,
+            map_ratio=self.map_chars / MAP_CHARS_MAX,
         )
 
 
 class Window:
     """All holdings, and their entries by stage."""
 
-    def __init__(self, ordering: Ordering) -> None:
-        self._ordering = ordering
+    def __init__(self, ordering: Ordering, suspects: int) -> None:
+        """After a partition's holders have died at one offset, so many of it are `suspects`."""
+        self._ordering, self._suspects = ordering, suspects
         self.held: dict[Partition, Holding] = {}
         self.messages = 0
         self.size_bytes = 0
@@ -109,18 +165,18 @@ class Window:
 
     # --- partitions ----------------------------------------------------------------------------
 
-    def assign(self, epochs: Mapping[Partition, int]) -> list[Holding]:
+    def assign(self, given: Mapping[Partition, Given]) -> list[Holding]:
         """Hold these and no others; returns the holdings that are lost by it."""
         lost = [
             self._lose(partition)
             for partition, holding in tuple(self.held.items())
-            if epochs.get(partition) != holding.epoch
+            if partition not in given or given[partition].epoch != holding.epoch
         ]
         if lost:
             self._forget_gone()
-        for partition, epoch in epochs.items():
+        for partition, each in given.items():
             if partition not in self.held:
-                self.held[partition] = Holding(epoch)
+                self.held[partition] = Holding(each, self._suspects)
         return lost
 
     def _forget_gone(self) -> None:
@@ -138,13 +194,22 @@ class Window:
 
     # --- one message's way -----------------------------------------------------------------------
 
-    def take(self, message: Message, now_s: float) -> Entry | None:
-        """Enter a message; None where it is stale or known already."""
+    def take(self, message: Message, now_s: float) -> Entry | Literal["stale", "finished"]:
+        """Enter a message, unless it is stale (known, of an older epoch) or finished by others."""
         holding = self.held.get(message.partition)
         if holding is None or holding.epoch != message.epoch:
-            return None
-        if not holding.tracker.deliver(message.offset, message.timestamp_ms):
-            return None
+            return "stale"
+        match holding.tracker.deliver(message.offset, message.timestamp_ms):
+            case Delivery.KNOWN:
+                return "stale"
+            case Delivery.FINISHED:
+                if holding.alone == message.offset:
+                    holding.alone = None
+                return "finished"
+            case Delivery.NEW:
+                return self._enter(message, holding, now_s)
+
+    def _enter(self, message: Message, holding: Holding, now_s: float) -> Entry:
         entry = Entry(message, holding, lane_id(self._ordering, message), now_s)
         entry.lane.enter(message.offset)
         holding.entries[message.offset] = entry
@@ -215,23 +280,26 @@ class Window:
         """Its outcome is acknowledged."""
         assert entry.stage is Stage.HANDED, f"finished while {entry.stage}"
         entry.holding.tracker.finish(entry.message.offset)
+        if entry.holding.alone == entry.message.offset:
+            entry.holding.alone = None
         self._remove(entry)
         if entry.lane.empty:
             entry.holding.lanes.pop(entry.lane_id, None)
 
     def let_go(self) -> None:
-        """Forget messages that cost nothing to forget: they stay uncommitted.
+        """Forget messages that cost nothing to forget: they stay unfinished.
 
-        These are the ends of the partitions that wait for a slot or for another attempt. One
-        that stands before a message with a call running, an answer or an acknowledgement is not
-        forgotten, since what is behind it would then be paid for and published again.
+        These wait for a slot or for another attempt, and nothing that stands behind them in their
+        lane has been paid for: it could not be published without them.
         """
         for holding in self.held.values():
-            keep_from = max(holding.tracker.finished_ahead, default=-1)
-            for offset, entry in reversed(tuple(holding.entries.items())):
-                if offset < keep_from or entry.stage not in (Stage.QUEUED, Stage.RETRYING):
-                    break
-                self._remove(entry)
+            needed: set[Lane] = set()
+            for entry in reversed(tuple(holding.entries.values())):
+                waits = entry.stage in (Stage.QUEUED, Stage.RETRYING)
+                if waits and entry.lane not in needed:
+                    self._remove(entry)
+                else:
+                    needed.add(entry.lane)
 
     # --- what it says of itself --------------------------------------------------------------
 
@@ -247,14 +315,19 @@ class Window:
         for holding in self.held.values():
             yield from holding.entries.values()
 
-    def committable(self) -> dict[Partition, int]:
-        """Next offsets that are known and not committed yet."""
-        offsets = {}
-        for partition, holding in self.held.items():
-            next_offset = holding.tracker.next_offset
-            if next_offset is not None and next_offset != holding.committed:
-                offsets[partition] = next_offset
-        return offsets
+    def measure(self) -> None:
+        """See how large the completed maps are; for `crowded`."""
+        for holding in self.held.values():
+            _, runs = holding.tracker.progress()
+            holding.map_chars = len(encode(runs, MAP_CHARS_MAX)) if runs else 0
+
+    def crowded(self) -> frozenset[Partition]:
+        """Partitions that take no new messages: what finishes there would not fit into the map."""
+        return frozenset(
+            partition
+            for partition, holding in self.held.items()
+            if holding.map_chars >= MAP_CHARS_HIGH
+        )
 
     # --- inside ----------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ SENTENCES: dict[Reason, str] = {
     Reason.BAD_REQUEST: "The provider refused this request.",
     Reason.USER_CODE: "The user's own code raised an exception.",
     Reason.EXHAUSTED: "The message kept failing while others succeeded.",
+    Reason.PROCESS_DIED: "The process died while it worked on this message alone.",
     Reason.OUTPUT_TOO_LARGE: "The output topic does not take a value of this size.",
 }
 """Generic on purpose: tools show `__dlq.errors.message` anywhere, so it quotes nothing."""

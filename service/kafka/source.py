@@ -115,6 +115,7 @@ class KafkaSource:
 
         Raises `CannotRun` with a sentence, within seconds where no broker answers.
         """
+        self._assignment = assignment
         await reach(self._kafka)
         options = client_options(self._kafka)
         try:
@@ -258,7 +259,7 @@ class KafkaSource:
             Message(
                 partition=partition,
                 offset=record.offset,
-                epoch=holding.epoch,
+                epoch=holding.given.epoch,
                 key=record.key,
                 value=record.value,
                 headers=tuple(record.headers),
@@ -359,8 +360,8 @@ class KafkaSource:
 
     # --- commit --------------------------------------------------------------------------------
 
-    async def commit(self, offsets: Mapping[Partition, int]) -> None:
-        """Store next offsets of held partitions, within `COMMIT_S`.
+    async def commit(self, partitions: AbstractSet[Partition]) -> None:
+        """Store the progress of held partitions, within `COMMIT_S`.
 
         Raises `CommitFailed`: "rebalance" where the partitions are in question, which is no
         fault; else a word for why. A commit that was not answered in time may still arrive; the
@@ -368,7 +369,7 @@ class KafkaSource:
         """
         started_s = _now_s()
         try:
-            await self._commit(offsets)
+            await self._commit(partitions)
         except CommitFailed as failure:
             result = "refused" if failure.reason == "rebalance" else "failed"
             self._observe(Committed(result, _now_s() - started_s))  # type: ignore[arg-type]
@@ -376,20 +377,20 @@ class KafkaSource:
         self._observe(Committed("ok", _now_s() - started_s))
         self._clock.heard(_now_s())
 
-    async def _commit(self, offsets: Mapping[Partition, int]) -> None:
-        holdings = self._holdings_of(offsets)
-        wanted = {each: self._started.stored_for(offset) for each, offset in offsets.items()}
-        for partition, holding in holdings.items():
-            holding.attempted.add(wanted[partition])
+    async def _commit(self, partitions: AbstractSet[Partition]) -> None:
+        held, holdings = self._started, self._holdings_of(partitions)
+        wanted: dict[Partition, Stored] = {}
+        for partition in partitions:
+            if (progress := self._assignment.progress(partition)) is not None:
+                wanted[partition] = held.to_store(partition, progress)
         try:
             await within(COMMIT_S, self._commit_while_held(wanted, holdings))
         except TimeoutError as error:
             raise CommitFailed("timeout") from error
         except KafkaError as error:
             raise _commit_failed(error) from error
-        for partition, holding in holdings.items():
-            holding.stored = wanted[partition]
-            holding.attempted.clear()
+        for partition, stored in wanted.items():
+            held.has_stored(partition, holdings[partition], stored)
 
     async def _commit_while_held(
         self, wanted: Mapping[Partition, Stored], holdings: Mapping[Partition, Holding]
@@ -397,7 +398,7 @@ class KafkaSource:
         while True:
             await self._membership.find_coordinator()
             # Whoever has the partition now has it under another holding.
-            if holdings != self._holdings_of(wanted):
+            if holdings != self._holdings_of(holdings):
                 raise CommitFailed("rebalance")
             try:
                 await self._membership.commit_once(wanted)

@@ -1,19 +1,32 @@
 """Where reading starts, decided from what Kafka stores; pure, so that every case can be tested.
 
-What is stored with an offset is ASCII: `sluice1:NONCE`, then `:gN` while the group is in the
-generation N in which it was found new, then room for the completed map. The nonce is one of the
-process's, so that a process knows its own commits again.
+What is stored with an offset is ASCII, its fields in this order, all but the first where needed:
+
+    sluice1:NONCE  the version and 16 hexadecimal digits of the process that wrote it, so that it
+                   knows its own commits again
+    :gN            while the group is in the generation N in which it was found new
+    :tID           the topic's id, so that an offset is not taken for one of a topic made again
+    :uN            unclean ends at this next offset, the writer's own in advance
+    :aN            the offset of the message that runs alone
+    :mMAP          the completed map (core/completed.py)
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from service.core.completed import Damaged, decode, encode
 from service.core.messages import Partition
+from service.core.offsets import Progress
+from service.core.window import MAP_CHARS_MAX
 
-_METADATA = re.compile(r"sluice1:(?P<nonce>[0-9a-f]{16})(?::g(?P<began>\d{1,10}))?(?:$|:)")
+_METADATA = re.compile(
+    r"sluice1:(?P<nonce>[0-9a-f]{16})(?::g(?P<began>[0-9]{1,10}))?(?::t(?P<topic_id>[\w-]{1,64}))?"
+    r"(?::u(?P<unclean_ends>[0-9]{1,9}))?(?::a(?P<alone>[0-9]{1,19}))?(?::m(?P<map>[^:]+))?",
+    re.ASCII,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,32 +46,51 @@ class Bounds:
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
-    """Read from here, or from the log's begin where that is later.
-
-    `pin`: Kafka holds no offset yet, and this one is to be stored at once. Otherwise a group that
-    starts at `latest` and ends before its first commit would start at a later `latest`.
-    """
-
-    offset: int
-    pin: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class HeldOut:
     """Don't read: only a person can say from where. The text says what it means and what to do."""
 
     problem: str
 
 
-def metadata_of(nonce: str, began: int | None) -> str:
-    """What is stored with an offset; `began` as long as the group is in that generation."""
-    return f"sluice1:{nonce}" if began is None else f"sluice1:{nonce}:g{began}"
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What stands in the metadata beside the progress: who wrote it, when, about which topic."""
+
+    nonce: str
+    began: int | None = None
+    topic_id: str | None = None
 
 
-def is_foreign(stored: Stored) -> bool:
-    """Whether somebody else wrote it, or it is damaged; then only its offset counts."""
-    return _METADATA.match(stored.metadata) is None
+def to_store(progress: Progress, mark: Mark) -> Stored:
+    """Offset and metadata; of a completed map that is too long the end is left out."""
+    fields = (
+        ("g", mark.began),
+        ("t", mark.topic_id),
+        ("u", progress.unclean_ends or None),
+        ("a", progress.alone),
+        ("m", encode(progress.runs, MAP_CHARS_MAX) or None),
+    )
+    written = "".join(f":{letter}{value}" for letter, value in fields if value is not None)
+    return Stored(progress.next_offset, f"sluice1:{mark.nonce}{written}")
+
+
+def read(stored: Stored) -> tuple[Progress, Mark] | None:
+    """What `to_store` wrote; None where somebody else did, or it is damaged."""
+    found = _METADATA.fullmatch(stored.metadata)
+    if found is None:
+        return None
+    try:
+        runs = decode(found["map"] or "")
+    except Damaged:
+        return None
+    progress = Progress(
+        stored.offset, runs, int(found["unclean_ends"] or 0), _number(found["alone"])
+    )
+    return progress, Mark(found["nonce"], _number(found["began"]), found["topic_id"])
+
+
+def _number(text: str | None) -> int | None:
+    return None if text is None else int(text)
 
 
 def is_new(stored: Mapping[Partition, Stored | None], generation: int) -> bool:
@@ -68,19 +100,41 @@ def is_new(stored: Mapping[Partition, Stored | None], generation: int) -> bool:
     new in this generation: they are faster than we by a moment.
     """
     known = [each for each in stored.values() if each is not None]
-    began = {found["began"] for each in known if (found := _METADATA.match(each.metadata))}
-    return not known or str(generation) in began
+    began = {found[1].began for each in known if (found := read(each)) is not None}
+    return not known or generation in began
+
+
+def taken_over(offset: int, stored: Stored | None) -> Progress:
+    """The progress with which a partition is read on from `offset`, by a new holder.
+
+    Its own end counts as unclean until it has finished something or come to a clean end.
+    """
+    found = None if stored is None else read(stored)
+    before = Progress(offset) if found is None or found[0].next_offset != offset else found[0]
+    return replace(before, unclean_ends=before.unclean_ends + 1)
 
 
 def where_to_start(
-    partition: Partition, stored: Stored | None, bounds: Bounds, chosen: int | None
-) -> Start | HeldOut:
-    """The start of one partition; `chosen` by the settings where the group is new, else None."""
+    partition: Partition,
+    stored: Stored | None,
+    bounds: Bounds,
+    chosen: int | None,
+    topic_id: str | None = None,
+) -> int | HeldOut:
+    """The offset to read from; `chosen` by the settings where the group is new, else None.
+
+    Below the log's begin it stays what is stored: that something is missing is for others to say.
+    `topic_id` is the topic's now, None where brokers don't tell.
+    """
     if stored is None:
-        return Start(bounds.begin if chosen is None else chosen, pin=True)
+        return bounds.begin if chosen is None else chosen
+    found = read(stored)
+    then = None if found is None else found[1].topic_id
+    if then is not None and topic_id is not None and then != topic_id:
+        return HeldOut(made_again(partition, stored.offset, bounds.end))
     if stored.offset > bounds.end:
         return HeldOut(beyond_the_end(partition, stored.offset, bounds.end))
-    return Start(stored.offset)
+    return stored.offset
 
 
 def beyond_the_end(partition: Partition, offset: int, end: int) -> str:
@@ -90,6 +144,16 @@ def beyond_the_end(partition: Partition, offset: int, end: int) -> str:
         "was made again, or its log was cut. Starting over would read, and pay for, its "
         f"{end} offsets. To do so, stop every worker and set the group's offsets with "
         "kafka-consumer-groups --reset-offsets, or use a new kafka.group_id."
+    )
+
+
+def made_again(partition: Partition, offset: int, end: int) -> str:
+    """What is stored was read from another topic of this name."""
+    return (
+        f"The group's next offset of {partition}, {offset}, was stored for a topic of this name "
+        "that has been deleted since, and says nothing of the one that is there now. Starting over "
+        f"would read, and pay for, its {end} offsets. To do so, stop every worker and set the "
+        "group's offsets with kafka-consumer-groups --reset-offsets, or use a new kafka.group_id."
     )
 
 

@@ -36,10 +36,12 @@ from service.core.events import (
     Dropped,
     Event,
     Finished,
+    ForeignMetadata,
     OffsetsMissing,
     PublishRetried,
     Rebalanced,
     Retried,
+    Spared,
     Taken,
 )
 from service.core.messages import Reason
@@ -90,6 +92,7 @@ class Metrics:
         self._by_type: dict[type, Callable[[Any], None]] = {
             Taken: self._taken,
             Dropped: self._dropped,
+            Spared: self._spared,
             Admitted: self._admitted,
             Called: self._called,
             Retried: self._retried,
@@ -98,6 +101,7 @@ class Metrics:
             Abandoned: self._abandoned,
             Committed: self._committed,
             Rebalanced: self._rebalanced,
+            ForeignMetadata: self._foreign_metadata,
             OffsetsMissing: self._offsets_missing,
         }
 
@@ -141,6 +145,16 @@ class Metrics:
             "sluice_messages_dropped",
             "Fetched messages that were not taken: known already, or of an older assignment; some "
             "at each rebalance are as it should be.",
+        )
+        self._messages_spared = self._counter(
+            "sluice_messages_spared",
+            "Fetched messages that an earlier holder of the partition had finished, as its "
+            "completed map said: not called, nor paid for, again.",
+        )
+        self._metadata_foreign = self._counter(
+            "sluice_metadata_foreign",
+            "Partitions taken over with metadata that is not ours, or damaged: their offset alone "
+            "counted, and what had finished beyond it is repeated.",
         )
         self._messages_finished = self._counters(
             "sluice_messages_finished",
@@ -296,6 +310,9 @@ class Metrics:
     def _dropped(self, event: Dropped) -> None:
         self._messages_dropped.inc(event.messages)
 
+    def _spared(self, event: Spared) -> None:
+        self._messages_spared.inc(event.messages)
+
     def _admitted(self, event: Admitted) -> None:
         self._queue_wait.observe(event.waited_s)
 
@@ -330,6 +347,9 @@ class Metrics:
         self._partitions_assigned["kept"].inc(event.kept)
         self._partitions_assigned["new"].inc(event.assigned - event.kept)
         self._rebalance_duration.observe(event.duration_s)
+
+    def _foreign_metadata(self, _: ForeignMetadata) -> None:
+        self._metadata_foreign.inc()
 
     def _offsets_missing(self, event: OffsetsMissing) -> None:
         self._messages_missing.inc(event.messages)
@@ -454,6 +474,12 @@ _PARTITION_FIGURES: tuple[tuple[str, str, _Read], ...] = (
         "sluice_partition_unfinished",
         "Messages of the partition in the window.",
         lambda one: one.unfinished,
+    ),
+    (
+        "sluice_partition_completed_map_ratio",
+        "Of the room that the broker gives the completed map of the partition; from 0.75 on it "
+        "takes no messages until an old one finishes.",
+        lambda one: one.map_ratio,
     ),
     (
         "sluice_partition_oldest_unfinished_timestamp_seconds",

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime
+from random import Random
 
 import pytest
 from aiokafka import AIOKafkaConsumer
@@ -26,8 +28,9 @@ from confluent_kafka.admin import (
 )
 
 from service.core.errors import CannotRun, CommitFailed
-from service.core.events import Committed, OffsetsMissing, Rebalanced
+from service.core.events import Committed, ForeignMetadata, OffsetsMissing, Rebalanced
 from service.core.messages import Batch, Partition
+from service.core.offsets import Progress
 from service.demo.broker import EmbeddedBroker
 from service.kafka.membership import Membership
 from service.kafka.offsets import GroupOffsets
@@ -326,13 +329,48 @@ async def test_what_is_stored_names_the_process_that_wrote_it(kafka: Kafka) -> N
     for _ in range(2):
         async with member(kafka, topic, group) as one:
             await one.until(lambda: bool(one.epochs))
-            await one.source.commit({part(topic): 0})
+            await one.commit({part(topic): 0})
         ((_, metadata),) = (await topics.committed(kafka.servers, group, topic, 1)).values()
         assert metadata.isascii()
         assert metadata.startswith("sluice1:")
         assert len(metadata) < 64
         nonces.add(metadata.split(":")[1])
     assert len(nonces) == 2
+
+
+async def test_the_next_holder_gets_the_completed_map(broker: Broker) -> None:
+    """What is finished beyond the next offset travels with it; each holder's own end counts in
+    advance, and one that let go in order has taken his back."""
+    topic, group = await broker.topic(), topics.unique_name("g")
+    await broker.send(topic, *"abcdefgh")
+    left_behind = Progress(2, runs=(1, 3), unclean_ends=0)
+    async with member(broker, topic, group) as one:
+        await one.until(lambda: bool(one.given))
+        assert one.given[part(topic)].progress == Progress(0, unclean_ends=1)
+        await one.commit({part(topic): left_behind})
+        assert one.stored_last == {part(topic): left_behind}
+    for unclean_ends in (1, 2):
+        async with member(broker, topic, group) as two:
+            await two.until(lambda: bool(two.given))
+            expected = replace(left_behind, unclean_ends=unclean_ends)
+            assert two.given[part(topic)].progress == expected
+
+
+async def test_a_map_longer_than_brokers_take_is_stored_as_far_as_it_goes(kafka: Kafka) -> None:
+    """The commit succeeds, and nothing unfinished counts as finished."""
+    topic, group = await kafka.topic(), topics.unique_name("g")
+    await kafka.send(topic, "a")
+    random = Random(7)
+    runs = tuple(random.randrange(1, 300) for _ in range(20_000))
+    async with member(kafka, topic, group) as one:
+        await one.until(lambda: bool(one.given))
+        await one.commit({part(topic): Progress(0, runs)})
+        assert one.heard(Committed)[-1].result == "ok"
+    async with member(kafka, topic, group) as two:
+        await two.until(lambda: bool(two.given))
+    found = two.given[part(topic)].progress.runs
+    assert len(found) > 1000
+    assert found == runs[: len(found)]
 
 
 async def test_a_partition_that_is_not_held_is_not_committed(broker: Broker) -> None:
@@ -479,6 +517,7 @@ async def test_foreign_metadata_is_ignored(kafka: Kafka) -> None:
     async with member(kafka, topic, group) as one:
         await one.until(lambda: len(one.messages) == 1)
     assert one.texts == ["b"]
+    assert one.heard(ForeignMetadata) == [ForeignMetadata()]
 
 
 async def test_an_unknown_topic_is_a_sentence(kafka: Kafka) -> None:

@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import pytest
 
+from service.core.completed import finished_ranges
 from service.core.errors import OutputTooLarge, TransientFailure
-from service.core.messages import Message, Reason, Rejected
+from service.core.messages import Message, Partition, Reason, Rejected
 from tests.pipeline.test_way import BOUNDS, SETTLED, Stage
 from tests.support.fakes import partition
 
@@ -147,3 +148,40 @@ def test_a_stop_at_any_moment_repeats_nothing(seed: int) -> None:
     published = [message.coordinates for message, _ in stage.broker.published]
     assert len(published) == len(set(published)) == MESSAGES
     assert len(stage.extractor.calls) == len(set(stage.extractor.calls)) == MESSAGES
+
+
+@pytest.mark.parametrize("seed", range(60), ids=lambda seed: f"seed-{seed}")
+def test_a_crash_repeats_only_what_no_map_held(seed: int) -> None:
+    """Killed at random moments: what is called again was taken and not in what was stored last."""
+    rng = random.Random(3000 + seed)
+    stage = scene(rng)
+    stage.sink.flaky = lambda: False
+    stage.sink.failures.clear()
+    stage.extractor.scripts.clear()
+    for _ in range(rng.randrange(1, 4)):
+        lived_s = rng.uniform(0, 12)
+        stage.die(lived_s)
+        called = set(stage.extractor.calls)
+        held = {text_at(stage, *each) for each in held_by_kafka(stage)}
+        before = len(stage.extractor.calls)
+        stage.die(lived_s)
+        again = set(stage.extractor.calls[before:]) & called
+        assert not again & held, "called again although a stored map held it"
+    stage.show()
+    check(stage)
+
+
+def held_by_kafka(stage: Stage) -> set[tuple[Partition, int]]:
+    """What the stored offsets and maps say is finished."""
+    found = set()
+    for where, progress in stage.broker.stored.items():
+        ranges = (
+            range(progress.next_offset),
+            *finished_ranges(progress.next_offset, progress.runs),
+        )
+        found |= {(where, o) for o in stage.broker.logs[where].values for r in ranges if o in r}
+    return found
+
+
+def text_at(stage: Stage, where: Partition, offset: int) -> str:
+    return (stage.broker.logs[where].values[offset].value or b"").decode()

@@ -10,6 +10,7 @@ import pytest
 from service.core.errors import OutputTooLarge, PublishFailed, ServiceFailure, TransientFailure
 from service.core.events import Abandoned, Event, Finished
 from service.core.messages import Message, Outcome, Passed, Reason, Rejected, Skipped
+from service.core.offsets import Progress
 from service.core.status import GroupStatus, State
 from service.pipeline import Bounds, Pipeline
 from tests.support import virtual_time
@@ -79,6 +80,29 @@ class Stage:
             return run.result()
 
         return virtual_time.run(play())
+
+    def die(self, after_s: float) -> bool:
+        """Live at most this long, as a process that is killed then, or by a deadly text: nothing
+        more is stored. Whether it was a text."""
+
+        async def play() -> bool:
+            self.source.assign(self.pipeline)
+            self.extractor.died = asyncio.Event()
+            run = asyncio.create_task(self.pipeline.run())
+            died = asyncio.create_task(self.extractor.died.wait())
+            await asyncio.wait([run, died], timeout=after_s, return_when="FIRST_COMPLETED")
+            if run.done():
+                run.result()
+            of_a_text = died.done()
+            for task in (run, died):
+                task.cancel()
+            await asyncio.wait([run, died])
+            return of_a_text
+
+        of_a_text = virtual_time.run(play())
+        self.sink.forget()
+        self.pipeline = self.new_pipeline()
+        return of_a_text
 
     def finished(self) -> list[Finished]:
         return [event for event in self.events if isinstance(event, Finished)]
@@ -463,11 +487,34 @@ def test_stop_lets_go_of_what_costs_nothing(stage: Stage) -> None:
     assert not [event for event in stage.events if isinstance(event, Abandoned)]
 
 
-def test_stop_finishes_what_stands_before_finished_ones(stage: Stage) -> None:
-    """A retry that finished messages stand behind is finished too, so that none is repeated."""
+def test_stop_does_not_wait_for_a_retry_that_the_map_steps_over(stage: Stage) -> None:
+    """Finished messages of other lanes behind it are stored with it, so that none is repeated."""
     stage.extractor.scripts["text 0"] = [TransientFailure("timeout", retry_after_s=8.0)]
     for n in range(4):
         stage.broker.append(f"text {n}", key=str(n))
+    ended_s = 0.0
+
+    async def stop() -> None:
+        nonlocal ended_s
+        await asyncio.sleep(2)
+        stage.pipeline.stop()
+        await asyncio.sleep(1)
+        ended_s = asyncio.get_running_loop().time()
+
+    stage.show(stop)
+    assert ended_s == 3
+    assert stage.broker.stored == {partition(): Progress(0, runs=(1, 3))}
+    stage.pipeline = stage.new_pipeline()
+    stage.show()
+    assert stage.broker.committed == {partition(): 4}
+    assert stage.extractor.calls == [*(f"text {n}" for n in range(4)), "text 0"]
+
+
+def test_stop_finishes_a_retry_that_paid_answers_of_its_lane_wait_for(stage: Stage) -> None:
+    """They could not be published before it, and would be paid for again."""
+    stage.extractor.scripts["text 0"] = [TransientFailure("timeout", retry_after_s=8.0)]
+    for n in range(4):
+        stage.broker.append(f"text {n}", key="k")
 
     async def stop() -> None:
         await asyncio.sleep(2)

@@ -8,11 +8,12 @@ Kafka adapters (tests/contract), so what they do is what Kafka does, and no more
 import asyncio
 import itertools
 from collections import defaultdict, deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from service.core.completed import finished_ranges
 from service.core.errors import CommitFailed, OutputTooLarge, PublishFailed
 from service.core.lanes import Ordering
 from service.core.messages import (
@@ -27,6 +28,7 @@ from service.core.messages import (
     Record,
     Rejected,
 )
+from service.core.offsets import Given, Progress
 from service.kafka.lane_failures import LaneFailures
 from service.pipeline import Assignment
 
@@ -80,7 +82,7 @@ class FakeBroker:
     def __init__(self, partitions: int = 1, topic: str = TOPIC) -> None:
         self.topic = topic
         self.logs = {Partition(topic, n): Log() for n in range(partitions)}
-        self.committed: dict[Partition, int] = {}
+        self.stored: dict[Partition, Progress] = {}
         self.published: list[tuple[Message, Outcome]] = []
         self.acknowledged: dict[Partition, set[int]] = defaultdict(set)
 
@@ -89,11 +91,24 @@ class FakeBroker:
             text.encode(), None if key is None else key.encode()
         )
 
-    def check_commit(self, where: Partition, offset: int) -> None:
-        """Everything below a committed offset has an acknowledged outcome."""
+    @property
+    def committed(self) -> dict[Partition, int]:
+        """Next offsets, of partitions of which something is finished."""
+        return {where: at.next_offset for where, at in self.stored.items() if at.next_offset}
+
+    def check_commit(self, where: Partition, progress: Progress) -> None:
+        """Everything below a committed offset, or in its map, has an acknowledged outcome."""
         delivered = self.logs[where].values if where in self.logs else {}
-        missing = [o for o in delivered if o < offset and o not in self.acknowledged[where]]
-        assert not missing, f"committed {where}@{offset} before the outcomes of {missing}"
+        finished = (
+            range(progress.next_offset),
+            *finished_ranges(progress.next_offset, progress.runs),
+        )
+        missing = [
+            offset
+            for offset in delivered
+            if offset not in self.acknowledged[where] and any(offset in each for each in finished)
+        ]
+        assert not missing, f"committed {where} {progress} before the outcomes of {missing}"
 
     def outcomes(self, number: int = 0) -> list[int]:
         """Offsets of one partition in the order of their first publish."""
@@ -116,16 +131,16 @@ class FakeSource:
         self.broker = broker
         self.poll_wait_s = poll_wait_s
         self.positions: dict[Partition, int] = {}
-        self.epochs: dict[Partition, int] = {}
+        self.given: dict[Partition, Given] = {}
         self.refuse_commits = 0
-        self.commits: list[dict[Partition, int]] = []
+        self.commits: list[dict[Partition, Progress]] = []
         self.polls: list[int] = []
         self.assignment: Assignment | None = None
         self.commit_s = 0.001
         self.before_storing: Callable[[], Awaitable[None]] = self._reach_the_coordinator
         self._numbers = itertools.count(1)  # of epochs
         self._turns = itertools.count()  # which partition a poll begins with
-        self._before: dict[Partition, int] = {}  # what a revoke has taken away
+        self._before: dict[Partition, Given] = {}  # what a revoke has taken away
         self._reassigning = False
 
     # --- what the group does to it -------------------------------------------------------------
@@ -150,9 +165,9 @@ class FakeSource:
         """Everything is in question: the pipeline may finish and commit, then nothing is held."""
         assert self.assignment is not None
         self._reassigning = True
-        if self.epochs:
+        if self.given:
             await self.assignment.revoked()
-        self._before, self.epochs = self.epochs, {}
+        self._before, self.given = self.given, {}
 
     def hold(
         self,
@@ -162,12 +177,19 @@ class FakeSource:
         """What comes after a revoke: `keep` go on where they were, `fresh` where Kafka says."""
         assert self.assignment is not None
         assert not keep & fresh
-        self.epochs = {where: self._before[where] for where in sorted(keep)}
+        self.given = {where: self._before[where] for where in sorted(keep)}
         for where in sorted(fresh):
-            self.epochs[where] = next(self._numbers)
-            self.positions[where] = self.broker.committed.get(where, 0)
+            before = self.broker.stored.get(where, Progress(0))
+            progress = replace(before, unclean_ends=before.unclean_ends + 1)
+            self.given[where] = Given(next(self._numbers), progress)
+            self.broker.stored[where] = progress
+            self.positions[where] = progress.next_offset
         self._reassigning = False
-        self.assignment.assigned(dict(self.epochs))
+        self.assignment.assigned(dict(self.given))
+
+    @property
+    def epochs(self) -> dict[Partition, int]:
+        return {where: each.epoch for where, each in self.given.items()}
 
     def fetch_again(self) -> None:
         """Deliver once more what is not committed; no contract says that it never happens."""
@@ -213,20 +235,26 @@ class FakeSource:
             self.positions[where] += 1
         return found
 
-    async def commit(self, offsets: Mapping[Partition, int]) -> None:
-        for where, offset in offsets.items():
-            self.broker.check_commit(where, offset)
-        held = self._held(offsets)
+    async def commit(self, partitions: AbstractSet[Partition]) -> None:
+        assert self.assignment is not None
+        wanted = {where: self.assignment.progress(where) for where in partitions}
+        progress = {where: each for where, each in wanted.items() if each is not None}
+        for where, each in progress.items():
+            self.broker.check_commit(where, each)
+        held = self._held(partitions)
         if self.refuse_commits:
             self.refuse_commits -= 1
             raise CommitFailed("refused")
         await self.before_storing()
-        if held != self._held(offsets):
+        if held != self._held(partitions):
             raise CommitFailed("rebalance")
-        for where, offset in offsets.items():
-            assert offset >= self.broker.committed.get(where, 0), "an offset was moved back"
-        self.broker.committed.update(offsets)
-        self.commits.append(dict(offsets))
+        for where, each in progress.items():
+            before = self.broker.stored.get(where, Progress(0))
+            assert each.next_offset >= before.next_offset, "an offset was moved back"
+        self.broker.stored.update(progress)
+        self.commits.append(progress)
+        for where, each in progress.items():
+            self.assignment.stored(where, each)
 
     async def _reach_the_coordinator(self) -> None:
         await asyncio.sleep(self.commit_s)
@@ -249,6 +277,8 @@ class FakeExtractor:
         self.in_flight: list[str] = []
         self.in_flight_max = 0
         self.cancelled: list[str] = []
+        self.deadly: set[str] = set()  # texts on which the user's code takes the process down
+        self.died = asyncio.Event()
 
     async def call(self, text: str, progress: object | None) -> Extracted | Rejected:
         self.calls.append(text)
@@ -262,6 +292,9 @@ class FakeExtractor:
             raise
         finally:
             self.in_flight.remove(text)
+        if text in self.deadly:
+            self.died.set()
+            await asyncio.sleep(1e9)
         if self.always is not None:
             raise self.always
         if self.scripts[text]:
@@ -317,6 +350,10 @@ class FakeSink:
         else:
             self._hand_over(message, outcome, acknowledged)
         return acknowledged
+
+    def forget(self) -> None:
+        """The process has died: what had not landed never will."""
+        self._pending.clear()
 
     def _hand_over(
         self, message: Message, outcome: Outcome, acknowledged: asyncio.Future[None]

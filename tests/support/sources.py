@@ -19,6 +19,7 @@ from aiokafka.structs import TopicPartition
 
 from service.core.events import Event
 from service.core.messages import Batch, Message, Partition
+from service.core.offsets import Given, Progress
 from service.demo.broker import EmbeddedBroker
 from service.kafka.membership import Membership
 from service.kafka.offsets import GroupOffsets
@@ -50,6 +51,9 @@ class Member(Generic[S]):
     when_revoked: Callable[[], Awaitable[None]] | None = None
     before_commit: Callable[[Mapping[Partition, int]], None] = lambda _: None
     revokes: int = 0
+    wanted: dict[Partition, Progress] = field(default_factory=dict)
+    given: dict[Partition, Given] = field(default_factory=dict)
+    stored_last: dict[Partition, Progress] = field(default_factory=dict)
     next: dict[tuple[Partition, int], int] = field(default_factory=dict)
 
     async def revoked(self) -> None:
@@ -57,9 +61,18 @@ class Member(Generic[S]):
         if self.when_revoked is not None:
             await self.when_revoked()
 
-    def assigned(self, epochs: Mapping[Partition, int]) -> None:
-        self.epochs = dict(epochs)
-        self.assignments.append(dict(epochs))
+    def assigned(self, given: Mapping[Partition, Given]) -> None:
+        self.given = dict(given)
+        self.epochs = {partition: each.epoch for partition, each in given.items()}
+        self.assignments.append(dict(self.epochs))
+
+    def progress(
+        self, partition: Partition, finishing: frozenset[int] = frozenset()
+    ) -> Progress | None:
+        return self.wanted.get(partition)
+
+    def stored(self, partition: Partition, progress: Progress) -> None:
+        self.stored_last[partition] = progress
 
     async def poll(self, limit: int = 100, closed: AbstractSet[Partition] = frozenset()) -> Batch:
         batch = await self.source.poll(limit, closed)
@@ -82,9 +95,14 @@ class Member(Generic[S]):
         assert message.offset >= self.next.get(key, 0), "out of order, twice, or passed over"
         self.next[key] = message.offset + 1
 
-    async def commit(self, offsets: Mapping[Partition, int]) -> None:
-        self.before_commit(offsets)
-        await self.source.commit(offsets)
+    async def commit(self, offsets: Mapping[Partition, int | Progress]) -> None:
+        """Store these, as a pipeline that has come as far would."""
+        self.wanted = {
+            partition: at if isinstance(at, Progress) else Progress(at)
+            for partition, at in offsets.items()
+        }
+        self.before_commit({p: progress.next_offset for p, progress in self.wanted.items()})
+        await self.source.commit(offsets.keys())
 
     async def until(
         self,
@@ -259,8 +277,8 @@ class Fake:
         return {where.partition: offset for where, offset in found}
 
     async def store(self, group: str, topic: str, offsets: dict[int, int]) -> None:
-        stored = {part(topic, number): offset for number, offset in offsets.items()}
-        self._brokers[topic].committed.update(stored)
+        stored = {part(topic, number): Progress(offset) for number, offset in offsets.items()}
+        self._brokers[topic].stored.update(stored)
 
     def hold_up_restores(self, monkeypatch: pytest.MonkeyPatch) -> HeldUp:
         self._restores = HeldUp()

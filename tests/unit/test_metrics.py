@@ -20,10 +20,12 @@ from service.core.events import (
     Dropped,
     Event,
     Finished,
+    ForeignMetadata,
     OffsetsMissing,
     PublishRetried,
     Rebalanced,
     Retried,
+    Spared,
     Taken,
 )
 from service.core.messages import Partition, Reason
@@ -53,8 +55,8 @@ STATUS = Status(
     not_ready=(),
     group=GroupStatus(settled=True, unsettled_s=0.0, broker_answers=True),
     partitions={
-        Partition("texts", 0): PartitionStatus(7, 13, 5, 1_769_839_200_500),
-        Partition("texts", 1): PartitionStatus(None, None, 0, None),
+        Partition("texts", 0): PartitionStatus(7, 13, 5, 1_769_839_200_500, map_ratio=0.5),
+        Partition("texts", 1): PartitionStatus(3, None, 0, None),
     },
 )
 
@@ -210,6 +212,8 @@ MOVES: list[tuple[Event, dict[str, float]]] = [
             "sluice_rebalance_duration_seconds_sum": 3.0,
         },
     ),
+    (Spared(messages=4), {"sluice_messages_spared_total": 4}),
+    (ForeignMetadata(), {"sluice_metadata_foreign_total": 1}),
     (OffsetsMissing(messages=9), {"sluice_messages_missing_total": 9}),
 ]
 
@@ -306,7 +310,10 @@ def test_partitions_show_what_is_known() -> None:
         ("lag", "0"): 13,
         ("next_offset", "0"): 7,
         ("unfinished", "0"): 5,
+        ("next_offset", "1"): 3,
         ("unfinished", "1"): 0,
+        ("completed_map_ratio", "0"): 0.5,
+        ("completed_map_ratio", "1"): 0,
         ("oldest_unfinished_timestamp_seconds", "0"): 1_769_839_200.5,
     }
 

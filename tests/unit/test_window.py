@@ -1,11 +1,17 @@
 """The window's bookkeeping: counts stay right whatever happens to an entry."""
 
 import gc
+from random import Random
 
 from service.core.messages import Message, Partition, Skipped
-from service.core.window import Entry, Stage, Window
+from service.core.offsets import UNCLEAN_ENDS_MAX, Given, Progress
+from service.core.window import MAP_CHARS_HIGH, Entry, Holding, Stage, Window
 
 WHERE = Partition("in", 0)
+
+
+def given(epoch: int) -> Given:
+    return Given(epoch, Progress(0))
 
 
 def message(offset: int, epoch: int = 1) -> Message:
@@ -13,22 +19,26 @@ def message(offset: int, epoch: int = 1) -> Message:
 
 
 def full(count: int) -> Window:
-    window = Window("none")
-    window.assign({WHERE: 1})
+    window = Window("none", suspects=2)
+    window.assign({WHERE: given(1)})
     for offset in range(count):
-        entry = window.take(message(offset), now_s=0)
-        assert entry is not None
-        window.queue(entry)
+        window.queue(taken(window, message(offset)))
     return window
+
+
+def taken(window: Window, one: Message) -> Entry:
+    entry = window.take(one, now_s=0)
+    assert isinstance(entry, Entry)
+    return entry
 
 
 def test_a_stale_message_is_not_taken() -> None:
     """Another epoch, an unknown partition, a known offset: none of them enters."""
     window = full(2)
-    assert window.take(message(5, epoch=0), 0) is None
-    assert window.take(message(1), 0) is None
+    assert window.take(message(5, epoch=0), 0) == "stale"
+    assert window.take(message(1), 0) == "stale"
     window.assign({})
-    assert window.take(message(5), 0) is None
+    assert window.take(message(5), 0) == "stale"
 
 
 def test_a_lost_holding_leaves_nothing_behind() -> None:
@@ -43,7 +53,7 @@ def test_a_lost_holding_leaves_nothing_behind() -> None:
     window.answered(handed, Skipped(), 0)
     assert window.hand_over(handed.holding, handed.lane, 0) is handed
     assert (window.messages, window.size_bytes, window.handed) == (4, 24, 1)
-    [holding] = window.assign({WHERE: 2})
+    [holding] = window.assign({WHERE: given(2)})
     assert holding.lost
     assert called.holding is holding
     assert (window.messages, window.size_bytes, window.handed) == (0, 0, 0)
@@ -57,12 +67,11 @@ def test_lost_messages_do_not_pile_up_behind_a_kept_one() -> None:
     retried = window.call_next(0)
     window.call_ended(retried)
     window.retry(retried, now_s=0, due_s=1)
-    other, kept = Partition("in", 1), {WHERE: 1}
+    other, kept = Partition("in", 1), {WHERE: given(1)}
     for epoch in range(2, 5):
-        window.assign({**kept, other: epoch})
+        window.assign({**kept, other: given(epoch)})
         for offset in range(3):
-            entry = window.take(Message(other, offset, epoch, None, b"1", (), 0), now_s=0)
-            assert entry is not None
+            entry = taken(window, Message(other, offset, epoch, None, b"1", (), 0))
             window.queue(entry) if offset else window.retry(entry, 0, due_s=99)
         del entry
     window.assign(kept)
@@ -86,22 +95,104 @@ def test_due_retries_come_before_the_queue_the_earliest_first() -> None:
     assert [window.call_next(2).message.offset for _ in range(3)] == [1, 0, 2]
 
 
-def test_let_go_forgets_the_waiting_end_only() -> None:
-    """What stands before a call, an answer or an acknowledged message stays."""
+def finish(window: Window, entry: Entry) -> None:
+    window.call_ended(entry)
+    window.answered(entry, Skipped(), 0)
+    window.hand_over(entry.holding, entry.lane, 0)
+    entry.lane.acknowledge(entry.message.offset)
+    window.finish(entry)
+
+
+def test_let_go_forgets_what_waits() -> None:
+    """Messages that wait for a slot or another attempt go, wherever they stand; the map keeps what
+    has finished behind them."""
     window = full(6)
     entries = [window.call_next(0) for _ in range(4)]
     window.call_ended(entries[0])
     window.retry(entries[0], 0, 99)
-    window.call_ended(entries[3])
-    window.answered(entries[3], Skipped(), 0)
-    window.hand_over(entries[3].holding, entries[3].lane, 0)
-    entries[3].lane.acknowledge(3)
-    window.finish(entries[3])
+    finish(window, entries[3])
     window.let_go()
-    assert [entry.message.offset for entry in window.entries()] == [0, 1, 2]
-    assert [entry.stage for entry in window.entries()] == [
-        Stage.RETRYING,
-        Stage.CALLING,
-        Stage.CALLING,
-    ]
-    assert window.committable() == {WHERE: 0}
+    assert [entry.message.offset for entry in window.entries()] == [1, 2]
+    assert [entry.stage for entry in window.entries()] == [Stage.CALLING, Stage.CALLING]
+    assert window.held[WHERE].progress(clean=True) == Progress(0, runs=(3, 1))
+
+
+def test_let_go_keeps_what_a_paid_answer_waits_for() -> None:
+    """In one lane, what stands before a call or an answer has to be published first: it stays."""
+    window = Window("key", suspects=2)
+    window.assign({WHERE: given(1)})
+    for offset in range(4):
+        window.queue(taken(window, message(offset)))
+    first, second = window.call_next(0), window.call_next(0)
+    window.call_ended(first)
+    window.retry(first, 0, 99)
+    window.call_ended(second)
+    window.answered(second, Skipped(), 0)
+    window.let_go()
+    assert [entry.message.offset for entry in window.entries()] == [0, 1]
+
+
+def test_a_crowded_map_closes_its_partition_until_it_fits_again() -> None:
+    """From three quarters of its room on the partition takes no more; others do."""
+    window = Window("none", suspects=2)
+    other = Partition("in", 1)
+    window.assign({WHERE: given(1), other: given(2)})
+    random = Random(7)
+    entries = []
+    for offset in range(40_000):
+        entry = taken(window, message(offset))
+        if offset and random.random() < 0.5:
+            window.queue(entry)
+            finish(window, window.call_next(0))
+        else:
+            entries.append(entry)
+    window.measure()
+    assert window.held[WHERE].map_chars >= MAP_CHARS_HIGH
+    assert window.crowded() == {WHERE}
+    for entry in entries[: len(entries) * 3 // 4]:
+        window.queue(entry)
+        finish(window, window.call_next(0))
+    window.measure()
+    assert window.crowded() == frozenset()
+
+
+def holding_after(unclean_ends: int, alone: int | None = None) -> Holding:
+    window = Window("none", suspects=2)
+    window.assign({WHERE: given(1, Progress(0, (), unclean_ends, alone))})
+    for offset in range(4):
+        taken(window, message(offset))
+    return window.held[WHERE]
+
+
+def test_after_three_unclean_ends_messages_are_suspects() -> None:
+    """Not before, so many only, and not where it is known who ran alone."""
+    own = 1  # a holder's own end is counted in advance
+    few = holding_after(UNCLEAN_ENDS_MAX - 1 + own)
+    assert [entry.alone for entry in few.entries.values()] == [False] * 4
+    many = holding_after(UNCLEAN_ENDS_MAX + own)
+    assert [entry.alone for entry in many.entries.values()] == [True, True, False, False]
+    known = holding_after(UNCLEAN_ENDS_MAX + own, alone=0)
+    assert not any(entry.alone for entry in known.entries.values())
+
+
+def test_progress_clears_the_count_and_a_clean_end_does_not_add_to_it() -> None:
+    """Held: its own end in advance. Let go in order: without. Moved on: none."""
+    window = Window("none", suspects=2)
+    window.assign({WHERE: given(1, Progress(0, (), unclean_ends=3))})
+    window.queue(taken(window, message(0)))
+    holding = window.held[WHERE]
+    assert holding.progress(clean=False).unclean_ends == 3
+    assert holding.progress(clean=True).unclean_ends == 2
+    finish(window, window.call_next(0))
+    assert holding.progress(clean=False) == Progress(1)
+
+
+def test_who_runs_alone_is_forgotten_when_called_off_or_passed_by() -> None:
+    """A call cut off in order has not died; one that died before is still to be rejected."""
+    holding = holding_after(UNCLEAN_ENDS_MAX + 1)
+    holding.alone = 0
+    assert holding.progress(clean=False).alone == 0
+    assert holding.progress(clean=True).alone is None
+    died = holding_after(UNCLEAN_ENDS_MAX + 1, alone=1)
+    assert died.progress(clean=True).alone == 1
+    assert died.progress(clean=True, finishing=frozenset({0, 1})).alone is None
