@@ -17,6 +17,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer
 from aiokafka.structs import TopicPartition
 
+from service.core.completed import finished_ranges
 from service.core.events import Event
 from service.core.messages import Batch, Message, Partition
 from service.core.offsets import Given, Progress
@@ -49,7 +50,7 @@ class Member(Generic[S]):
     positions: dict[Partition, int] = field(default_factory=dict)
     ends: dict[Partition, int] = field(default_factory=dict)
     when_revoked: Callable[[], Awaitable[None]] | None = None
-    before_commit: Callable[[Mapping[Partition, int]], None] = lambda _: None
+    before_commit: Callable[[Mapping[Partition, Progress]], None] = lambda _: None
     revokes: int = 0
     wanted: dict[Partition, Progress] = field(default_factory=dict)
     given: dict[Partition, Given] = field(default_factory=dict)
@@ -101,7 +102,7 @@ class Member(Generic[S]):
             partition: at if isinstance(at, Progress) else Progress(at)
             for partition, at in offsets.items()
         }
-        self.before_commit({p: progress.next_offset for p, progress in self.wanted.items()})
+        self.before_commit(self.wanted)
         await self.source.commit(offsets.keys())
 
     async def until(
@@ -297,10 +298,11 @@ class Fake:
         assert self._groups.setdefault(topic, group) == group, "a fake broker knows one group"
         broker = self._brokers[topic]
 
-        def acknowledge(offsets: Mapping[Partition, int]) -> None:
+        def acknowledge(wanted: Mapping[Partition, Progress]) -> None:
             # The fake takes no commit before the outcomes, and here nobody publishes any.
-            for where, offset in offsets.items():
-                broker.acknowledged[where].update(range(offset))
+            for where, at in wanted.items():
+                for each in (range(at.next_offset), *finished_ranges(at.next_offset, at.runs)):
+                    broker.acknowledged[where].update(each)
 
         source = FakeSource(broker, poll_wait_s=FAKE_POLL_WAIT_S)
         one = Member(source, before_commit=acknowledge)
