@@ -170,7 +170,7 @@ class KafkaSource:
         drain_s = self._settings.delivery.rebalance_drain_s + 2 * COMMIT_S
         return {
             "group_id": self._kafka.group_id,
-            "group_instance_id": None,
+            "group_instance_id": self._kafka.group_instance_id,
             "enable_auto_commit": False,
             "auto_offset_reset": "none",
             "isolation_level": "read_committed",

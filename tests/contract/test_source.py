@@ -642,6 +642,21 @@ async def test_a_member_that_stays_keeps_its_partitions_epochs(group_broker: Bro
     assert all(one.epochs[each] > max(before.values()) for each in two.epochs)
 
 
+async def test_a_static_member_that_comes_back_disturbs_nobody(real: Kafka) -> None:
+    """Within its session it gets its partitions again, and the others hear of nothing."""
+    topic, group = await real.topic(4), topics.unique_name("g")
+    first, second = ({"group_instance_id": f"worker-{n}"} for n in range(2))
+    async with member(real, topic, group, kafka=second) as two:
+        async with member(real, topic, group, kafka=first) as one:
+            await both(one, two, lambda: len(one.epochs) == len(two.epochs) == 2)
+        had, revokes, told = one.epochs.keys(), two.revokes, len(two.assignments)
+        async with member(real, topic, group, kafka=first) as again:
+            await both(again, two, lambda: len(again.epochs) == 2)
+            await both(again, two, lambda: len(again.positions) == 2)
+        assert again.epochs.keys() == had
+        assert (two.revokes, len(two.assignments)) == (revokes, told)
+
+
 async def test_a_group_that_does_not_let_us_in_is_a_sentence(real: Kafka) -> None:
     """Another program shares the group's partitions in another way: said, not waited out."""
     topic, group = await real.topic(), topics.unique_name("g")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import signal
+from collections import Counter
 from pathlib import Path
 
-from tests.process.conftest import Scene
+from service.core.completed import finished_ranges
+from service.kafka.starts import Stored, read
+from tests.process.conftest import PARTITIONS, Scene
 from tests.support.endpoint import Latency
 from tests.support.service import service
-from tests.support.topics import produce, produce_transaction
+from tests.support.topics import committed, produce, produce_transaction, read_topic
 
 REAL_TEXTS = Path(__file__).parents[3] / "shared" / "data" / "utterances.jsonl"
 """Real short messages written by people; they stand beside the project, not in it."""
@@ -61,16 +64,36 @@ async def test_sigterm_half_way_repeats_nothing(scene: Scene) -> None:
     assert scene.endpoint.total() == count
 
 
+async def finished_in_kafka(scene: Scene) -> set[str]:
+    """The texts that the stored offsets and their completed maps say are finished."""
+    stored = await committed(scene.servers, scene.group, scene.input, PARTITIONS)
+    found = set()
+    for message in await read_topic(scene.servers, scene.input):
+        progress = read(Stored(*stored[message.partition]))
+        assert progress is not None, "metadata that is not ours"
+        at = progress[0]
+        ranges = (range(at.next_offset), *finished_ranges(at.next_offset, at.runs))
+        if any(message.offset in each for each in ranges):
+            found.add((message.value or b"").decode())
+    return found
+
+
 async def test_kill_9_loses_nothing(scene: Scene) -> None:
-    """Killed half way and started again: no message without an outcome, repeats bounded."""
+    """Killed half way and started again: no message without an outcome, repeats bounded, and none
+    of them stands in what was stored last."""
     count = await send_texts(scene)
     slow = {**scene.environment, "SLUICE_LIMITS__CONCURRENCY": "10"}
-    scene.endpoint.latency = Latency(median_s=0.05)
+    scene.endpoint.latency = Latency(median_s=0.05, sigma=1.0)
     async with service(slow) as running:
         await running.until("sluice_messages_finished_total", count / 2)
         running.signal(signal.SIGKILL)
         await running.ended()
+    finished = await finished_in_kafka(scene)
+    assert await scene.lag() > count - len(finished), "nothing finished beyond a next offset"
+    before = Counter(scene.endpoint.calls)
     await scene.catch_up()
+    again = {text for text, calls in scene.endpoint.calls.items() if calls > before[text] > 0}
+    assert not again & finished
     outcomes = await scene.outcomes()
     assert outcomes.keys() == (await scene.everything()).keys()
     # What was in the window, and what finished since the last commit (0.2 s at 200 a second).
