@@ -121,8 +121,8 @@ async def test_key_order_holds(scene: Scene) -> None:
     )
     await scene.catch_up()
     ages: dict[bytes | None, list[int]] = {}
-    for read in await scene.outputs():
-        ages.setdefault(read.key, []).append(json.loads(read.value or b"")["age"])
+    for record in await scene.outputs():
+        ages.setdefault(record.key, []).append(json.loads(record.value or b"")["age"])
     assert len(ages) == 7
     assert all(found == sorted(found) for found in ages.values())
 
@@ -138,11 +138,11 @@ async def test_the_output_says_where_it_came_from(scene: Scene) -> None:
         timestamp_ms=1_700_000_000_000,
     )
     await scene.catch_up()
-    [read] = await scene.outputs()
-    assert json.loads(read.value or b"") == {"name": "Ada Lovelace", "age": 36}
-    assert read.key == b"k"
-    assert read.timestamp_ms == 1_700_000_000_000
-    header = read.header
+    [record] = await scene.outputs()
+    assert json.loads(record.value or b"") == {"name": "Ada Lovelace", "age": 36}
+    assert record.key == b"k"
+    assert record.timestamp_ms == 1_700_000_000_000
+    header = record.header
     assert (header["tenant"], header["traceparent"]) == ("t1", "00-abc")
     assert header["sluice.id"] == f"{scene.input}:3:0:0"
     assert header["sluice.source.timestamp"] == "1700000000000"
