@@ -2,7 +2,7 @@
 
 The text is one field of the commit metadata: printable ASCII without `:`, `"` and `\\`. Empty text
 is an empty map. Otherwise its first character says version and kind, and the rest is unpadded
-URL-safe base64 (base85 would save 6 %, and takes fifty times as long):
+URL-safe base64 (base85 would save 6 %, and takes thirty times as long):
 
     r  run-lengths: each length as a varint, low seven bits first, the top bit says "more"
     R  the same, as a raw deflate stream
@@ -31,14 +31,15 @@ nothing is finished beyond the next offset.
 SPAN_MAX = 2**31
 """Offsets that one map may reach over: far beyond any window, holes of compaction included."""
 
-RUNS_MAX = 2**20
-"""Runs in one map: the largest window is 1,000,000 messages, and each run has one at least."""
+RUNS_MAX = 2**16
+"""Runs in one map: five times as many as 4,096 characters hold, unless they repeat a pattern."""
 
-PACKED_BYTES_MAX = 2**20
-"""Bytes of one map before base64 and compression; deflate can turn 4 kB into 4 MB."""
+PACKED_BYTES_MAX = 2**18
+"""Bytes of one map before base64 and compression, which can turn 4 kB into 4 MB: the run-lengths
+that SPAN_MAX and RUNS_MAX allow (at most four bytes each, nearly all of them three) and no more."""
 
-TEXT_CHARS_MAX = 2**20
-"""Characters of one text; brokers take 4,096 unless they are told otherwise."""
+TEXT_CHARS_MAX = 2**19
+"""Characters that are looked at: more than PACKED_BYTES_MAX become in base64."""
 
 _BITMAP_GROWTH_MAX = 8
 """A bitmap this many times as long as the run-lengths is not tried: it does not win compressed."""
@@ -60,18 +61,17 @@ def encode(runs: Runs, chars_max: int) -> str:
     """The shortest text for `runs`, or for the longest prefix of them that `chars_max` holds.
 
     What is left out is repeated after a crash, never lost. Longest means that one pair of runs
-    more does not fit; compressed sizes are not quite monotonic. Takes the time of about twenty
-    prefixes of that length, whatever the length of `runs`.
+    more does not fit; compressed sizes are not quite monotonic. Over RUNS_MAX and SPAN_MAX the
+    rest is left out too. Takes the time of about twenty prefixes of the length that fits.
     """
     assert len(runs) % 2 == 0, "the last run is not a finished one"
     assert min(runs, default=1) >= 1, "a run is empty"
-    chars_max = min(chars_max, TEXT_CHARS_MAX)
     pairs = _pairs_within_bounds(runs)
     best, fits, too_many = "", 0, pairs + 1
     tried = min(_PAIRS_AT_FIRST, pairs)
     while fits + 1 < too_many:
         text = _shortest(runs[: 2 * tried])
-        if text is not None and len(text) <= chars_max:
+        if len(text) <= chars_max:
             best, fits = text, tried
         else:
             too_many = tried
@@ -80,10 +80,18 @@ def encode(runs: Runs, chars_max: int) -> str:
     return best
 
 
-def decode(text: str) -> Runs:
-    """The runs that `text` stands for; Damaged for every text that `encode` does not write.
+def fullness(runs: Runs, text: str, chars_max: int) -> float:
+    """How near `text`, the map of `runs`, is to its limits; from 1 on something is left out.
 
-    At most a second and 100 MB, whatever the text.
+    The length of the text alone does not say it: a pattern that repeats becomes short text.
+    """
+    return max(len(text) / max(chars_max, 1), len(runs) / RUNS_MAX, sum(runs) / SPAN_MAX)
+
+
+def decode(text: str) -> Runs:
+    """The runs that `text` stands for; Damaged where it is no map of ours.
+
+    Takes milliseconds and a few megabytes at most, whatever the text.
     """
     if not text:
         return ()
@@ -116,6 +124,7 @@ def runs_of(next_offset: int, finished: Iterable[range]) -> Runs:
         if runs and each.start == after:
             runs[-1] += len(each)
         else:
+            assert each.start > after, "a finished range is not beyond the next offset, in order"
             runs += (each.start - after, len(each))
         after = each.stop
     return tuple(runs)
@@ -141,20 +150,15 @@ def _pairs_within_bounds(runs: Runs) -> int:
     return sum(end <= SPAN_MAX for end in ends)
 
 
-def _shortest(runs: Runs) -> str | None:
-    """The shortest text; None where every kind is over PACKED_BYTES_MAX."""
-    kinds = [candidate for candidate in _candidates(runs) if candidate is not None]
-    if not kinds:
-        return None
-    kind, body = min(kinds, key=lambda candidate: len(candidate[1]))
+def _shortest(runs: Runs) -> str:
+    kind, body = min(_candidates(runs), key=lambda candidate: len(candidate[1]))
     return kind + _to_base64(body)
 
 
 def _candidates(runs: Runs) -> Iterator[tuple[str, bytes]]:
     varints = _varints(runs)
-    if len(varints) <= PACKED_BYTES_MAX:
-        yield "r", varints
-        yield "R", _deflate(varints)
+    yield "r", varints
+    yield "R", _deflate(varints)
     bitmap_bytes = (sum(runs) + 7) // 8
     if bitmap_bytes <= min(PACKED_BYTES_MAX, _BITMAP_GROWTH_MAX * len(varints)):
         bitmap = _bitmap(runs)
@@ -181,8 +185,11 @@ def _bitmap(runs: Runs) -> bytes:
 
 
 def _deflate(packed: bytes) -> bytes:
-    """Raw, without zlib's header and checksum: six bytes less."""
-    stream = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    """Raw, without zlib's header and checksum: six bytes less.
+
+    Filtered is zlib's strategy for small, random values: a tenth less than the default here.
+    """
+    stream = zlib.compressobj(level=6, wbits=-zlib.MAX_WBITS, strategy=zlib.Z_FILTERED)
     return stream.compress(packed) + stream.flush()
 
 
@@ -209,10 +216,11 @@ def _from_base64(text: str) -> bytes:
 def _inflate(body: bytes) -> bytes:
     stream = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
-        packed = stream.decompress(body, PACKED_BYTES_MAX)
+        # One more than is taken: at the limit itself the stream would not come to its end.
+        packed = stream.decompress(body, PACKED_BYTES_MAX + 1)
     except zlib.error as error:
         raise Damaged("the completed map does not decompress") from error
-    if not stream.eof or stream.unused_data:
+    if len(packed) > PACKED_BYTES_MAX or not stream.eof or stream.unused_data:
         raise Damaged("the completed map is cut off, goes on behind its end or is too large")
     return packed
 

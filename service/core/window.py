@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterator, Mapping
 from enum import Enum
 from typing import Literal
 
-from service.core.completed import encode, finished_ranges
+from service.core.completed import encode, finished_ranges, fullness
 from service.core.lanes import Lane, Ordering, lane_id
 from service.core.messages import Message, Outcome, Partition
 from service.core.offsets import (
@@ -29,8 +29,8 @@ MAP_CHARS_MAX = 3_900
 """Characters of a completed map: what brokers take as metadata (4,096 by default), less what
 stands before the map."""
 
-MAP_CHARS_HIGH = MAP_CHARS_MAX * 3 // 4
-"""A map of this size takes no more: the messages that are out have to fit into the rest."""
+MAP_FULL = 0.75
+"""A partition whose map is so full takes no more: the messages that are out need the rest."""
 
 
 class Stage(Enum):
@@ -92,7 +92,7 @@ class Holding:
         "given",
         "lanes",
         "lost",
-        "map_chars",
+        "map_fullness",
         "suspects",
         "tracker",
     )
@@ -106,7 +106,7 @@ class Holding:
         self.committed = given.progress  # what Kafka is known to hold
         self.end: int | None = None
         self.lost = False
-        self.map_chars = 0  # of the completed map, as it was when it was last measured
+        self.map_fullness = 0.0  # of the completed map, as it was when it was last measured
         self.alone: int | None = given.progress.alone
         """The offset of the message that runs by itself, or that did when somebody died."""
         # The holder's own end is in the count in advance.
@@ -144,7 +144,7 @@ class Holding:
             lag=None if self.end is None else max(0, self.end - next_offset),
             unfinished=self.tracker.unfinished,
             oldest_unfinished_ms=self.tracker.oldest_unfinished_ms,
-            map_ratio=self.map_chars / MAP_CHARS_MAX,
+            map_ratio=self.map_fullness,
         )
 
 
@@ -319,14 +319,14 @@ class Window:
         """See how large the completed maps are; for `crowded`."""
         for holding in self.held.values():
             _, runs = holding.tracker.progress()
-            holding.map_chars = len(encode(runs, MAP_CHARS_MAX)) if runs else 0
+            holding.map_fullness = fullness(runs, encode(runs, MAP_CHARS_MAX), MAP_CHARS_MAX)
 
     def crowded(self) -> frozenset[Partition]:
         """Partitions that take no new messages: what finishes there would not fit into the map."""
         return frozenset(
             partition
             for partition, holding in self.held.items()
-            if holding.map_chars >= MAP_CHARS_HIGH
+            if holding.map_fullness >= MAP_FULL
         )
 
     # --- inside ----------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from random import Random
 
 from service.core.messages import Message, Partition, Skipped
 from service.core.offsets import UNCLEAN_ENDS_MAX, Given, Progress
-from service.core.window import MAP_CHARS_HIGH, Entry, Holding, Stage, Window
+from service.core.window import MAP_FULL, Entry, Holding, Stage, Window
 
 WHERE = Partition("in", 0)
 
@@ -147,7 +147,7 @@ def test_a_crowded_map_closes_its_partition_until_it_fits_again() -> None:
         else:
             entries.append(entry)
     window.measure()
-    assert window.held[WHERE].map_chars >= MAP_CHARS_HIGH
+    assert window.held[WHERE].map_fullness >= MAP_FULL
     assert window.crowded() == {WHERE}
     for entry in entries[: len(entries) * 3 // 4]:
         window.queue(entry)
@@ -158,7 +158,7 @@ def test_a_crowded_map_closes_its_partition_until_it_fits_again() -> None:
 
 def holding_after(unclean_ends: int, alone: int | None = None) -> Holding:
     window = Window("none", suspects=2)
-    window.assign({WHERE: given(1, Progress(0, (), unclean_ends, alone))})
+    window.assign({WHERE: Given(1, Progress(0, (), unclean_ends, alone))})
     for offset in range(4):
         taken(window, message(offset))
     return window.held[WHERE]
@@ -178,7 +178,7 @@ def test_after_three_unclean_ends_messages_are_suspects() -> None:
 def test_progress_clears_the_count_and_a_clean_end_does_not_add_to_it() -> None:
     """Held: its own end in advance. Let go in order: without. Moved on: none."""
     window = Window("none", suspects=2)
-    window.assign({WHERE: given(1, Progress(0, (), unclean_ends=3))})
+    window.assign({WHERE: Given(1, Progress(0, (), unclean_ends=3))})
     window.queue(taken(window, message(0)))
     holding = window.held[WHERE]
     assert holding.progress(clean=False).unclean_ends == 3
