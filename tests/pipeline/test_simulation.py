@@ -14,7 +14,7 @@ from service.core.completed import finished_ranges
 from service.core.errors import OutputTooLarge, TransientFailure
 from service.core.messages import Message, Partition, Reason, Rejected
 from tests.pipeline.test_way import BOUNDS, SETTLED, Stage
-from tests.support.fakes import partition
+from tests.support.fakes import FakeTransactions, partition
 
 PARTITIONS = 3
 MESSAGES = 200
@@ -169,6 +169,41 @@ def test_a_crash_repeats_only_what_no_map_held(seed: int) -> None:
         assert not again & held, "called again although a stored map held it"
     stage.show()
     check(stage)
+
+
+@pytest.mark.parametrize("seed", range(60), ids=lambda seed: f"seed-{seed}")
+def test_exactly_once_whatever_happens(seed: int) -> None:
+    """With outcome and progress in one transaction, whatever fails, is lost or dies: each message
+    is published once."""
+    rng = random.Random(4000 + seed)
+    stage = scene(rng)
+    flaky, failures = stage.sink.flaky, stage.sink.failures
+    stage.sink = FakeTransactions(stage.source, ordering=stage.bounds.ordering)
+    stage.sink.flaky, stage.sink.failures = flaky, failures
+    everything = {partition(n) for n in range(PARTITIONS)}
+    stage.pipeline = stage.new_pipeline()
+    for _ in range(rng.randrange(3)):
+        stage.die(rng.uniform(0, 10))
+
+    async def shake() -> None:
+        for _ in range(rng.randrange(6)):
+            await asyncio.sleep(rng.uniform(0, 5))
+            mine = {p for p in everything if rng.random() < 0.7}
+            kept = {p for p in mine & stage.source.epochs.keys() if rng.random() < 0.6}
+            await stage.source.rebalance(keep=kept, fresh=mine - kept)
+        kept = everything & stage.source.epochs.keys()
+        await stage.source.rebalance(keep=kept, fresh=everything - kept)
+        while any(
+            stage.broker.committed.get(where, 0) < log.end
+            for where, log in stage.broker.logs.items()
+        ):
+            assert asyncio.get_running_loop().time() < 3600, stage.pipeline.status(SETTLED)
+            await asyncio.sleep(5)
+
+    stage.show(shake)
+    check(stage)
+    published = [message.coordinates for message, _ in stage.broker.published]
+    assert len(published) == len(set(published)) == MESSAGES
 
 
 def held_by_kafka(stage: Stage) -> set[tuple[Partition, int]]:

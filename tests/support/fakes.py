@@ -133,6 +133,7 @@ class FakeSource:
         self.positions: dict[Partition, int] = {}
         self.given: dict[Partition, Given] = {}
         self.refuse_commits = 0
+        self.exactly_once = False  # stores what holds when it stores it, not when it was asked
         self.commits: list[dict[Partition, Progress]] = []
         self.polls: list[int] = []
         self.assignment: Assignment | None = None
@@ -237,10 +238,7 @@ class FakeSource:
 
     async def commit(self, partitions: AbstractSet[Partition]) -> None:
         assert self.assignment is not None
-        wanted = {where: self.assignment.progress(where) for where in partitions}
-        progress = {where: each for where, each in wanted.items() if each is not None}
-        for where, each in progress.items():
-            self.broker.check_commit(where, each)
+        progress = self._progress(partitions)
         held = self._held(partitions)
         if self.refuse_commits:
             self.refuse_commits -= 1
@@ -248,6 +246,8 @@ class FakeSource:
         await self.before_storing()
         if held != self._held(partitions):
             raise CommitFailed("rebalance")
+        if self.exactly_once:
+            progress = self._progress(partitions)
         for where, each in progress.items():
             before = self.broker.stored.get(where, Progress(0))
             assert each.next_offset >= before.next_offset, "an offset was moved back"
@@ -255,6 +255,20 @@ class FakeSource:
         self.commits.append(progress)
         for where, each in progress.items():
             self.assignment.stored(where, each)
+
+    def _progress(self, partitions: AbstractSet[Partition]) -> dict[Partition, Progress]:
+        assert self.assignment is not None
+        wanted = {
+            # A transaction that has just ended is not forgotten, heard of or not.
+            where: self.assignment.progress(
+                where, frozenset(self.broker.acknowledged[where] if self.exactly_once else ())
+            )
+            for where in partitions
+        }
+        progress = {where: each for where, each in wanted.items() if each is not None}
+        for where, each in progress.items():
+            self.broker.check_commit(where, each)
+        return progress
 
     async def _reach_the_coordinator(self) -> None:
         await asyncio.sleep(self.commit_s)
@@ -414,6 +428,36 @@ class FakeSink:
             self._failed.add(message)
         acknowledged.set_exception(failure)
         acknowledged.exception()  # a lane that was dropped hears of it from nobody: no complaint
+
+
+class FakeTransactions(FakeSink):
+    """Lands an outcome together with the progress that it makes, or neither of them."""
+
+    def __init__(self, source: FakeSource, *, ordering: Ordering = "key") -> None:
+        super().__init__(source.broker, ordering=ordering)
+        self._source = source
+        source.exactly_once = True
+
+    def _failure(self, message: Message, outcome: Outcome, producer: int) -> Exception | None:
+        failure = super()._failure(message, outcome, producer)
+        given = self._source.given.get(message.partition)
+        if failure is None and (given is None or given.epoch != message.epoch):
+            return PublishFailed("not ours")
+        return failure
+
+    def _land(self, message: Message, outcome: Outcome) -> None:
+        super()._land(message, outcome)
+        if not _has_output(outcome):
+            return  # no transaction: its offset is stored with the next one
+        assert self._source.assignment is not None
+        where = message.partition
+        self.broker.acknowledged[where].add(message.offset)
+        finishing = frozenset(self.broker.acknowledged[where])
+        progress = self._source.assignment.progress(where, finishing)
+        assert progress is not None, "published for a partition that is not held"
+        self.broker.check_commit(where, progress)
+        self.broker.stored[where] = progress
+        self._source.assignment.stored(where, progress)
 
 
 def _has_output(outcome: Outcome) -> bool:
