@@ -44,9 +44,6 @@ TEXT_CHARS_MAX = 2**19
 _BITMAP_GROWTH_MAX = 8
 """A bitmap this many times as long as the run-lengths is not tried: it does not win compressed."""
 
-_PAIRS_AT_FIRST = 2**10
-"""The first prefix tried, in pairs of runs: holds a usual window, so that one try is all."""
-
 _VARINT_SHIFT_MAX = 28
 """Where the last byte of a varint may start: five bytes hold more than SPAN_MAX."""
 
@@ -62,26 +59,25 @@ def encode(runs: Runs, chars_max: int) -> str:
 
     What is left out is repeated after a crash, never lost. Longest means that one pair of runs
     more does not fit; compressed sizes are not quite monotonic. Over RUNS_MAX and SPAN_MAX the
-    rest is left out too. Takes the time of about twenty prefixes of the length that fits.
+    rest is left out too. The whole is tried first, then halves: at most some fifteen tries, most
+    of them of about the length that fits.
     """
     assert len(runs) % 2 == 0, "the last run is not a finished one"
     assert min(runs, default=1) >= 1, "a run is empty"
-    pairs = _pairs_within_bounds(runs)
-    best, fits, too_many = "", 0, pairs + 1
-    tried = min(_PAIRS_AT_FIRST, pairs)
-    while fits + 1 < too_many:
+    best, fits = "", 0
+    tried = too_many = _pairs_within_bounds(runs)
+    while fits < tried:
         text = _shortest(runs[: 2 * tried])
         if len(text) <= chars_max:
             best, fits = text, tried
         else:
             too_many = tried
-        # Doubles until one is too long, then halves what lies between.
-        tried = min(2 * tried, pairs) if too_many > pairs else (fits + too_many) // 2
+        tried = (fits + too_many) // 2
     return best
 
 
 def fullness(runs: Runs, text: str, chars_max: int) -> float:
-    """How near `text`, the map of `runs`, is to its limits; from 1 on something is left out.
+    """How near `text`, the map of `runs`, is to its limits. Near 1 something may be left out.
 
     The length of the text alone does not say it: a pattern that repeats becomes short text.
     """
@@ -216,11 +212,10 @@ def _from_base64(text: str) -> bytes:
 def _inflate(body: bytes) -> bytes:
     stream = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
-        # One more than is taken: at the limit itself the stream would not come to its end.
-        packed = stream.decompress(body, PACKED_BYTES_MAX + 1)
+        packed = stream.decompress(body, PACKED_BYTES_MAX)
     except zlib.error as error:
         raise Damaged("the completed map does not decompress") from error
-    if len(packed) > PACKED_BYTES_MAX or not stream.eof or stream.unused_data:
+    if not stream.eof or stream.unused_data:
         raise Damaged("the completed map is cut off, goes on behind its end or is too large")
     return packed
 

@@ -299,6 +299,7 @@ def test_a_bitmap_at_the_limit_is_read() -> None:
     ("kept", "runs"),
     [
         (2, (1, 1, 1, SPAN_MAX - 2)),
+        (4, (1, 1, 1, SPAN_MAX - 3, 1, 1)),
         (0, (1, SPAN_MAX)),
         (RUNS_MAX, (1, 1) * RUNS_MAX),
     ],
@@ -329,8 +330,15 @@ def test_a_million_offsets_are_cut_in_bounded_time() -> None:
     assert sum(decode(text)) > 23_000
 
 
+@pytest.mark.parametrize("runs", [(1, 100_000), (40, 40) * (RUNS_MAX // 2)])
+def test_a_bitmap_is_tried_where_it_could_win(runs: Runs) -> None:
+    """Not over the holes of a compacted topic, nor over more than can be read."""
+    assert [kind for kind, _ in completed._candidates(runs)] == ["r", "R"]
+
+
 def test_a_usual_window_is_short() -> None:
-    """800 offsets take at most their bits, whatever is finished of them."""
+    """800 offsets take at most their bits, whatever is finished of them; fewer where few are."""
+    assert len(encode(random_runs(5000, 0.1), 4096)) < 500
     for share in (0.02, 0.1, 0.5, 0.9):
         assert len(encode(random_runs(800, share), 4096)) <= 1 + -(-800 // 6)
 
