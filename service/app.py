@@ -68,7 +68,7 @@ class _App:
         self._summary = _Summary()
         self._extractor = OpenAIExtractor(settings, self._observe)
         self._sink = KafkaSink(settings)
-        self._source = KafkaSource(settings, self._observe)
+        self._source = KafkaSource(settings, self._observe, self._sink.transactions)
         self._pipeline = Pipeline(
             self._source,
             self._extractor,

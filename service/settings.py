@@ -246,12 +246,14 @@ class LimitSettings(Section):
 
 
 class DeliverySettings(Section):
-    mode: Literal["at_least_once"] = "at_least_once"
-    """Each message's outcome is published at least once; ids let a reader drop repeats."""
+    mode: Literal["at_least_once", "exactly_once"] = "at_least_once"
+    """at_least_once: ids let a reader drop repeats. exactly_once: outcome and offset in one Kafka
+    transaction; a reader with isolation.level=read_committed sees each outcome once."""
     ordering: Literal["key", "partition", "none"] = "key"
     """Whose outcomes are published in input order. Calls always run concurrently."""
     commit_interval_s: float = Field(default=1.0, ge=0.05, le=300)
-    """Seconds between commits; a crash repeats about what finished since the last one."""
+    """Seconds between commits, or that a transaction gathers; a crash repeats about what finished
+    since the last one."""
     drain_timeout_s: float = Field(default=200.0, ge=0, le=3600)
     """Seconds a stop waits for what is in flight; should cover a message with its re-asks:
     (1 + reasks_max) x call_timeout_s and 10 s for publishing."""

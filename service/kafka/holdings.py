@@ -13,7 +13,7 @@ import asyncio
 import itertools
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +41,7 @@ from service.kafka.starts import (
     to_store,
     where_to_start,
 )
+from service.kafka.transactions import Transactions
 from service.pipeline import Assignment
 from service.settings import Settings
 
@@ -51,6 +52,9 @@ RESTORE_S = 5.0
 
 RESTORE_AGAIN_S = 1.0
 """Between two attempts at a restore that failed, or at a position that cannot be read from."""
+
+FENCED_AT_ONCE = 8
+"""Transactional producers that are started side by side."""
 
 ATTEMPTS_MAX = 100
 """Commits without an answer that are remembered: minutes, after which none is under way."""
@@ -95,6 +99,7 @@ class _Given:
     partitions: frozenset[Partition]
     member_id: str
     generation: int
+    fenced: set[Partition] = field(default_factory=set)
 
 
 class Holdings:
@@ -112,11 +117,12 @@ class Holdings:
         assignment: Assignment,
         observe: Observe,
         assignor: Any,
+        transactions: Transactions | None = None,
     ) -> None:
         self._settings, self._kafka, self._observe = settings, settings.kafka, observe
         self._consumer, self._offsets, self._assignment = consumer, offsets, assignment
         self._membership = Membership(consumer)
-        self._assignor = assignor
+        self._assignor, self._transactions = assignor, transactions
         self._nonce = secrets.token_hex(8)
         self._epochs = itertools.count(1)
         self.held: dict[Partition, Holding] = {}
@@ -141,19 +147,37 @@ class Holdings:
         """Held, and standing where there is something to read."""
         return [partition for partition in self.held if partition not in self._broken]
 
-    def to_store(self, partition: Partition, progress: Progress) -> Stored:
-        """What Kafka is to hold for this progress; counted as tried from now on."""
+    def holds(self, partition: Partition) -> bool:
+        """Whether it is ours, as far as is known."""
+        return partition in self.held
+
+    async def read_back(self, partition: Partition) -> Stored | None:
+        """What Kafka holds of it; raises `KafkaError`."""
+        return (await self._offsets.stored())[partition]
+
+    def to_store(
+        self, partition: Partition, finishing: frozenset[int] = frozenset()
+    ) -> Stored | None:
+        """What Kafka is to hold once `finishing` has finished too; counted as tried from now on.
+
+        None where the partition is not held.
+        """
+        holding = self.held.get(partition)
+        progress = self._assignment.progress(partition, finishing)
+        if holding is None or progress is None:
+            return None
         stored = to_store(progress, self._mark_of(partition.topic))
-        self.held[partition].attempt(stored, progress)
+        holding.attempt(stored, progress)
         return stored
 
-    def has_stored(self, partition: Partition, holding: Holding, stored: Stored) -> None:
-        """Kafka holds it now; the pipeline hears of it while the partition is still this one."""
-        progress = holding.attempted.get(stored)
+    def stored(self, partition: Partition, stored: Stored) -> None:
+        """Kafka holds it now; of a partition that is held by now under another epoch, nothing."""
+        holding = self.held.get(partition)
+        if holding is None or (progress := holding.attempted.get(stored)) is None:
+            return
         holding.stored = stored
         holding.attempted.clear()
-        if progress is not None and self.held.get(partition) is holding:
-            self._assignment.stored(partition, progress)
+        self._assignment.stored(partition, progress)
 
     def _mark_of(self, topic: str) -> Mark:
         return Mark(self._nonce, self._began, self._topic_ids.get(topic))
@@ -248,13 +272,9 @@ class Holdings:
         )
 
     async def _restore_all(self, given: _Given) -> None:
-        stored = await self._offsets.stored()
-        if not given.partitions <= stored.keys():
-            # The group's leader asked another broker, which knows more partitions already.
-            raise StaleMetadata("a partition that is given is not known yet")
+        stored, kept = await self._read(given)
         bounds = await self._offsets.bounds(given.partitions)
         topic_ids = await self._offsets.topic_ids()
-        kept = self._kept(given, stored)
         fresh = given.partitions - kept.keys() - self.held.keys()
         began = given.generation if is_new(stored, given.generation) else None
         chosen: Mapping[Partition, int] = {}
@@ -263,30 +283,50 @@ class Holdings:
             chosen = await self._offsets.chosen(start, {each: bounds[each] for each in fresh})
         starts = self._starts(fresh, stored, bounds, chosen, topic_ids)
         taken = {
-            partition: taken_over(start, stored[partition])
+            partition: self._taken_over(
+                start, stored[partition], Mark(self._nonce, began, topic_ids.get(partition.topic))
+            )
             for partition, start in starts.items()
             if isinstance(start, int)
         }
-        marks = {
-            partition: to_store(progress, Mark(self._nonce, began, topic_ids.get(partition.topic)))
-            for partition, progress in taken.items()
-        }
-        if marks and self._given is given:
+        if taken and self._given is given:
             # From now on it counts if we die; and a group that starts at `latest` and ends before
             # its first commit would start at a later `latest`.
-            await self._membership.commit_once(marks)
+            await self._membership.commit_once({each: new.stored for each, new in taken.items()})
         # No wait from here on: if it is still the same assignment, it becomes the one we hold.
         if self._given is given and not self._membership.reassigning:
             self._began, self._topic_ids = began, topic_ids
-            self._known = self._known or any(stored.values())
-            fresh_ones = {
-                partition: Holding(
-                    Given(next(self._epochs), progress), progress.next_offset, marks[partition]
-                )
-                for partition, progress in taken.items()
+            self._known = self._known or any(stored.values()) or bool(kept)
+            held_out = {
+                p: start.problem for p, start in starts.items() if isinstance(start, HeldOut)
             }
-            held_out = {p: s.problem for p, s in starts.items() if isinstance(s, HeldOut)}
-            self._hold(given, kept, fresh_ones, held_out, bounds)
+            self._hold(given, kept, taken, held_out, bounds)
+
+    async def _read(
+        self, given: _Given
+    ) -> tuple[dict[Partition, Stored | None], dict[Partition, Holding]]:
+        """What Kafka stores, and the partitions that nobody can have had in between.
+
+        With transactions, whoever had the others before us may still end one: until he is fenced,
+        what is read of them does not count.
+        """
+        while True:
+            stored = await self._offsets.stored()
+            if not given.partitions <= stored.keys():
+                # The group's leader asked another broker, which knows more partitions already.
+                raise StaleMetadata("a partition that is given is not known yet")
+            kept = self._kept(given, stored)
+            unfenced = given.partitions - kept.keys() - self.held.keys() - given.fenced
+            if self._transactions is None or not unfenced:
+                return stored, kept
+            # In parts, so that an attempt that runs out of time has not been for nothing.
+            for some in batched(sorted(unfenced), FENCED_AT_ONCE):
+                await self._transactions.fence(frozenset(some))
+                given.fenced.update(some)
+
+    def _taken_over(self, offset: int, stored: Stored | None, mark: Mark) -> Holding:
+        progress = taken_over(offset, stored)
+        return Holding(Given(next(self._epochs), progress), offset, to_store(progress, mark))
 
     def _kept(
         self, given: _Given, stored: Mapping[Partition, Stored | None]
@@ -335,7 +375,6 @@ class Holdings:
         bounds: Mapping[Partition, Bounds],
     ) -> None:
         """Seek, open, tell the pipeline; all at once."""
-        self._known = self._known or bool(kept)
         for partition, holding in (*kept.items(), *fresh.items()):
             self._open(partition, holding, bounds[partition])
         self._now_held(given, {**self.held, **kept, **fresh}, held_out, kept=len(kept))
@@ -371,6 +410,8 @@ class Holdings:
         self._restore_at_s = _now_s() + LOOK_AGAIN_S
         self._given = given if held_out else None
         self.restored.set()
+        if self._transactions is not None:
+            self._transactions.keep_only(held.keys())
         if first or changed:
             self._assignment.assigned({each: holding.given for each, holding in held.items()})
         if first:
@@ -419,6 +460,13 @@ class Listener(ConsumerRebalanceListener):  # type: ignore[misc]
         except Exception as error:  # boundary: told to poll, which raises it
             self._holdings.fail(error)
             raise
+
+
+def batched(those: Iterable[Partition], size: int) -> Iterator[tuple[Partition, ...]]:
+    """Those, in groups of at most `size`."""
+    rest = iter(those)
+    while group := tuple(itertools.islice(rest, size)):
+        yield group
 
 
 def _now_s() -> float:

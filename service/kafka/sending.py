@@ -202,7 +202,7 @@ class Sending:
             if len(batch) > 1:
                 _put_back(queue, batch)
             else:
-                batch[0].handover.fail(_too_large(batch[0].output))
+                batch[0].handover.fail(too_large(batch[0].output))
         elif isinstance(error, InvalidTimestampError) and batch[0].output.timestamp_ms is not None:
             # The topic bounds how far a timestamp may lie from now, and input has others.
             if len(batch) == 1:
@@ -229,7 +229,7 @@ def _fail(those: Sequence[Waiting], why: str) -> None:
         each.handover.fail(PublishFailed(why))
 
 
-def _too_large(output: Output) -> SluiceError:
+def too_large(output: Output) -> SluiceError:
     text = f"topic {output.topic} does not take a record of {output.size_bytes} bytes"
     return PublishFailed(text) if output.must_fit else OutputTooLarge(text)
 

@@ -29,6 +29,7 @@ from service.kafka.lane_failures import LaneFailures
 from service.kafka.producers import BATCH_MAX_BYTES, Output, Producers
 from service.kafka.sending import Sending
 from service.kafka.sizes import TopicSizes, ask_broker, size_alone
+from service.kafka.transactions import Transactions
 from service.settings import Settings
 
 DISCOVERY_TIMEOUT_S = 3.0
@@ -73,6 +74,19 @@ class KafkaSink:
             deadline_s=DEADLINE_FACTOR * request_timeout_s,
             group=self._group,
         )
+        self.transactions: Transactions | None = None
+        """With delivery.mode exactly_once everything goes through these, offsets included; the
+        other producer is there for its metadata alone."""
+        if settings.delivery.mode == "exactly_once":
+            self.transactions = Transactions(
+                self._create_transactional,
+                settings.kafka.group_id,
+                interval_s=settings.delivery.commit_interval_s,
+                deadline_s=DEADLINE_FACTOR * request_timeout_s,
+                batch_max_bytes=lambda topic: min(BATCH_MAX_BYTES, self._sizes.known(topic)),
+                refused=self._sizes.refused,
+                group=self._group,
+            )
 
     @property
     def unacknowledged(self) -> int:
@@ -102,6 +116,8 @@ class KafkaSink:
         if not self._started:
             return
         self._started = False
+        if self.transactions is not None:
+            await self.transactions.stop(FLUSH_TIMEOUT_S)
         flushed = await self._sending.stop(FLUSH_TIMEOUT_S)
         await self._producers.close(flush=flushed)
         await self._group.__aexit__(None, None, None)
@@ -128,10 +144,20 @@ class KafkaSink:
             return _settled(error)
         except OutputTooLarge as error:
             return _settled(error)
-        future = self._sending.hand_over(placed, lambda: self._failures.add(message))
+        future = self._hand_over(message, placed)
         self._handed_over += 1
         future.add_done_callback(self._settle)
         return future
+
+    def _hand_over(
+        self, message: Message, placed: list[tuple[int, Output]]
+    ) -> asyncio.Future[None]:
+        def on_failure() -> None:
+            self._failures.add(message)
+
+        if self.transactions is None:
+            return self._sending.hand_over(placed, on_failure)
+        return self.transactions.hand_over(message.partition, message.offset, placed, on_failure)
 
     async def _outputs(self, message: Message, outcome: Outcome) -> list[Output]:
         match outcome:
@@ -252,12 +278,18 @@ class KafkaSink:
             self._producers.partitions(topic)
             await self._sizes.fresh(topic)
 
-    def _create_producer(self) -> AIOKafkaProducer:
+    def _create_transactional(self, transactional_id: str, patience_s: float) -> AIOKafkaProducer:
+        return self._create_producer(transactional_id, patience_s)
+
+    def _create_producer(
+        self, transactional_id: str | None = None, patience_s: float = 60.0
+    ) -> AIOKafkaProducer:
         return AIOKafkaProducer(
             **client_options(self._settings.kafka),
             enable_idempotence=True,
             acks="all",
-            transactional_id=None,
+            transactional_id=transactional_id,
+            transaction_timeout_ms=int(patience_s * 1000),
             key_serializer=None,
             value_serializer=None,
             # Sizes stay predictable: topics limit the compressed batch.

@@ -48,6 +48,7 @@ from service.kafka.membership import STOP_S, Membership, briefly
 from service.kafka.offsets import GroupOffsets
 from service.kafka.settling import SettlingClock
 from service.kafka.starts import Stored
+from service.kafka.transactions import Transactions
 from service.pipeline import Assignment
 from service.settings import Settings
 
@@ -96,8 +97,12 @@ class KafkaSource:
     missing offsets.
     """
 
-    def __init__(self, settings: Settings, observe: Observe) -> None:
+    def __init__(
+        self, settings: Settings, observe: Observe, transactions: Transactions | None = None
+    ) -> None:
+        """With `transactions`, in the sink's hands, progress is stored through them alone."""
         self._settings, self._kafka, self._observe = settings, settings.kafka, observe
+        self._transactions = transactions
         self._turns = itertools.count()  # which partition a poll begins with
         # Its state is in class attributes: a subclass each, or consumers in a process mix it up.
         self._assignor: Any = type("SluiceAssignor", (StickyPartitionAssignor,), {})
@@ -136,8 +141,16 @@ class KafkaSource:
         )
         self._membership = Membership(self._consumer)
         self._holdings = Holdings(
-            self._settings, self._consumer, self._offsets, assignment, self._observe, self._assignor
+            self._settings,
+            self._consumer,
+            self._offsets,
+            assignment,
+            self._observe,
+            self._assignor,
+            self._transactions,
         )
+        if self._transactions is not None:
+            self._transactions.ledger = self._holdings
         listener = Listener(self._holdings)
         self._consumer.subscribe(list(self._topics), listener=listener)
 
@@ -379,10 +392,11 @@ class KafkaSource:
 
     async def _commit(self, partitions: AbstractSet[Partition]) -> None:
         held, holdings = self._started, self._holdings_of(partitions)
-        wanted: dict[Partition, Stored] = {}
-        for partition in partitions:
-            if (progress := self._assignment.progress(partition)) is not None:
-                wanted[partition] = held.to_store(partition, progress)
+        if self._transactions is not None:
+            await self._transactions.commit(partitions)
+            return
+        asked = {partition: held.to_store(partition) for partition in partitions}
+        wanted = {partition: stored for partition, stored in asked.items() if stored is not None}
         try:
             await within(COMMIT_S, self._commit_while_held(wanted, holdings))
         except TimeoutError as error:
@@ -390,7 +404,7 @@ class KafkaSource:
         except KafkaError as error:
             raise _commit_failed(error) from error
         for partition, stored in wanted.items():
-            held.has_stored(partition, holdings[partition], stored)
+            held.stored(partition, stored)
 
     async def _commit_while_held(
         self, wanted: Mapping[Partition, Stored], holdings: Mapping[Partition, Holding]

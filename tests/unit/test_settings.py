@@ -307,7 +307,7 @@ WRONG = [
     ("extraction__examples", "[{", "allowed: a list"),
     ("extraction__examples", '[{"text": "a"}]', "[0].records: is missing"),
     ("delivery__rebalance_drain_s", "21", "allowed: a number from 0 up to 20"),
-    ("delivery__mode", "exactly_once", "allowed: at_least_once"),
+    ("delivery__mode", "at_most_once", "allowed: at_least_once or exactly_once"),
     ("telemetry__port", "65536", "allowed: a whole number from 0 up to 65535"),
 ]
 
