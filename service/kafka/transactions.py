@@ -1,0 +1,331 @@
+"""Exactly once: for each input partition its outputs and its next offset in one transaction.
+
+Why nothing is published twice, whatever dies, hangs or is fenced, in whatever order:
+
+1. Outputs become visible together with the offset and the map in which their messages count as
+   finished, or not at all. That is Kafka's transaction.
+2. A transaction can be committed only under the newest epoch of its transactional id, and there
+   is one id for an input partition. What older epochs sent may still arrive; it is refused.
+3. Under an epoch a transaction begins only after what Kafka holds was read *behind* the start of
+   that epoch: by the source's restore after `fence`, by the writer itself after an epoch of its
+   own making. So the ledger knows everything that was ever committed; and nobody else can commit
+   anything for as long as the epoch lasts.
+4. What the ledger knows as finished is never handed over again. Where it is not known whether a
+   transaction was committed, its outcomes stay unsettled until a newer epoch has ended it one way
+   or the other and what Kafka holds was read: the one that was attempted (committed), the one
+   from before (not committed: they go again), or something else: another owner was there, the
+   writer is lost, and only a restore may begin anew.
+
+It does not matter for this whether "is it ours?" was answered rightly. Two workers that both
+think so fence each other; whoever is fenced has lost what was not committed, and publishes
+nothing until it has restored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Set as AbstractSet
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError
+
+from service.core.errors import CannotRun, CommitFailed, PublishFailed, WrongSettings
+from service.core.messages import Partition
+from service.kafka.producers import Output
+from service.kafka.starts import Stored
+from service.kafka.transactional import TransactionalProducer, transactional_id
+from service.kafka.writers import Ledger, Means, Writer
+
+PREFIX = "sluice"
+"""What all our transactional ids begin with: permissions can be given for it."""
+FENCES_AT_ONCE = 16
+"""Clients that connect side by side; more of them are no faster in one process."""
+PARTITIONS_MAX = 300
+"""Of one worker: each takes a producer with connections and memory of its own."""
+TIMEOUT_MARGIN_S = 10.0
+"""Between our deadline for a transaction and the moment when the coordinator aborts it."""
+
+log = logging.getLogger(__name__)
+
+
+def transaction_timeout_ms(deadline_s: float) -> int:
+    """For the client: we give a transaction up before its coordinator does.
+
+    Readers with `read_committed` wait this long for the transaction of a worker that is gone and
+    that nobody follows.
+    """
+    return int((deadline_s + TIMEOUT_MARGIN_S) * 1000)
+
+
+def refusal_of(partitions: int) -> str | None:
+    """Why one worker does not take so many partitions; None: it does."""
+    if partitions <= PARTITIONS_MAX:
+        return None
+    return (
+        f"delivery.mode exactly_once needs a producer for each input partition, and this worker "
+        f"got {partitions} of them; it takes {PARTITIONS_MAX}. Start more workers (at least "
+        f"{-(-partitions // PARTITIONS_MAX)} must be up at any time), read fewer partitions, or "
+        "set delivery.mode to at_least_once."
+    )
+
+
+class Transactions:
+    """The transactions of all input partitions of one worker.
+
+    `create` makes a client for a transactional id (`transaction_timeout_ms` above `deadline_s`),
+    `read` says what Kafka holds for a partition, `refused` hears of batches that were too large,
+    `fenced` of partitions that are lost to a newer epoch: if they are ours all the same, they are
+    to be restored, beginning with `fence`. Must be used within the task group that it is given.
+    """
+
+    def __init__(
+        self,
+        create: Callable[[str], AIOKafkaProducer],
+        *,
+        group_id: str,
+        read: Callable[[Partition], Awaitable[Stored | None]],
+        refused: Callable[[str, int], None],
+        fenced: Callable[[Partition], None],
+        batch_max_bytes: Callable[[str], int],
+        interval_s: float,
+        deadline_s: float,
+        open_timeout_s: float,
+        group: asyncio.TaskGroup,
+    ) -> None:
+        self._create, self._read, self._group_id = create, read, group_id
+        self._refused, self._fenced, self._batch_max_bytes = refused, fenced, batch_max_bytes
+        self._interval_s, self._deadline_s = interval_s, deadline_s
+        self._open_timeout_s = open_timeout_s
+        self._group = group
+        self._writers: dict[Partition, Writer] = {}
+        self._fencing: dict[Partition, asyncio.Task[Exception | None]] = {}
+        self._opening = asyncio.Semaphore(FENCES_AT_ONCE)
+        self._ending: dict[TransactionalProducer, asyncio.Task[None] | None] = {}
+        self._hurried = self._stopped = False
+        self.ledger: Ledger | None = None
+
+    # --- whose a partition is --------------------------------------------------------------------
+
+    async def fence(self, partitions: AbstractSet[Partition]) -> None:
+        """A new epoch for each of these, and for those that are being fenced already.
+
+        Afterwards no older producer can commit anything for them: only then may be read what
+        Kafka holds. An outcome of before that was not settled may have been committed. An epoch
+        under which nothing has begun is kept, so that an attempt after one that failed goes on
+        with the rest. Raises `KafkaError` or `PublishFailed` for the first that failed, and
+        `CannotRun` where there are too many. Cancelled, it goes on in the background.
+        """
+        if self._stopped:
+            raise PublishFailed("the sink is stopped")
+        problem = refusal_of(len(partitions | self._writers.keys()))
+        if problem is not None:
+            raise CannotRun(problem)
+        for partition in partitions:
+            writer = self._writers.get(partition)
+            if partition not in self._fencing and (writer is None or not writer.unused):
+                self.drop([partition])
+                self._fencing[partition] = self._group.create_task(self._fence_one(partition))
+        tasks = [self._fencing[each] for each in partitions if each in self._fencing]
+        if tasks:
+            await asyncio.wait(tasks)
+        for task in tasks:
+            if task.cancelled():
+                raise PublishFailed("a partition was taken away while it was fenced")
+            if (failure := task.result()) is not None:
+                raise failure
+
+    def holds(self, partition: Partition) -> bool:
+        """Whether it can go on without a new fence: its epoch stands, nothing is in doubt."""
+        writer = self._writers.get(partition)
+        return writer is not None and writer.settled
+
+    def is_fresh(self, partition: Partition) -> bool:
+        """Whether nothing has begun since its fence: what was read behind that still holds."""
+        writer = self._writers.get(partition)
+        return writer is not None and writer.unused
+
+    def drop(self, partitions: Iterable[Partition]) -> None:
+        """They are lost: withdraw what is not committed, end what is open, in the background.
+
+        A commit that has been asked for may still succeed; whoever has the partition next learns
+        it from what Kafka holds.
+        """
+        for partition in list(partitions):
+            if (task := self._fencing.pop(partition, None)) is not None:
+                task.cancel()
+            writer = self._writers.pop(partition, None)
+            if writer is not None and (producer := writer.drop()) is not None:
+                self._end(producer, producer.end)
+
+    def keep_only(self, partitions: Collection[Partition]) -> None:
+        """Drop all others."""
+        self.drop((self._writers.keys() | self._fencing.keys()) - set(partitions))
+
+    # --- what goes into transactions -------------------------------------------------------------
+
+    def hand_over(
+        self,
+        partition: Partition,
+        offset: int,
+        outputs: Sequence[tuple[int, Output]],
+        on_failure: Callable[[], None],
+    ) -> asyncio.Future[None]:
+        """Take the outputs of one message with their partitions, in order, without waiting.
+
+        The future ends when the transaction that holds them and the offset is committed; or with
+        `PublishFailed` (not committed, and nothing of this input partition that was handed over
+        later is or will be before it is handed over again) or `OutputTooLarge`. Cancelling it
+        withdraws it, unless its commit is asked for already.
+        """
+        writer = self._writers.get(partition)
+        if writer is not None:
+            return writer.hand_over(offset, outputs, on_failure)
+        on_failure()
+        return _failed(PublishFailed(f"{partition} is not held"))
+
+    async def commit(self, partitions: Collection[Partition]) -> None:
+        """Store what the ledger says for these, each in its next transaction.
+
+        What is queued for it goes along. Returns within twice the deadline; raises `CommitFailed`
+        where one was not committed ("rebalance": it is not held any more), or not in time: that
+        one may still be.
+        """
+        waiting = [self._wish(partition) for partition in partitions]
+        try:
+            if waiting:
+                await asyncio.wait(waiting, timeout=2 * self._deadline_s)
+        finally:
+            for each in waiting:
+                each.cancel()
+        for each in waiting:
+            if each.cancelled():
+                raise CommitFailed("timeout")
+        for partition, each in zip(partitions, waiting, strict=True):
+            if (failure := each.exception()) is not None:
+                why = "not committed" if self._is_held(partition) else "rebalance"
+                raise CommitFailed(why) from failure
+
+    def hurry(self, *, on: bool) -> None:
+        """Nobody gathers any longer (a rebalance, a stop: others wait for us), or as usual."""
+        self._hurried = on
+        for writer in self._writers.values():
+            writer.hurried = on
+            writer.go_on()
+
+    @property
+    def unacknowledged_s(self) -> float:
+        """How long the oldest transaction under way has been tried; 0 if there is none."""
+        started = [w.since_s for w in self._writers.values() if w.since_s is not None]
+        return asyncio.get_running_loop().time() - min(started) if started else 0.0
+
+    async def stop(self, flush_timeout_s: float) -> bool:
+        """Give what is queued this long, fail the rest, close all; whether nothing was left."""
+        self._stopped = True
+        for fencing in self._fencing.values():
+            fencing.cancel()
+        self.hurry(on=True)
+        working = [w.task for w in self._writers.values() if w.task is not None]
+        left: set[asyncio.Task[None]] = set()
+        if working:
+            _, left = await asyncio.wait(working, timeout=flush_timeout_s)
+        open_ = [writer.stop() for writer in self._writers.values()]
+        self._writers.clear()
+        # Tasks of a group that was cancelled have ended nothing.
+        unended = [each for each, task in self._ending.items() if task is None or task.cancelling()]
+        async with asyncio.TaskGroup() as ending:
+            for producer in (*open_, *unended):
+                if producer is not None:
+                    ending.create_task(producer.end())
+        return not left
+
+    # --- fencing ----------------------------------------------------------------------------------
+
+    async def _fence_one(self, partition: Partition) -> Exception | None:
+        """A writer for it under a new epoch; returns what stood in the way."""
+        try:
+            async with self._opening:
+                producer = await self._open(partition)
+        except (PublishFailed, KafkaError) as error:
+            return error
+        finally:
+            if self._fencing.get(partition) is asyncio.current_task():
+                del self._fencing[partition]
+        # No wait since the epoch: if it were dropped meanwhile, this task would be cancelled.
+        writer = Writer(partition, producer, self._means())
+        writer.hurried = self._hurried
+        self._writers[partition] = writer
+        return None
+
+    async def _open(self, partition: Partition) -> TransactionalProducer:
+        """A started producer; raises `PublishFailed`, or `KafkaError` where the broker refuses."""
+        try:
+            producer = TransactionalProducer(
+                self._create(transactional_id(PREFIX, self._group_id, partition))
+            )
+        except WrongSettings as error:
+            # A file with credentials may be missing for a moment while it is renewed.
+            raise PublishFailed(f"{partition}: no producer: {error}") from error
+        started = False
+        try:
+            async with asyncio.timeout(self._open_timeout_s):
+                await producer.start()
+            started = True
+        except TimeoutError as error:
+            why = f"{partition}: no producer within {self._open_timeout_s:g} s"
+            raise PublishFailed(why) from error
+        except OSError as error:
+            raise PublishFailed(f"{partition}: no producer: {type(error).__name__}") from error
+        finally:
+            if not started:
+                self._end(producer, producer.cut_off)
+        return producer
+
+    def _end(self, producer: TransactionalProducer, how: Callable[[], Awaitable[None]]) -> None:
+        """End a producer in the background; where the group ends itself, `stop` sees to it."""
+        self._ending[producer] = None
+        work = self._ended(producer, how)
+        try:
+            self._ending[producer] = self._group.create_task(work)
+        except RuntimeError:
+            work.close()
+
+    async def _ended(
+        self, producer: TransactionalProducer, how: Callable[[], Awaitable[None]]
+    ) -> None:
+        await how()
+        del self._ending[producer]
+
+    def _means(self) -> Means:
+        assert self.ledger is not None, "the source sets it at its start"
+        return Means(
+            open=self._open,
+            end=self._end,
+            read=self._read,
+            ledger=self.ledger,
+            batch_max_bytes=self._batch_max_bytes,
+            refused=self._refused,
+            fenced=self._fenced,
+            group_id=self._group_id,
+            interval_s=self._interval_s,
+            deadline_s=self._deadline_s,
+            group=self._group,
+        )
+
+    def _is_held(self, partition: Partition) -> bool:
+        writer = self._writers.get(partition)
+        return writer is not None and not writer.lost
+
+    def _wish(self, partition: Partition) -> asyncio.Future[None]:
+        writer = self._writers.get(partition)
+        if writer is None:
+            return _failed(PublishFailed(f"{partition} is not held"))
+        return writer.hand_over(None, (), lambda: None)
+
+
+def _failed(error: Exception) -> asyncio.Future[None]:
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    future.set_exception(error)
+    future.exception()  # nobody may be there to hear of it: no complaint
+    return future
