@@ -13,7 +13,7 @@ import asyncio
 import itertools
 import logging
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.abc import ConsumerRebalanceListener
 from aiokafka.errors import KafkaError, StaleMetadata
 
+from service.core.errors import CannotRun, PublishFailed
 from service.core.events import ForeignMetadata, Observe, OffsetsMissing, Rebalanced
 from service.core.messages import Partition
 from service.core.offsets import Given, Progress
@@ -53,8 +54,9 @@ RESTORE_S = 5.0
 RESTORE_AGAIN_S = 1.0
 """Between two attempts at a restore that failed, or at a position that cannot be read from."""
 
-FENCED_AT_ONCE = 8
-"""Transactional producers that are started side by side."""
+FENCED_AGAIN_S = 3.0
+"""From the fence of a partition to its restore: longer than a member that has lost it takes to
+hear so by a heartbeat."""
 
 ATTEMPTS_MAX = 100
 """Commits without an answer that are remembered: minutes, after which none is under way."""
@@ -147,9 +149,21 @@ class Holdings:
         """Held, and standing where there is something to read."""
         return [partition for partition in self.held if partition not in self._broken]
 
-    def holds(self, partition: Partition) -> bool:
-        """Whether it is ours, as far as is known."""
-        return partition in self.held
+    def known(self, partition: Partition) -> Stored | None:
+        """What Kafka held when it was last known; None where the partition is not held."""
+        holding = self.held.get(partition)
+        return None if holding is None else holding.stored
+
+    def fenced(self, partition: Partition) -> None:
+        """Somebody has taken its producer's place. Either the group has given the partition to
+        him, and tells us in a moment, or it is still ours and is restored anew."""
+        if self.held.pop(partition, None) is None:
+            return
+        if self._given is None:
+            everything = frozenset((*self.held, *self._held_out, partition))
+            self._given = _Given(everything, *self._held_as)
+        self._given.fenced.discard(partition)
+        self._restore_at_s = _now_s() + FENCED_AGAIN_S
 
     async def read_back(self, partition: Partition) -> Stored | None:
         """What Kafka holds of it; raises `KafkaError`."""
@@ -172,7 +186,8 @@ class Holdings:
 
     def stored(self, partition: Partition, stored: Stored) -> None:
         """Kafka holds it now; of a partition that is held by now under another epoch, nothing."""
-        holding = self.held.get(partition)
+        before = {} if self._before is None else self._before.holdings
+        holding = self.held.get(partition) or before.get(partition)
         if holding is None or (progress := holding.attempted.get(stored)) is None:
             return
         holding.stored = stored
@@ -219,6 +234,8 @@ class Holdings:
         if self._closed:
             return
         try:
+            if self._transactions is not None:
+                self._transactions.hurry(on=True)
             if self.held:
                 await self._assignment.revoked()
                 self._before = _Held(self.held, *self._held_as)
@@ -254,9 +271,11 @@ class Holdings:
         try:
             limit_s = min(RESTORE_S, self._kafka.session_timeout_s / 2)
             await within(limit_s, self._restore_all(given))
-        except (KafkaError, TimeoutError) as error:
+        except (KafkaError, TimeoutError, PublishFailed) as error:
             if self._given is given:
                 self._restore_failed(error)
+        except CannotRun as error:
+            self.fatal = error
         finally:
             if self._restoring is given:
                 self._restoring = None
@@ -319,10 +338,8 @@ class Holdings:
             unfenced = given.partitions - kept.keys() - self.held.keys() - given.fenced
             if self._transactions is None or not unfenced:
                 return stored, kept
-            # In parts, so that an attempt that runs out of time has not been for nothing.
-            for some in batched(sorted(unfenced), FENCED_AT_ONCE):
-                await self._transactions.fence(frozenset(some))
-                given.fenced.update(some)
+            await self._transactions.fence(unfenced)
+            given.fenced.update(unfenced)
 
     def _taken_over(self, offset: int, stored: Stored | None, mark: Mark) -> Holding:
         progress = taken_over(offset, stored)
@@ -340,7 +357,9 @@ class Holdings:
         return {
             partition: holding
             for partition, holding in before.holdings.items()
-            if partition in given.partitions and holding.wrote(stored[partition])
+            if partition in given.partitions
+            and holding.wrote(stored[partition])
+            and (self._transactions is None or self._transactions.holds(partition))
         }
 
     def _starts(
@@ -412,6 +431,7 @@ class Holdings:
         self.restored.set()
         if self._transactions is not None:
             self._transactions.keep_only(held.keys())
+            self._transactions.hurry(on=False)
         if first or changed:
             self._assignment.assigned({each: holding.given for each, holding in held.items()})
         if first:
@@ -460,13 +480,6 @@ class Listener(ConsumerRebalanceListener):  # type: ignore[misc]
         except Exception as error:  # boundary: told to poll, which raises it
             self._holdings.fail(error)
             raise
-
-
-def batched(those: Iterable[Partition], size: int) -> Iterator[tuple[Partition, ...]]:
-    """Those, in groups of at most `size`."""
-    rest = iter(those)
-    while group := tuple(itertools.islice(rest, size)):
-        yield group
 
 
 def _now_s() -> float:

@@ -72,12 +72,21 @@ class Producer:
         """
         self.batches += 1
         try:
-            if where.partition not in await self._client.partitions_for(where.topic):
-                raise UnknownTopicOrPartitionError
-            batch = self._batch(outputs)
-            await (await self._client.send_batch(batch, where.topic, partition=where.partition))
+            await (await self.enqueue(where, outputs))
         finally:
             self.batches -= 1
+
+    async def enqueue(
+        self, where: TopicPartition, outputs: Sequence[Output]
+    ) -> asyncio.Future[Any]:
+        """Give the client a batch; the future ends with its acknowledgement, or `KafkaError`."""
+        if where.partition not in await self._client.partitions_for(where.topic):
+            raise UnknownTopicOrPartitionError
+        batch = self._batch(outputs)
+        sent: asyncio.Future[Any] = await self._client.send_batch(
+            batch, where.topic, partition=where.partition
+        )
+        return sent
 
     def _batch(self, outputs: Sequence[Output]) -> Any:
         batch = self._client.create_batch()
@@ -106,13 +115,14 @@ class Producer:
         has ended breaks the client's own bookkeeping.
         """
         client = self._client
-        sender_task = client._sender.sender_task
-        sender_task.cancel()
+        sender_task = client._sender.sender_task  # None where it has never got its id
+        if sender_task is not None:
+            sender_task.cancel()
         _drop_connections(client)
         with suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await client.client.close()
-                while not sender_task.done():
+                while sender_task is not None and not sender_task.done():
                     await asyncio.wait([sender_task], timeout=0.5)
                     sender_task.cancel()  # it waits for its requests, which take over the cancel
         _fail_batches(client)

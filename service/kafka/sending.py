@@ -196,26 +196,35 @@ class Sending:
         batch: Sequence[Waiting],
         error: KafkaError,
     ) -> None:
-        """A refused batch says nothing of the single record: they go again one by one."""
+        """What a broker's answer means for a batch, and for what waits behind it."""
         if isinstance(error, TOO_LARGE):
             self._refused(where.topic, sum(each.output.size_bytes for each in batch))
-            if len(batch) > 1:
-                _put_back(queue, batch)
-            else:
-                batch[0].handover.fail(too_large(batch[0].output))
-        elif isinstance(error, InvalidTimestampError) and batch[0].output.timestamp_ms is not None:
-            # The topic bounds how far a timestamp may lie from now, and input has others.
-            if len(batch) == 1:
-                batch[0].output = replace(batch[0].output, timestamp_ms=None)
-            _put_back(queue, batch)
+        failure = after_refusal(batch, error)
+        if failure is None:
+            queue.waiting.extendleft(reversed(batch))
+        elif isinstance(error, TOO_LARGE):
+            batch[0].handover.fail(failure)
         else:
-            _fail_all(queue, batch, f"{_name(where)}: {type(error).__name__}")
+            _fail_all(queue, batch, f"{_name(where)}: {failure}")
 
 
-def _put_back(queue: OutputQueue, batch: Sequence[Waiting]) -> None:
-    for each in reversed(batch):
+def after_refusal(batch: Sequence[Waiting], error: KafkaError) -> SluiceError | None:
+    """What ends the outputs of a refused batch; None: they are to go again, one by one.
+
+    A refused batch says nothing of the single record.
+    """
+    if isinstance(error, TOO_LARGE):
+        if len(batch) == 1:
+            return _too_large(batch[0].output)
+    elif isinstance(error, InvalidTimestampError) and batch[0].output.timestamp_ms is not None:
+        # The topic bounds how far a timestamp may lie from now, and input has others.
+        if len(batch) == 1:
+            batch[0].output = replace(batch[0].output, timestamp_ms=None)
+    else:
+        return PublishFailed(type(error).__name__)
+    for each in batch:
         each.alone = True
-        queue.waiting.appendleft(each)
+    return None
 
 
 def _fail_all(queue: OutputQueue, batch: Sequence[Waiting], why: str) -> None:
@@ -229,7 +238,7 @@ def _fail(those: Sequence[Waiting], why: str) -> None:
         each.handover.fail(PublishFailed(why))
 
 
-def too_large(output: Output) -> SluiceError:
+def _too_large(output: Output) -> SluiceError:
     text = f"topic {output.topic} does not take a record of {output.size_bytes} bytes"
     return PublishFailed(text) if output.must_fit else OutputTooLarge(text)
 

@@ -29,7 +29,7 @@ from service.kafka.lane_failures import LaneFailures
 from service.kafka.producers import BATCH_MAX_BYTES, Output, Producers
 from service.kafka.sending import Sending
 from service.kafka.sizes import TopicSizes, ask_broker, size_alone
-from service.kafka.transactions import Transactions
+from service.kafka.transactions import Transactions, transaction_timeout_ms
 from service.settings import Settings
 
 DISCOVERY_TIMEOUT_S = 3.0
@@ -79,12 +79,13 @@ class KafkaSink:
         other producer is there for its metadata alone."""
         if settings.delivery.mode == "exactly_once":
             self.transactions = Transactions(
-                self._create_transactional,
-                settings.kafka.group_id,
-                interval_s=settings.delivery.commit_interval_s,
-                deadline_s=DEADLINE_FACTOR * request_timeout_s,
+                self._create_producer,
+                group_id=settings.kafka.group_id,
                 batch_max_bytes=lambda topic: min(BATCH_MAX_BYTES, self._sizes.known(topic)),
                 refused=self._sizes.refused,
+                interval_s=settings.delivery.commit_interval_s,
+                deadline_s=DEADLINE_FACTOR * request_timeout_s,
+                open_timeout_s=request_timeout_s,
                 group=self._group,
             )
 
@@ -278,18 +279,14 @@ class KafkaSink:
             self._producers.partitions(topic)
             await self._sizes.fresh(topic)
 
-    def _create_transactional(self, transactional_id: str, patience_s: float) -> AIOKafkaProducer:
-        return self._create_producer(transactional_id, patience_s)
-
-    def _create_producer(
-        self, transactional_id: str | None = None, patience_s: float = 60.0
-    ) -> AIOKafkaProducer:
+    def _create_producer(self, transactional_id: str | None = None) -> AIOKafkaProducer:
+        deadline_s = DEADLINE_FACTOR * self._settings.kafka.request_timeout_s
         return AIOKafkaProducer(
             **client_options(self._settings.kafka),
             enable_idempotence=True,
             acks="all",
             transactional_id=transactional_id,
-            transaction_timeout_ms=int(patience_s * 1000),
+            transaction_timeout_ms=transaction_timeout_ms(deadline_s),
             key_serializer=None,
             value_serializer=None,
             # Sizes stay predictable: topics limit the compressed batch.

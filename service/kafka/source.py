@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -47,7 +47,6 @@ from service.kafka.holdings import Holding, Holdings, Listener
 from service.kafka.membership import STOP_S, Membership, briefly
 from service.kafka.offsets import GroupOffsets
 from service.kafka.settling import SettlingClock
-from service.kafka.starts import Stored
 from service.kafka.transactions import Transactions
 from service.pipeline import Assignment
 from service.settings import Settings
@@ -391,24 +390,20 @@ class KafkaSource:
         self._clock.heard(_now_s())
 
     async def _commit(self, partitions: AbstractSet[Partition]) -> None:
-        held, holdings = self._started, self._holdings_of(partitions)
-        if self._transactions is not None:
-            await self._transactions.commit(partitions)
-            return
-        asked = {partition: held.to_store(partition) for partition in partitions}
-        wanted = {partition: stored for partition, stored in asked.items() if stored is not None}
         try:
-            await within(COMMIT_S, self._commit_while_held(wanted, holdings))
+            if self._transactions is not None:
+                await within(COMMIT_S, self._transactions.commit(partitions))
+            else:
+                await within(COMMIT_S, self._commit_while_held(partitions))
         except TimeoutError as error:
             raise CommitFailed("timeout") from error
         except KafkaError as error:
             raise _commit_failed(error) from error
-        for partition, stored in wanted.items():
-            held.stored(partition, stored)
 
-    async def _commit_while_held(
-        self, wanted: Mapping[Partition, Stored], holdings: Mapping[Partition, Holding]
-    ) -> None:
+    async def _commit_while_held(self, partitions: AbstractSet[Partition]) -> None:
+        held, holdings = self._started, self._holdings_of(partitions)
+        asked = {partition: held.to_store(partition) for partition in partitions}
+        wanted = {partition: stored for partition, stored in asked.items() if stored is not None}
         while True:
             await self._membership.find_coordinator()
             # Whoever has the partition now has it under another holding.
@@ -421,7 +416,9 @@ class KafkaSource:
                     raise
                 await asyncio.sleep(0.1)
             else:
-                return
+                break
+        for partition, stored in wanted.items():
+            held.stored(partition, stored)
 
     def _holdings_of(self, partitions: Iterable[Partition]) -> dict[Partition, Holding]:
         held = {} if self._holdings is None else self._holdings.held

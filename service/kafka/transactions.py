@@ -1,482 +1,325 @@
-"""Exactly once: outcomes, next offset and completed map of an input partition in one transaction.
+"""Exactly once: for each input partition its outputs and its next offset in one transaction.
 
-A broker takes offsets into a transaction from anybody who knows the group's name; a member that has
-lost a partition is told from its new owner by the transactional id alone. So each input partition
-has a producer of its own, under an id that follows from group and partition. Whoever is given the
-partition starts that producer anew (`fence`), and only then reads where to go on: from the fence
-on, nobody before him can end a transaction, and what they had open is aborted.
+Why nothing is published twice, whatever dies, hangs or is fenced, in whatever order:
 
-Why nothing is published twice, whatever dies or hangs and when: an outcome is visible only if the
-transaction that holds it is committed, and in the same moment Kafka holds that its message is
-finished. Whether a transaction was committed is not always known (a timeout, a lost connection).
-Then its producer is not used again; a new one under the same id makes the broker end what was
-open, and what Kafka holds after that says which way it went. Until that is known, its messages are
-neither finished nor sent again.
+1. Outputs become visible together with the offset and the map in which their messages count as
+   finished, or not at all. That is Kafka's transaction.
+2. A transaction can be committed only under the newest epoch of its transactional id, and there
+   is one id for an input partition. What older epochs sent may still arrive; it is refused.
+3. Under an epoch a transaction begins only after what Kafka holds was read *behind* the start of
+   that epoch: by the source's restore after `fence`, by the writer itself after an epoch of its
+   own making. So the ledger knows everything that was ever committed; and nobody else can commit
+   anything for as long as the epoch lasts.
+4. What the ledger knows as finished is never handed over again. Where it is not known whether a
+   transaction was committed, its outcomes stay unsettled until a newer epoch has ended it one way
+   or the other and what Kafka holds was read: the one that was attempted (committed), the one
+   from before (not committed: they go again), or something else: another owner was there, the
+   writer is lost, and only a restore may begin anew.
+
+It does not matter for this whether "is it ours?" was answered rightly. Two workers that both
+think so fence each other; whoever is fenced has lost what was not committed, and publishes
+nothing until it has restored.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, replace
-from typing import Protocol
 
-from aiokafka import AIOKafkaProducer, TopicPartition
-from aiokafka.errors import (
-    InvalidTimestampError,
-    KafkaError,
-    MessageSizeTooLargeError,
-    ProducerFenced,
-    RecordListTooLargeError,
-)
-from aiokafka.structs import OffsetAndMetadata
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError
 
-from service.core.errors import CannotRun, CommitFailed, PublishFailed
+from service.core.errors import CannotRun, CommitFailed, PublishFailed, WrongSettings
 from service.core.messages import Partition
-from service.kafka.producers import Output, Producer
-from service.kafka.sending import Handover, too_large
-from service.kafka.starts import Stored
+from service.kafka.producers import Output
+from service.kafka.transactional import TransactionalProducer, transactional_id
+from service.kafka.writers import Ledger, Means, Writer
+
+PREFIX = "sluice"
+"""What all our transactional ids begin with: permissions can be given for it."""
+FENCES_AT_ONCE = 16
+"""Clients that connect side by side; more of them are no faster in one process."""
+PARTITIONS_MAX = 300
+"""Of one worker: each takes a producer with connections and memory of its own."""
+TIMEOUT_MARGIN_S = 10.0
+"""Between our deadline for a transaction and the moment when the coordinator aborts it."""
 
 log = logging.getLogger(__name__)
 
-PREFIX = "sluice"
-"""Of every transactional id; what follows it is the group, so that one ACL covers a group."""
 
-PARTITIONS_MAX = 200
-"""Input partitions of one worker: each has a client of its own."""
+def transaction_timeout_ms(deadline_s: float) -> int:
+    """For the client: we give a transaction up before its coordinator does.
 
-MESSAGES_MAX = 500
-BYTES_MAX = 1024 * 1024
-"""Of one transaction: short ones block readers for a moment only."""
-
-STARTED_AT_ONCE = 8
-"""Clients that are started side by side."""
-
-RESOLVE_AGAIN_S = 1.0
-"""Between two tries to find out how a transaction ended."""
-
-ABORT_S = 3.0
-"""For a partition that was lost: what is open blocks readers until it is aborted, or timed out."""
-
-TIMEOUT_MARGIN_S = 30.0
-"""A transaction that the broker has not seen end this long after our own deadline is aborted by
-the broker itself: nobody of us is left who could."""
-
-TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
+    Readers with `read_committed` wait this long for the transaction of a worker that is gone and
+    that nobody follows.
+    """
+    return int((deadline_s + TIMEOUT_MARGIN_S) * 1000)
 
 
-def transactional_id(group_id: str, where: Partition) -> str:
-    """The same for every owner of the partition, and for no other."""
-    return f"{PREFIX}-{group_id}-{where.topic}-{where.partition}"
-
-
-class Ledger(Protocol):
-    """Who holds a partition, and what Kafka is to hold of it."""
-
-    def holds(self, partition: Partition) -> bool:
-        """Whether it is ours, as far as is known here."""
-
-    def to_store(self, partition: Partition, finishing: frozenset[int]) -> Stored | None:
-        """Next offset and metadata once `finishing` has finished too; None: it is not ours."""
-
-    def stored(self, partition: Partition, stored: Stored) -> None:
-        """Kafka holds it now."""
-
-    async def read_back(self, partition: Partition) -> Stored | None:
-        """What Kafka holds; raises `KafkaError`."""
-
-
-class TransactionalProducer(Producer):
-    """One started client; after anything that failed in it, it is of no further use."""
-
-    async def begin(self) -> None:
-        await self._client.begin_transaction()
-
-    async def write(self, batches: Iterable[tuple[TopicPartition, Sequence[Output]]]) -> None:
-        """Write batches, in order; returns when all replicas have them. Raises `KafkaError`."""
-        sent: list[asyncio.Future[object]] = []
-        try:
-            for where, outputs in batches:
-                batch = self._batch(outputs)
-                sent.append(
-                    await self._client.send_batch(batch, where.topic, partition=where.partition)
-                )
-        finally:
-            if sent:
-                await asyncio.wait(sent)
-        for each in sent:
-            each.result()
-
-    async def end(self, where: Partition, stored: Stored, group_id: str) -> None:
-        """Add the offset; what comes after it is `commit`, and then only the broker knows."""
-        offsets = {TopicPartition(*where): OffsetAndMetadata(stored.offset, stored.metadata)}
-        await self._client.send_offsets_to_transaction(offsets, group_id)
-
-    async def commit(self) -> None:
-        await self._client.commit_transaction()
-
-    async def abandon(self) -> None:
-        """Abort what is open, if that is quick, and close."""
-        if self._client._txn_manager.is_in_transaction():
-            try:
-                async with asyncio.timeout(ABORT_S):
-                    await self._client.abort_transaction()
-            except (KafkaError, TimeoutError):
-                await self.cut_off()
-                return
-        await self.close()
-
-
-@dataclass(slots=True, eq=False)
-class Waiting:
-    """One message's outputs with their partitions; `alone` after a refusal, to find the cause."""
-
-    offset: int
-    outputs: list[tuple[int, Output]]
-    handover: Handover
-    alone: bool = False
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(output.size_bytes for _, output in self.outputs)
-
-
-@dataclass(slots=True, eq=False)
-class Owned:
-    """The transactions of one input partition, one at a time."""
-
-    where: Partition
-    producer: TransactionalProducer | None  # None: a new one is needed
-    waiting: deque[Waiting] = field(default_factory=deque)
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
-    task: asyncio.Task[None] | None = None
-    lost: bool = False
-
-    def take(self) -> list[Waiting]:
-        """The next transaction's messages, in order; what was withdrawn is left out."""
-        taken: list[Waiting] = []
-        size = 0
-        while self.waiting and len(taken) < MESSAGES_MAX:
-            each = self.waiting[0]
-            if each.handover.future.done():
-                self.waiting.popleft()
-                continue
-            size += each.size_bytes
-            if taken and (each.alone or taken[0].alone or size > BYTES_MAX):
-                break
-            taken.append(self.waiting.popleft())
-        return taken
-
-    def put_back(self, taken: Sequence[Waiting]) -> None:
-        """A refused batch says nothing of the single record: they go again one by one."""
-        for each in reversed(taken):
-            each.alone = True
-            self.waiting.appendleft(each)
+def refusal_of(partitions: int) -> str | None:
+    """Why one worker does not take so many partitions; None: it does."""
+    if partitions <= PARTITIONS_MAX:
+        return None
+    return (
+        f"delivery.mode exactly_once needs a producer for each input partition, and this worker "
+        f"got {partitions} of them; it takes {PARTITIONS_MAX}. Start more workers (at least "
+        f"{-(-partitions // PARTITIONS_MAX)} must be up at any time), read fewer partitions, or "
+        "set delivery.mode to at_least_once."
+    )
 
 
 class Transactions:
-    """The producers of all input partitions that are ours, and what is handed to them.
+    """The transactions of all input partitions of one worker.
 
-    Tasks are born in the group that it is given. `ledger` is set before the first use.
+    `create` makes a client for a transactional id (`transaction_timeout_ms` above `deadline_s`),
+    `refused` hears of batches that were too large. `ledger` is set before the first fence. Must be
+    used within the task group that it is given.
     """
-
-    ledger: Ledger
 
     def __init__(
         self,
-        create: Callable[[str, float], AIOKafkaProducer],
-        group_id: str,
+        create: Callable[[str], AIOKafkaProducer],
         *,
+        group_id: str,
+        refused: Callable[[str, int], None],
+        batch_max_bytes: Callable[[str], int],
         interval_s: float,
         deadline_s: float,
-        batch_max_bytes: Callable[[str], int],
-        refused: Callable[[str, int], None],
+        open_timeout_s: float,
         group: asyncio.TaskGroup,
     ) -> None:
-        """`create` makes a client, with its transactional id and the broker's patience in s."""
-        self._create, self._group_id, self._group = create, group_id, group
+        self._create, self._group_id = create, group_id
+        self._refused, self._batch_max_bytes = refused, batch_max_bytes
         self._interval_s, self._deadline_s = interval_s, deadline_s
-        self._batch_max_bytes, self._refused = batch_max_bytes, refused
-        self._owned: dict[Partition, Owned] = {}
-        self.fenced: dict[Partition, float] = {}
-        """Partitions whose producer was fenced, although nobody has told us that they are lost, and
-        since when (seconds of the loop's clock): see to it that they are restored again."""
+        self._open_timeout_s = open_timeout_s
+        self._group = group
+        self._writers: dict[Partition, Writer] = {}
+        self._fencing: dict[Partition, asyncio.Task[Exception | None]] = {}
+        self._opening = asyncio.Semaphore(FENCES_AT_ONCE)
+        self._ending: dict[TransactionalProducer, asyncio.Task[None] | None] = {}
+        self._hurried = self._stopped = False
+        self.ledger: Ledger | None = None
 
-    # --- whose a partition is ------------------------------------------------------------------
+    # --- whose a partition is --------------------------------------------------------------------
 
     async def fence(self, partitions: AbstractSet[Partition]) -> None:
-        """Start a producer for each, so that nobody before us can end a transaction any more.
+        """A new epoch for each of these, and for those that are being fenced already.
 
-        What was open is aborted when it returns. Raises `KafkaError` or `TimeoutError`, and
-        `CannotRun` where they are too many for one worker.
+        Afterwards no older producer can commit anything for them: only then may be read what
+        Kafka holds. An outcome of before that was not settled may have been committed. An epoch
+        under which nothing has begun is kept, so that an attempt after one that failed goes on
+        with the rest. Raises `KafkaError` or `PublishFailed` for the first that failed, and
+        `CannotRun` where there are too many. Cancelled, it goes on in the background.
         """
-        if len(self._owned.keys() | partitions) > PARTITIONS_MAX:
-            raise CannotRun(
-                f"In delivery.mode exactly_once a worker holds at most {PARTITIONS_MAX} input "
-                f"partitions, and it was given {len(self._owned.keys() | partitions)}: each takes "
-                "a client of its own. Run more workers, or use at_least_once."
-            )
-        failures: list[Exception] = []
-        gate = asyncio.Semaphore(STARTED_AT_ONCE)
-        async with asyncio.TaskGroup() as tasks:
-            for where in partitions:
-                tasks.create_task(self._fence(where, gate, failures))
-        if failures:
-            raise failures[0]
-
-    async def _fence(
-        self, where: Partition, gate: asyncio.Semaphore, failures: list[Exception]
-    ) -> None:
-        if (before := self._owned.pop(where, None)) is not None:
-            self._let_go(before)
-        async with gate:
-            try:
-                producer = await self._start(where)
-            except (KafkaError, OSError) as error:
-                failures.append(error)
-                return
-        self._owned[where] = Owned(where, producer)
-        self.fenced.pop(where, None)
-
-    def keep_only(self, partitions: AbstractSet[Partition]) -> None:
-        """All others are lost: nothing of them is committed any more."""
-        for where in self._owned.keys() - partitions:
-            self._let_go(self._owned.pop(where))
-        for where in self.fenced.keys() - partitions:
-            del self.fenced[where]
-
-    def _let_go(self, owned: Owned) -> None:
-        owned.lost = True
-        if owned.task is not None:
-            owned.task.cancel()
-        _fail(owned.waiting, f"{owned.where} is not ours any more")
-        owned.waiting.clear()
-        self._retire(owned)
-
-    async def stop(self, flush_timeout_s: float) -> bool:
-        """Give what is handed over this long, then fail the rest; whether nothing was left."""
-        tasks = {each.task for each in self._owned.values() if each.task is not None}
-        left: set[asyncio.Task[None]] = set()
+        if self._stopped:
+            raise PublishFailed("the sink is stopped")
+        problem = refusal_of(len(partitions | self._writers.keys()))
+        if problem is not None:
+            raise CannotRun(problem)
+        for partition in partitions:
+            writer = self._writers.get(partition)
+            if partition not in self._fencing and (writer is None or not writer.unused):
+                self.drop([partition])
+                self._fencing[partition] = self._group.create_task(self._fence_one(partition))
+        tasks = [self._fencing[each] for each in partitions if each in self._fencing]
         if tasks:
-            _, left = await asyncio.wait(tasks, timeout=flush_timeout_s)
-        self.keep_only(frozenset())
-        return not left
+            await asyncio.wait(tasks)
+        for task in tasks:
+            if task.cancelled():
+                raise PublishFailed("a partition was taken away while it was fenced")
+            if (failure := task.result()) is not None:
+                raise failure
 
-    # --- what is handed over ---------------------------------------------------------------------
+    def holds(self, partition: Partition) -> bool:
+        """Whether it can go on without a new fence: its epoch stands, nothing is in doubt."""
+        writer = self._writers.get(partition)
+        return writer is not None and writer.settled
+
+    def is_fresh(self, partition: Partition) -> bool:
+        """Whether nothing has begun since its fence: what was read behind that still holds."""
+        writer = self._writers.get(partition)
+        return writer is not None and writer.unused
+
+    def drop(self, partitions: Iterable[Partition]) -> None:
+        """They are lost: withdraw what is not committed, end what is open, in the background.
+
+        A commit that has been asked for may still succeed; whoever has the partition next learns
+        it from what Kafka holds.
+        """
+        for partition in list(partitions):
+            if (task := self._fencing.pop(partition, None)) is not None:
+                task.cancel()
+            writer = self._writers.pop(partition, None)
+            if writer is not None and (producer := writer.drop()) is not None:
+                self._end(producer, producer.end)
+
+    def keep_only(self, partitions: Collection[Partition]) -> None:
+        """Drop all others."""
+        self.drop((self._writers.keys() | self._fencing.keys()) - set(partitions))
+
+    # --- what goes into transactions -------------------------------------------------------------
 
     def hand_over(
         self,
-        where: Partition,
+        partition: Partition,
         offset: int,
         outputs: Sequence[tuple[int, Output]],
         on_failure: Callable[[], None],
     ) -> asyncio.Future[None]:
-        """Take a message's outputs with their partitions, in order, without waiting.
+        """Take the outputs of one message with their partitions, in order, without waiting.
 
-        The future ends when the transaction that holds them and the message's offset is
-        committed, or with `PublishFailed` or `OutputTooLarge`. Cancelling it withdraws what has
-        not left yet.
+        The future ends when the transaction that holds them and the offset is committed; or with
+        `PublishFailed` (not committed, and nothing of this input partition that was handed over
+        later is or will be before it is handed over again) or `OutputTooLarge`. Cancelling it
+        withdraws it, unless its commit is asked for already.
         """
-        handover = Handover(1, on_failure)
-        owned = self._owned.get(where)
-        if owned is None:
-            handover.fail(PublishFailed(f"{where} is not ours"))
-            return handover.future
-        owned.waiting.append(Waiting(offset, list(outputs), handover))
-        if owned.task is None:
-            owned.task = self._group.create_task(self._work(owned))
-        return handover.future
+        writer = self._writers.get(partition)
+        if writer is not None:
+            return writer.hand_over(offset, outputs, on_failure)
+        on_failure()
+        return _failed(PublishFailed(f"{partition} is not held"))
 
-    async def commit(self, partitions: AbstractSet[Partition]) -> None:
-        """Store the progress of each, without outcomes; raises `CommitFailed`."""
-        failures: list[CommitFailed] = []
-        async with asyncio.TaskGroup() as tasks:
-            for where in partitions:
-                tasks.create_task(self._commit(where, failures))
-        if failures:
-            raise failures[0]
+    async def commit(self, partitions: Collection[Partition]) -> None:
+        """Store what the ledger says for these, each in its next transaction.
 
-    async def _commit(self, where: Partition, failures: list[CommitFailed]) -> None:
-        owned = self._owned.get(where)
-        if owned is None:
-            failures.append(CommitFailed("rebalance"))
-            return
-        async with owned.turn:
-            try:
-                await self._transact(owned, [])
-            except PublishFailed as error:
-                failures.append(CommitFailed(str(error)))
-
-    # --- one partition ---------------------------------------------------------------------------
-
-    async def _work(self, owned: Owned) -> None:
+        What is queued for it goes along. Returns within twice the deadline; raises `CommitFailed`
+        where one was not committed ("rebalance": it is not held any more), or not in time: that
+        one may still be.
+        """
+        waiting = [self._wish(partition) for partition in partitions]
         try:
-            await asyncio.sleep(self._interval_s)
-            while owned.waiting:
-                async with owned.turn:
-                    taken = owned.take()
-                    try:
-                        if taken:
-                            await self._transact(owned, taken)
-                    except PublishFailed as error:
-                        # Nothing handed over behind them may land before they are sent again.
-                        _fail([*taken, *owned.waiting], str(error))
-                        owned.waiting.clear()
-                    finally:
-                        _fail(taken, "the sink was stopped")  # those that are not settled
-                if owned.waiting:
-                    await asyncio.sleep(0 if owned.waiting[0].alone else self._interval_s)
+            if waiting:
+                await asyncio.wait(waiting, timeout=2 * self._deadline_s)
         finally:
-            owned.task = None
+            for each in waiting:
+                each.cancel()
+        for each in waiting:
+            if each.cancelled():
+                raise CommitFailed("timeout")
+        for partition, each in zip(partitions, waiting, strict=True):
+            if (failure := each.exception()) is not None:
+                why = "not committed" if self._is_held(partition) else "rebalance"
+                raise CommitFailed(why) from failure
 
-    async def _transact(self, owned: Owned, taken: list[Waiting]) -> None:
-        """One transaction, to its known end; raises `PublishFailed` where it came to nothing.
+    def hurry(self, *, on: bool) -> None:
+        """Nobody gathers any longer (a rebalance, a stop: others wait for us), or as usual."""
+        self._hurried = on
+        for writer in self._writers.values():
+            writer.hurried = on
+            writer.go_on()
 
-        Refused records are settled or put back, without an exception. Cancelled, its producer is
-        not used again.
-        """
-        finishing = frozenset(each.offset for each in taken)
-        doubt: Stored | None = None
+    @property
+    def unacknowledged_s(self) -> float:
+        """How long the oldest transaction under way has been tried; 0 if there is none."""
+        started = [w.since_s for w in self._writers.values() if w.since_s is not None]
+        return asyncio.get_running_loop().time() - min(started) if started else 0.0
+
+    async def stop(self, flush_timeout_s: float) -> bool:
+        """Give what is queued this long, fail the rest, close all; whether nothing was left."""
+        self._stopped = True
+        for fencing in self._fencing.values():
+            fencing.cancel()
+        self.hurry(on=True)
+        working = [w.task for w in self._writers.values() if w.task is not None]
+        left: set[asyncio.Task[None]] = set()
+        if working:
+            _, left = await asyncio.wait(working, timeout=flush_timeout_s)
+        open_ = [writer.stop() for writer in self._writers.values()]
+        self._writers.clear()
+        # Tasks of a group that was cancelled have ended nothing.
+        unended = [each for each, task in self._ending.items() if task is None or task.cancelling()]
+        async with asyncio.TaskGroup() as ending:
+            for producer in (*open_, *unended):
+                if producer is not None:
+                    ending.create_task(producer.end())
+        return not left
+
+    # --- fencing ----------------------------------------------------------------------------------
+
+    async def _fence_one(self, partition: Partition) -> Exception | None:
+        """A writer for it under a new epoch; returns what stood in the way."""
         try:
-            async with asyncio.timeout(self._deadline_s):
-                producer = owned.producer or await self._renew(owned)
-                await producer.begin()
-                await producer.write(self._batches(taken))
-                # Asked now: nothing that finishes later may be forgotten by what is stored here.
-                stored = self.ledger.to_store(owned.where, finishing)
-                if stored is None or owned.lost:
-                    raise PublishFailed("rebalance")
-                await producer.end(owned.where, stored, self._group_id)
-                doubt = stored
-                await producer.commit()
-        except ProducerFenced as error:
-            self._was_fenced(owned)
-            raise PublishFailed(f"{owned.where} is another's") from error
-        except (KafkaError, OSError, TimeoutError, PublishFailed) as error:
-            self._retire(owned)
-            if doubt is None:
-                await self._came_to_nothing(owned, taken, error)
-                return
-            if not await self._resolved(owned, doubt):
-                raise PublishFailed(f"{owned.where}: {type(error).__name__}") from error
-        except BaseException:
-            self._retire(owned)
-            raise
-        self.ledger.stored(owned.where, doubt)
-        for each in taken:
-            each.handover.acknowledged()
-        # Whoever asks the ledger next asks after those who wait for this have heard of it.
-        await asyncio.sleep(0)
+            async with self._opening:
+                producer = await self._open(partition)
+        except (PublishFailed, KafkaError) as error:
+            return error
+        finally:
+            if self._fencing.get(partition) is asyncio.current_task():
+                del self._fencing[partition]
+        # No wait since the epoch: if it were dropped meanwhile, this task would be cancelled.
+        writer = Writer(partition, producer, self._means())
+        writer.hurried = self._hurried
+        self._writers[partition] = writer
+        return None
 
-    def _batches(self, taken: Sequence[Waiting]) -> list[tuple[TopicPartition, list[Output]]]:
-        """Outputs by partition, in order, in batches that the topics take."""
-        batches: list[tuple[TopicPartition, list[Output]]] = []
-        last: dict[TopicPartition, tuple[list[Output], int]] = {}
-        for each in taken:
-            for partition, output in each.outputs:
-                where = TopicPartition(output.topic, partition)
-                batch, size = last.get(where, ([], 0))
-                if not batch or size + output.size_bytes > self._batch_max_bytes(where.topic):
-                    batch, size = [], 0
-                    batches.append((where, batch))
-                batch.append(output)
-                last[where] = batch, size + output.size_bytes
-        return batches
-
-    async def _came_to_nothing(self, owned: Owned, taken: list[Waiting], error: Exception) -> None:
-        """It was not committed. What it left open blocks readers, so it is ended at once."""
-        if self.ledger.holds(owned.where) and not owned.lost:
-            try:
-                async with asyncio.timeout(self._deadline_s):
-                    await self._renew(owned)
-            except (KafkaError, OSError, TimeoutError) as later:
-                log.warning("no producer for %s yet: %s", owned.where, type(later).__name__)
-        if isinstance(error, TOO_LARGE) and taken:
-            self._settle_too_large(owned, taken)
-        elif isinstance(error, InvalidTimestampError) and any(map(_is_dated, taken)):
-            # The topic bounds how far a timestamp may lie from now, and input has others.
-            if len(taken) == 1:
-                taken[0].outputs = [(p, replace(o, timestamp_ms=None)) for p, o in taken[0].outputs]
-            owned.put_back(taken)
-            taken.clear()
-        elif isinstance(error, PublishFailed):
-            raise error
-        else:
-            raise PublishFailed(f"{owned.where}: {type(error).__name__}") from error
-
-    def _settle_too_large(self, owned: Owned, taken: list[Waiting]) -> None:
-        if len(taken) > 1:
-            owned.put_back(taken)
-        else:
-            largest = max((output for _, output in taken[0].outputs), key=lambda o: o.size_bytes)
-            self._refused(largest.topic, largest.size_bytes)
-            taken[0].handover.fail(too_large(largest))
-        taken.clear()
-
-    async def _resolved(self, owned: Owned, doubt: Stored) -> bool:
-        """Whether a transaction was committed of which only the broker knows.
-
-        Waits until that is known. Where the partition is lost meanwhile it does not matter here.
-        """
-        while self.ledger.holds(owned.where) and not owned.lost:
-            try:
-                async with asyncio.timeout(self._deadline_s):
-                    # The new one's start has ended what was open, one way or the other.
-                    await self._renew(owned)
-                    return await self.ledger.read_back(owned.where) == doubt
-            except ProducerFenced:
-                self._was_fenced(owned)
-                return False
-            except (KafkaError, OSError, TimeoutError) as error:
-                log.warning(
-                    "it is not known yet how a transaction of %s ended: %s",
-                    owned.where,
-                    type(error).__name__,
-                )
-            self._retire(owned)
-            await asyncio.sleep(RESOLVE_AGAIN_S)
-        return False
-
-    # --- clients -------------------------------------------------------------------------------
-
-    async def _renew(self, owned: Owned) -> TransactionalProducer:
-        """A new producer in the place of one that is of no use any more."""
-        self._retire(owned)
-        owned.producer = await self._start(owned.where)
-        return owned.producer
-
-    async def _start(self, where: Partition) -> TransactionalProducer:
-        patience_s = self._deadline_s + TIMEOUT_MARGIN_S
-        client = self._create(transactional_id(self._group_id, where), patience_s)
+    async def _open(self, partition: Partition) -> TransactionalProducer:
+        """A started producer; raises `PublishFailed`, or `KafkaError` where the broker refuses."""
+        try:
+            producer = TransactionalProducer(
+                self._create(transactional_id(PREFIX, self._group_id, partition))
+            )
+        except WrongSettings as error:
+            # A file with credentials may be missing for a moment while it is renewed.
+            raise PublishFailed(f"{partition}: no producer: {error}") from error
         started = False
         try:
-            await client.start()
+            async with asyncio.timeout(self._open_timeout_s):
+                await producer.start()
             started = True
-            return TransactionalProducer(client)
+        except TimeoutError as error:
+            why = f"{partition}: no producer within {self._open_timeout_s:g} s"
+            raise PublishFailed(why) from error
+        except OSError as error:
+            raise PublishFailed(f"{partition}: no producer: {type(error).__name__}") from error
         finally:
             if not started:
-                self._group.create_task(TransactionalProducer(client).cut_off())
+                self._end(producer, producer.cut_off)
+        return producer
 
-    def _retire(self, owned: Owned) -> None:
-        producer, owned.producer = owned.producer, None
-        if producer is not None:
-            self._group.create_task(producer.abandon() if owned.lost else producer.cut_off())
+    def _end(self, producer: TransactionalProducer, how: Callable[[], Awaitable[None]]) -> None:
+        """End a producer in the background; where the group ends itself, `stop` sees to it."""
+        self._ending[producer] = None
+        work = self._ended(producer, how)
+        try:
+            self._ending[producer] = self._group.create_task(work)
+        except RuntimeError:
+            work.close()
 
-    def _was_fenced(self, owned: Owned) -> None:
-        log.warning("%s was given to another worker: its transaction is void", owned.where)
-        self._retire(owned)
-        if self._owned.get(owned.where) is owned:
-            del self._owned[owned.where]
-            self.fenced[owned.where] = asyncio.get_running_loop().time()
+    async def _ended(
+        self, producer: TransactionalProducer, how: Callable[[], Awaitable[None]]
+    ) -> None:
+        await how()
+        del self._ending[producer]
+
+    def _means(self) -> Means:
+        assert self.ledger is not None, "the source sets it at its start"
+        return Means(
+            open=self._open,
+            end=self._end,
+            ledger=self.ledger,
+            batch_max_bytes=self._batch_max_bytes,
+            refused=self._refused,
+            group_id=self._group_id,
+            interval_s=self._interval_s,
+            deadline_s=self._deadline_s,
+            group=self._group,
+        )
+
+    def _is_held(self, partition: Partition) -> bool:
+        writer = self._writers.get(partition)
+        return writer is not None and not writer.lost
+
+    def _wish(self, partition: Partition) -> asyncio.Future[None]:
+        writer = self._writers.get(partition)
+        if writer is None:
+            return _failed(PublishFailed(f"{partition} is not held"))
+        return writer.hand_over(None, (), lambda: None)
 
 
-def _is_dated(each: Waiting) -> bool:
-    return any(output.timestamp_ms is not None for _, output in each.outputs)
-
-
-def _fail(those: Iterable[Waiting], why: str) -> None:
-    for each in those:
-        each.handover.fail(PublishFailed(why))
+def _failed(error: Exception) -> asyncio.Future[None]:
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    future.set_exception(error)
+    future.exception()  # nobody may be there to hear of it: no complaint
+    return future

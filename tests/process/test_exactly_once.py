@@ -1,4 +1,4 @@
-"""Exactly once on a real Kafka: a reader of committed records sees each once, whatever is killed."""
+"""Exactly once on a real Kafka: a reader of committed records sees each outcome once."""
 
 from __future__ import annotations
 
