@@ -262,7 +262,7 @@ def hangs_at(kind: type[Any], *, arrives: bool, times: int = 1) -> tuple[Interfe
         if arrives:
             await go_on()
         reached.set()
-        await asyncio.Event().wait()
+        return await asyncio.Event().wait()
 
     return interfere, reached
 
