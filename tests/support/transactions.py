@@ -24,7 +24,7 @@ from service.core.messages import Partition
 from service.kafka.producers import BATCH_MAX_BYTES, Output
 from service.kafka.sizes import size_alone
 from service.kafka.starts import Stored
-from service.kafka.transactions import Transactions, transaction_timeout_ms
+from service.kafka.transactions import Transactions, transactional_options
 from tests.support.topics import admin
 
 Answer = Callable[[], Awaitable[Any]]
@@ -101,6 +101,7 @@ class Worker:
         self.clients: list[AIOKafkaProducer] = []
         self.failed: dict[Partition, set[int]] = defaultdict(set)  # as LaneFailures keeps them
         self.interfere: Interfere | None = None
+        self.client_options: dict[str, Any] = {}
         own: dict[str, Any] = {
             "batch_max_bytes": lambda topic: BATCH_MAX_BYTES,
             "interval_s": 0.02,
@@ -124,7 +125,7 @@ class Worker:
         client = AIOKafkaProducer(
             bootstrap_servers=self.servers,
             transactional_id=transactional_id,
-            transaction_timeout_ms=transaction_timeout_ms(self.deadline_s),
+            **transactional_options(self.deadline_s) | self.client_options,
             acks="all",
             request_timeout_ms=10_000,
             max_batch_size=2 * BATCH_MAX_BYTES,
