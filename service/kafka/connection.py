@@ -149,6 +149,18 @@ _MEANING: tuple[tuple[type[Exception], str], ...] = (
         "Kafka does not let {who} write idempotently: give it IDEMPOTENT_WRITE on the cluster.",
     ),
     (
+        errors.TransactionalIdAuthorizationFailed,
+        "Kafka does not let {who} use transactions: give it WRITE and DESCRIBE on the "
+        "transactional ids that begin with sluice-{group}:, or set delivery.mode to "
+        "at_least_once.",
+    ),
+    (
+        errors.InvalidTransactionTimeout,
+        "Kafka at {servers} does not allow transactions to be open for as long as "
+        "kafka.request_timeout_s needs: shorten it, or raise the brokers' "
+        "transaction.max.timeout.ms.",
+    ),
+    (
         errors.SaslAuthenticationFailed,
         "Kafka at {servers} refused the credentials of {who}: check kafka.security.username and "
         "the password or token.",

@@ -31,7 +31,7 @@ from service.kafka.transactions import PARTITIONS_MAX
 from tests.conftest import do_without, hanging
 from tests.support.kafka import Broker, KafkaUnavailable, RealKafka
 from tests.support.topics import committed, create_topic, end_offsets, read_topic, unique_name
-from tests.support.transactions import Answer, hangs_at, output, pauses_at, worker
+from tests.support.transactions import Answer, Worker, hangs_at, output, pauses_at, worker
 
 BOOTSTRAP = "Unclosed AIOKafkaConnection"
 """What the client says when its start is cancelled in the moment of its very first request; the
@@ -236,10 +236,11 @@ async def test_a_partition_that_is_not_ours_is_aborted(place: Place) -> None:
     """The ledger says so in the moment of sending: nothing is visible, everything fails."""
     async with worker(place.servers, place.group) as one:
         await one.own(place.first)
+        one.interfere, reached, gate = pauses_at(ProduceRequest)
+        sent = [one.send(place.first, n, place.outputs(n)) for n in (0, 1)]
+        await reached.wait()
         page = one.ledger.pages.pop(place.first)
-        sent = [
-            one.transactions.hand_over(place.first, n, place.outputs(n), _quiet) for n in (0, 1)
-        ]
+        gate.set()
         ends = await asyncio.gather(*sent, return_exceptions=True)
         assert [PublishFailed] * 2 == [type(each) for each in ends]
         assert await place.settled() == []
@@ -593,9 +594,10 @@ async def test_a_topic_that_is_not_there_fails_what_is_behind_it(place: Place) -
 # --- faults of every kind ------------------------------------------------------------------------
 
 
-async def test_no_order_changes_and_nothing_comes_twice(place: Place) -> None:
+@pytest.mark.parametrize("seed", range(3), ids=lambda seed: f"seed-{seed}")
+async def test_no_order_changes_and_nothing_comes_twice(place: Place, seed: int) -> None:
     """Requests or answers of every kind lost at random, owners that take turns: each once."""
-    draw = random.Random(11)
+    draw = random.Random(seed)
     kinds = (ProduceRequest, AddOffsetsToTxnRequest, TxnOffsetCommitRequest, EndTxnRequest)
 
     async def interfere(request: Any, go_on: Answer) -> Any:
@@ -653,6 +655,46 @@ async def test_no_order_changes_and_nothing_comes_twice(place: Place) -> None:
     assert by_key == lanes
     everything = json.dumps(list(range(count)))
     await eventually({0: (count, everything), 1: (count, everything)}, place.kept)
+
+
+@pytest.mark.parametrize("seed", range(2), ids=lambda seed: f"seed-{seed}")
+async def test_two_that_think_it_theirs_publish_once(place: Place, seed: int) -> None:
+    """They fence each other again and again, commits hang in between: no message comes twice."""
+    draw = random.Random(seed)
+    count = 60
+
+    async def interfere(request: Any, go_on: Answer) -> Any:
+        chance = draw.random()
+        if isinstance(request, EndTxnRequest) and chance < 0.3:
+            if chance < 0.15:
+                await go_on()
+            return await asyncio.Event().wait()
+        return await go_on()
+
+    async def insist(one: Worker) -> None:
+        one.interfere = interfere
+        while True:
+            try:
+                await one.own(place.first)
+            except PublishFailed:
+                continue
+            finished = one.ledger.pages[place.first].finished
+            if len(finished) == count:
+                return
+            upto = min(count, len(finished) + 12)
+            await one.publish(place.first, range(upto), place.outputs, draw.random() * 0.02)
+            await asyncio.sleep(draw.random())
+
+    async with (
+        worker(place.servers, place.group, deadline_s=0.5) as one,
+        worker(place.servers, place.group, deadline_s=0.5) as other,
+    ):
+        async with asyncio.TaskGroup() as both:
+            both.create_task(insist(one))
+            both.create_task(insist(other))
+        assert one.fenced or other.fenced
+        one.interfere = other.interfere = None
+    assert await place.settled() == [f"0:{n}" for n in range(count)]
 
 
 @pytest.mark.parametrize("how", ["hangs", "is killed", "is stopped"])
