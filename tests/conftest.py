@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from service.demo.broker import EmbeddedBroker
-from tests.support.kafka import Broker, KafkaUnavailable, find_broker
+from tests.support.kafka import Broker, KafkaUnavailable, RealKafka, find_broker
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -61,3 +63,16 @@ def do_without(reason: str) -> None:
     if os.environ.get("TEST_KAFKA") == "required":
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason)
+
+
+@contextmanager
+def hanging(broker: Broker) -> Iterator[None]:
+    """The broker's process stands still: connections stay open, nobody answers."""
+    if not isinstance(broker, RealKafka):
+        do_without("only a broker that is a process of ours can be made to stand still")
+    assert broker._process is not None
+    os.kill(broker._process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(broker._process.pid, signal.SIGCONT)

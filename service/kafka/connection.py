@@ -145,14 +145,20 @@ _MEANING: tuple[tuple[type[Exception], str], ...] = (
         "kafka.group_id to one that it may use.",
     ),
     (
-        errors.TransactionalIdAuthorizationFailed,
-        "Kafka does not let {who} use transactional ids for the group {group}: give it WRITE and "
-        "DESCRIBE on the transactional ids that begin with sluice-{group}-, or set delivery.mode "
-        "to at_least_once.",
-    ),
-    (
         errors.ClusterAuthorizationFailedError,
         "Kafka does not let {who} write idempotently: give it IDEMPOTENT_WRITE on the cluster.",
+    ),
+    (
+        errors.TransactionalIdAuthorizationFailed,
+        "Kafka does not let {who} use transactions: give it WRITE and DESCRIBE on the "
+        "transactional ids that begin with sluice-{group}:, or set delivery.mode to "
+        "at_least_once.",
+    ),
+    (
+        errors.InvalidTransactionTimeout,
+        "Kafka at {servers} does not allow transactions to be open for as long as "
+        "kafka.request_timeout_s needs: shorten it, or raise the brokers' "
+        "transaction.max.timeout.ms.",
     ),
     (
         errors.SaslAuthenticationFailed,

@@ -111,24 +111,36 @@ class Producer:
 
         What already left this process may still be written, as a repetition of what is sent
         again. `stop()` of the client would retry for as long as the broker is away, so its parts
-        are ended here one by one; the order matters: failing the batches before the sender task
-        has ended breaks the client's own bookkeeping.
+        are ended here one by one; the order matters: failing the batches before the tasks that
+        send them have ended breaks the client's own bookkeeping.
         """
         client = self._client
-        sender_task = client._sender.sender_task  # None where it has never got its id
-        if sender_task is not None:
-            sender_task.cancel()
         _drop_connections(client)
         with suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                while tasks := _tasks_of(client):
+                    for task in tasks:
+                        task.cancel()
+                    await asyncio.wait(tasks, timeout=0.5)
                 await client.client.close()
-                while sender_task is not None and not sender_task.done():
-                    await asyncio.wait([sender_task], timeout=0.5)
-                    sender_task.cancel()  # it waits for its requests, which take over the cancel
         _fail_batches(client)
         with suppress(TimeoutError, KafkaError):
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await client.stop()
+
+
+def _tasks_of(client: AIOKafkaProducer) -> list[asyncio.Task[Any]]:
+    """The sender's own task and those of its requests.
+
+    Cancelled alone, the first waits for the others one by one and forgets the rest when it is
+    cancelled again; some of them try for ever to find a coordinator.
+    """
+    return [
+        task
+        for task in asyncio.all_tasks()
+        if (frame := getattr(task.get_coro(), "cr_frame", None)) is not None
+        and frame.f_locals.get("self") is client._sender
+    ]
 
 
 def _drop_connections(client: AIOKafkaProducer) -> None:

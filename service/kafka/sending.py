@@ -216,7 +216,9 @@ def after_refusal(batch: Sequence[Waiting], error: KafkaError) -> SluiceError | 
     if isinstance(error, TOO_LARGE):
         if len(batch) == 1:
             return _too_large(batch[0].output)
-    elif isinstance(error, InvalidTimestampError) and batch[0].output.timestamp_ms is not None:
+    elif isinstance(error, InvalidTimestampError) and any(
+        each.output.timestamp_ms is not None for each in batch
+    ):
         # The topic bounds how far a timestamp may lie from now, and input has others.
         if len(batch) == 1:
             batch[0].output = replace(batch[0].output, timestamp_ms=None)

@@ -5,7 +5,10 @@ What is sent stands here; in which order and how safely in `sending.py` and `pro
 
 import asyncio
 import logging
+import resource
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import assert_never
 
 from aiokafka import AIOKafkaProducer
@@ -29,7 +32,7 @@ from service.kafka.lane_failures import LaneFailures
 from service.kafka.producers import BATCH_MAX_BYTES, Output, Producers
 from service.kafka.sending import Sending
 from service.kafka.sizes import TopicSizes, ask_broker, size_alone
-from service.kafka.transactions import Transactions, transaction_timeout_ms
+from service.kafka.transactions import Transactions, partitions_max, transactional_options
 from service.settings import Settings
 
 DISCOVERY_TIMEOUT_S = 3.0
@@ -43,6 +46,8 @@ FUTURE_MAX_MS = 3_600_000
 """Brokers refuse timestamps further ahead of their clock (`message.timestamp.after.max.ms`)."""
 HELD_LOG_EVERY_S = 60.0
 """A dead letter that fits nowhere is tried for ever and complained about this often."""
+
+NO_OPTIONS: Mapping[str, int] = MappingProxyType({})
 
 log = logging.getLogger(__name__)
 
@@ -79,13 +84,14 @@ class KafkaSink:
         other producer is there for its metadata alone."""
         if settings.delivery.mode == "exactly_once":
             self.transactions = Transactions(
-                self._create_producer,
+                self._create_transactional,
                 group_id=settings.kafka.group_id,
                 batch_max_bytes=lambda topic: min(BATCH_MAX_BYTES, self._sizes.known(topic)),
                 refused=self._sizes.refused,
                 interval_s=settings.delivery.commit_interval_s,
                 deadline_s=DEADLINE_FACTOR * request_timeout_s,
                 open_timeout_s=request_timeout_s,
+                partitions_max=partitions_max(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
                 group=self._group,
             )
 
@@ -279,14 +285,18 @@ class KafkaSink:
             self._producers.partitions(topic)
             await self._sizes.fresh(topic)
 
-    def _create_producer(self, transactional_id: str | None = None) -> AIOKafkaProducer:
+    def _create_transactional(self, transactional_id: str) -> AIOKafkaProducer:
         deadline_s = DEADLINE_FACTOR * self._settings.kafka.request_timeout_s
+        return self._create_producer(transactional_id, transactional_options(deadline_s))
+
+    def _create_producer(
+        self, transactional_id: str | None = None, options: Mapping[str, int] = NO_OPTIONS
+    ) -> AIOKafkaProducer:
         return AIOKafkaProducer(
-            **client_options(self._settings.kafka),
+            **{**client_options(self._settings.kafka), **options},
             enable_idempotence=True,
             acks="all",
             transactional_id=transactional_id,
-            transaction_timeout_ms=transaction_timeout_ms(deadline_s),
             key_serializer=None,
             value_serializer=None,
             # Sizes stay predictable: topics limit the compressed batch.

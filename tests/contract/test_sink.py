@@ -5,15 +5,12 @@ Kafka: what the pipeline was tested against is what it meets.
 """
 
 import asyncio
-import contextlib
 import gc
-import os
 import random
-import signal
 import socket
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -39,8 +36,8 @@ from service.kafka import sizes as sizes_module
 from service.kafka.sink import KafkaSink
 from service.kafka.sizes import size_alone
 from service.pipeline import Sink
-from tests.conftest import do_without
-from tests.support.kafka import Broker, RealKafka
+from tests.conftest import hanging
+from tests.support.kafka import Broker
 from tests.support.sinks import Fake, Kafka, Output
 from tests.support.topics import Read, admin, create_topic, produce, unique_name
 
@@ -472,19 +469,6 @@ async def test_without_a_topic_it_cannot_run(
 
 
 # --- brokers that fail -------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def hanging(broker: Broker) -> Iterator[None]:
-    """The broker's process stands still: connections stay open, nobody answers."""
-    if not isinstance(broker, RealKafka):
-        do_without("only a broker that is a process of ours can be made to stand still")
-    assert broker._process is not None
-    os.kill(broker._process.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(broker._process.pid, signal.SIGCONT)
 
 
 @pytest.fixture

@@ -186,9 +186,10 @@ async def _partitions(consumer: AIOKafkaConsumer, topic: str) -> set[int]:
     raise AssertionError(f"there is no topic {topic}")
 
 
-async def end_offsets(servers: str, topic: str) -> dict[int, int]:
-    """partition -> last stable offset."""
-    consumer = AIOKafkaConsumer(bootstrap_servers=servers, isolation_level="read_committed")
+async def end_offsets(servers: str, topic: str, *, committed_only: bool = True) -> dict[int, int]:
+    """partition -> last stable offset; else the end, open transactions included."""
+    level = "read_committed" if committed_only else "read_uncommitted"
+    consumer = AIOKafkaConsumer(bootstrap_servers=servers, isolation_level=level)
     await consumer.start()
     try:
         partitions = [TopicPartition(topic, each) for each in await _partitions(consumer, topic)]

@@ -163,6 +163,8 @@ def test_a_wrong_tls_file_is_a_sentence(files: dict[str, object], sentence: str)
         (errors.TopicAuthorizationFailedError("in"), "use topic in: give it READ"),
         (errors.TopicAuthorizationFailedError({"b", "a"}), "use topic a, b:"),
         (errors.GroupAuthorizationFailedError("g"), "use the group sluice"),
+        (errors.TransactionalIdAuthorizationFailed("x"), "begin with sluice-sluice:"),
+        (errors.InvalidTransactionTimeout(), "transaction.max.timeout.ms"),
         (errors.SaslAuthenticationFailed(), "localhost:9092 refused the credentials"),
         (errors.UnknownTopicOrPartitionError(), "sluice topics create"),
         (ssl.SSLCertVerificationError(), "ca_file"),
