@@ -132,10 +132,10 @@ class TopicsWatch:
                 self._ids[topic] = seen.id
             elif seen.id is not None and seen.id != known:
                 self._other[topic] = seen.id
-        return self._made_again() or self._gone(now_s)
+        return self._made_again() or self._gone(now_s, found)
 
     def behind(self, now_s: float, found: Mapping[str, TopicSeen | None]) -> str | None:
-        """Why the client is to be replaced: it does not know what brokers have long been telling."""
+        """Why the client is to be replaced: it does not know what brokers have long told."""
         for topic, seen in found.items():
             if seen is None or seen.known >= seen.partitions:
                 self._behind_since_s.pop(topic, None)
@@ -160,9 +160,9 @@ class TopicsWatch:
             )
         return None
 
-    def _gone(self, now_s: float) -> str | None:
-        for topic, since_s in self._gone_since_s.items():
-            if now_s - since_s >= GONE_S:
+    def _gone(self, now_s: float, found: Mapping[str, TopicSeen | None]) -> str | None:
+        for topic, seen in found.items():
+            if seen is None and now_s - self._gone_since_s[topic] >= GONE_S:
                 return (
                     f"Topic {topic} was deleted while it was being read: make it again with "
                     "`sluice topics create`, or correct input.topics."

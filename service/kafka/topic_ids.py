@@ -71,7 +71,7 @@ def _found(found: Mapping[str, Any]) -> FoundTopic:
 # --- a request that the client does not have ----------------------------------------------------
 
 
-class Uuid(AbstractType[bytes]):
+class Uuid(AbstractType[bytes]):  # type: ignore[misc]
     """Sixteen bytes."""
 
     @classmethod

@@ -35,6 +35,7 @@ from aiokafka.errors import (
 from aiokafka.structs import OffsetAndMetadata
 
 from service.core.errors import CannotRun, CommitFailed, PublishFailed
+from service.core.events import ClientReplaced, Observe
 from service.core.messages import Partition
 from service.kafka.producers import Output, Producer
 from service.kafka.sending import Handover, too_large
@@ -195,9 +196,11 @@ class Transactions:
         batch_max_bytes: Callable[[str], int],
         refused: Callable[[str, int], None],
         group: asyncio.TaskGroup,
+        observe: Observe,
     ) -> None:
         """`create` makes a client, with its transactional id and the broker's patience in s."""
         self._create, self._group_id, self._group = create, group_id, group
+        self._observe = observe
         self._interval_s, self._deadline_s = interval_s, deadline_s
         self._batch_max_bytes, self._refused = batch_max_bytes, refused
         self._owned: dict[Partition, Owned] = {}
@@ -446,6 +449,8 @@ class Transactions:
         """A new producer in the place of one that is of no use any more."""
         self._retire(owned)
         owned.producer = await self._start(owned.where)
+        log.warning("the producer of %s is replaced", owned.where)
+        self._observe(ClientReplaced("producer"))
         return owned.producer
 
     async def _start(self, where: Partition) -> TransactionalProducer:
@@ -455,10 +460,10 @@ class Transactions:
         try:
             await client.start()
             started = True
-            return TransactionalProducer(client)
+            return TransactionalProducer(client, self._observe)
         finally:
             if not started:
-                self._group.create_task(TransactionalProducer(client).cut_off())
+                self._group.create_task(TransactionalProducer(client, self._observe).cut_off())
 
     def _retire(self, owned: Owned) -> None:
         producer, owned.producer = owned.producer, None

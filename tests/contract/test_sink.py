@@ -434,7 +434,7 @@ async def test_a_timestamp_that_the_topic_refuses_becomes_now(
 
 async def test_a_sink_that_is_not_running_fails_sends(kafka: Kafka) -> None:
     """Before the start and after the stop a publish fails, as one that may be tried again."""
-    sink = KafkaSink(kafka.settings())
+    sink = KafkaSink(kafka.settings(), kafka.told.append)
     before = await sink.publish(message(), extracted(b"1"))
     await sink.start()
     await sink.stop()
@@ -450,7 +450,7 @@ async def test_without_a_broker_it_cannot_run() -> None:
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{reserved.getsockname()[1]}"
-        sink = KafkaSink(Kafka(address, "records", "dead").settings())
+        sink = KafkaSink(Kafka(address, "records", "dead").settings(), lambda _: None)
         with pytest.raises(CannotRun, match=address):
             await sink.start()
     assert asyncio.all_tasks() == {asyncio.current_task()}
@@ -464,7 +464,7 @@ async def test_without_a_topic_it_cannot_run(
     """A missing topic: its name and the command that creates it."""
     monkeypatch.setattr(sink_module, "DISCOVERY_TIMEOUT_S", 0.5)
     kafka = await real(real_kafka)
-    sink = KafkaSink(kafka.settings(**{missing: {"topic": "not-there"}}))
+    sink = KafkaSink(kafka.settings(**{missing: {"topic": "not-there"}}), kafka.told.append)
     with pytest.raises(CannotRun, match=r"not-there.*sluice topics create"):
         await sink.start()
     await asyncio.sleep(0)
@@ -562,7 +562,7 @@ async def test_no_order_changes_when_the_broker_fails(own_broker: Broker, how: s
 async def test_a_hanging_broker_fails_sends_and_stops_nobody(own_broker: Broker) -> None:
     """A send fails within twice the request timeout; stopping then is bounded and clean."""
     kafka = await real(own_broker.bootstrap_servers)
-    sink = KafkaSink(kafka.settings(kafka={"request_timeout_s": 1}))
+    sink = KafkaSink(kafka.settings(kafka={"request_timeout_s": 1}), kafka.told.append)
     await sink.start()
     with hanging(own_broker):
         began_s = time.monotonic()
@@ -594,7 +594,8 @@ async def test_an_unforeseen_exception_ends_the_owner(
 ) -> None:
     """It cancels the task that started the sink, fails what was handed over, and is raised."""
     monkeypatch.setattr(sink_module, "AIOKafkaProducer", BrokenProducer)
-    sink = KafkaSink(Kafka(mock_kafka.bootstrap_servers, "records", "dead").settings())
+    kafka = Kafka(mock_kafka.bootstrap_servers, "records", "dead")
+    sink = KafkaSink(kafka.settings(), kafka.told.append)
     await sink.start()
     handed_over = await sink.publish(message(), extracted(b"1"))
     with pytest.raises(asyncio.CancelledError):
