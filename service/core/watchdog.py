@@ -8,7 +8,7 @@ a sentence for a person (the reason why the process ends).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
@@ -114,11 +114,16 @@ class TopicsWatch:
         self._gone_since_s: dict[str, float] = {}
         self._behind_since_s: dict[str, float] = {}
         self._other: dict[str, str] = {}  # topic -> the id it has now
+        self._doubted: set[str] = set()
 
     @property
     def doubtful(self) -> AbstractSet[str]:
         """Topics of which it is not sure that they are those that were read."""
-        return self._gone_since_s.keys() | self._other.keys()
+        return self._gone_since_s.keys() | self._other.keys() | self._doubted
+
+    def doubt(self, topics: Iterable[str]) -> None:
+        """Somebody was told that one of these is not there; the next look knows more."""
+        self._doubted.update(topics)
 
     def look(self, now_s: float, found: Mapping[str, TopicSeen | None]) -> str | None:
         """Why the process ends. `found` holds the topics that brokers told of; None: not there."""
@@ -127,6 +132,7 @@ class TopicsWatch:
                 self._gone_since_s.setdefault(topic, now_s)
                 continue
             self._gone_since_s.pop(topic, None)
+            self._doubted.discard(topic)
             known = self._ids.get(topic)
             if known is None:
                 self._ids[topic] = seen.id

@@ -27,6 +27,7 @@ from aiokafka.errors import (
     RecordTooLargeError,
     RequestTimedOutError,
     UnknownMemberIdError,
+    UnknownTopicOrPartitionError,
     UnsupportedCodecError,
 )
 from aiokafka.structs import ConsumerRecord
@@ -455,7 +456,8 @@ class KafkaSource:
         """Store the progress of held partitions, within `COMMIT_S`.
 
         Raises `CommitFailed`: "rebalance" where the partitions are in question, which is no
-        fault; else a word for why. A commit that was not answered in time may still arrive; the
+        fault; "topic" where it is not sure that a topic is still the one that was read; else a
+        word for why. A commit that was not answered in time may still arrive; the
         one after it then says the same or more.
         """
         started_s = _now_s()
@@ -469,8 +471,6 @@ class KafkaSource:
         self._clock.heard(_now_s())
 
     async def _commit(self, partitions: AbstractSet[Partition]) -> None:
-        if any(partition.topic in self._supervision.doubtful for partition in partitions):
-            raise CommitFailed("topic")  # the offset may be another topic's of the same name
         held, holdings = self._started, self._holdings_of(partitions)
         if self._transactions is not None:
             await self._transactions.commit(partitions)
@@ -496,6 +496,10 @@ class KafkaSource:
                 raise CommitFailed("rebalance")
             try:
                 await self._membership.commit_once(wanted)
+            except UnknownTopicOrPartitionError:
+                # Tried again, it could find another topic of the same name.
+                self._supervision.doubt(partition.topic for partition in wanted)
+                raise
             except KafkaError as error:
                 if not error.retriable:
                     raise
@@ -506,6 +510,8 @@ class KafkaSource:
     def _holdings_of(self, partitions: Iterable[Partition]) -> dict[Partition, Holding]:
         held = {} if self._holdings is None else self._holdings.held
         wanted = set(partitions)
+        if any(partition.topic in self._supervision.doubtful for partition in wanted):
+            raise CommitFailed("topic")  # it may be another by now
         if not wanted <= held.keys():
             raise CommitFailed("rebalance")
         return {partition: held[partition] for partition in wanted}

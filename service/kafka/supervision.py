@@ -13,6 +13,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -79,6 +80,7 @@ class Supervision:
         self._asked: set[Partition] = set()
         self._excused: set[Partition] = set()
         self._looked_at_s: float | None = None
+        self._look_now = asyncio.Event()
 
     @property
     def doubtful(self) -> AbstractSet[str]:
@@ -98,6 +100,12 @@ class Supervision:
         """These gave an error, which is seen to elsewhere: no silence."""
         self._excused.update(partitions)
 
+    def doubt(self, topics: Iterable[str]) -> None:
+        """A broker does not know one of these: nothing is committed for them until a look, which
+        comes at once, has found the same topics."""
+        self._topics.doubt(topics)
+        self._look_now.set()
+
     def forget(self) -> None:
         """Another client starts with no blame."""
         self._silence.forget()
@@ -113,7 +121,7 @@ class Supervision:
         try:
             while True:
                 self._looked_at_s = _now_s()
-                await asyncio.sleep(LOOK_EVERY_S)
+                await self._until_the_next_look()
                 look = await lookout.look(list(self.partitions), client.progress().keys())
                 if look is not None:
                     client.heard()
@@ -121,6 +129,11 @@ class Supervision:
         finally:
             self._looked_at_s = None
             await lookout.close()
+
+    async def _until_the_next_look(self) -> None:
+        with suppress(TimeoutError):
+            await within(LOOK_EVERY_S, self._look_now.wait())
+        self._look_now.clear()
 
     def _judge(self, look: Look, client: Supervised) -> None:
         now_s = _now_s()

@@ -21,6 +21,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from service.core.errors import CannotRun, OutputTooLarge, PublishFailed
+from service.core.events import ClientReplaced, StopForced
 from service.core.messages import (
     Extracted,
     Message,
@@ -574,11 +575,38 @@ async def test_a_hanging_broker_fails_sends_and_stops_nobody(own_broker: Broker)
         ends = [await ending(each) for each in (first, behind)]
         assert [PublishFailed, PublishFailed] == [type(each) for each in ends]
         assert 1.9 < time.monotonic() - began_s < 4
+        assert kafka.told == [ClientReplaced("producer")]
         await sink.publish(message(0), extracted(b"{}"))
         began_s = time.monotonic()
         await sink.stop()
         assert time.monotonic() - began_s < 20
     assert sink.unacknowledged == 0
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_a_stop_that_hangs_is_forced_and_said(
+    mock_kafka: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A producer whose own stop does not return is cut off in time, and counted."""
+    monkeypatch.setattr("service.kafka.producers.CLOSE_TIMEOUT_S", 0.3)
+    kafka = Kafka(mock_kafka.bootstrap_servers, "records", "dead")
+    for topic in (kafka.output, kafka.dead_letters):
+        mock_kafka.create_topic(topic, 1)
+
+    class Hanging(AIOKafkaProducer):  # type: ignore[misc]
+        stops = 0
+
+        async def stop(self) -> None:
+            self.stops += 1
+            if self.stops == 1:
+                await asyncio.Event().wait()
+            await super().stop()
+
+    monkeypatch.setattr(sink_module, "AIOKafkaProducer", Hanging)
+    async with kafka.sink():
+        pass
+    assert kafka.told == [StopForced("producer")]
+    assert "does not close in order" in caplog.text
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 

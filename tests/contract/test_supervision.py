@@ -7,29 +7,38 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
 import pytest
 from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
-from aiokafka.errors import IncompatibleBrokerVersion, KafkaError
+from aiokafka.errors import (
+    CorruptRecordException,
+    IncompatibleBrokerVersion,
+    KafkaError,
+    UnknownTopicOrPartitionError,
+)
+from aiokafka.structs import TopicPartition
 
 from service.core.errors import CannotRun, CommitFailed
 from service.core.events import ClientReplaced, Event, StopForced
-from service.core.messages import Batch, Message, Outcome
+from service.core.messages import Batch, Message, Outcome, Partition
 from service.core.status import GroupStatus
 from service.demo.broker import EmbeddedBroker
+from service.kafka.membership import Membership
 from service.kafka.sink import KafkaSink
 from service.kafka.source import KafkaSource
+from service.kafka.starts import Stored
 from service.kafka.supervision import Lookout
 from service.kafka.topic_ids import find_topics, topic_ids
 from service.pipeline import Bounds, Pipeline
 from service.telemetry.probes import Patience
 from tests.support import topics
 from tests.support.fakes import FakeExtractor
-from tests.support.sources import PATIENCE_S, HeldUp, Kafka, Member, member, part, settings
+from tests.support.sources import PATIENCE_S, HeldUp, Kafka, Member, both, member, part, settings
 
 REQUEST_TIMEOUT_S = 3.0
 
@@ -180,12 +189,35 @@ async def test_an_idle_or_full_reader_is_left_alone(real: Kafka) -> None:
 
     async with supervised(real, topic, group) as one:
         await one.until(lambda: len(one.messages) == 1)
-        async with asyncio.timeout(PATIENCE_S):
-            for limit in (100, 0):
-                for _ in range(25):
-                    await one.poll(limit)
-                    await asyncio.sleep(0.2)
-                await real.send(topic, "b", "c")
+        for limit in (100, 0):
+            ends_s = time.monotonic() + 1.3 * REQUEST_TIMEOUT_S
+            while time.monotonic() < ends_s:
+                await one.poll(limit)
+                await asyncio.sleep(0.1)
+            await real.send(topic, "b", "c")
+    assert one.heard(ClientReplaced) == []
+
+
+async def test_what_cannot_be_read_is_no_silence(
+    real: Kafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is held and said on its own; another client would not read it either."""
+    monkeypatch.setattr("service.kafka.holdings.RESTORE_AGAIN_S", 0.3)
+    topic, group = await real.topic(2), topics.unique_name("g")
+    await real.send(topic, "a", partition=0)
+    await real.send(topic, "b", partition=1)
+    getmany, damaged = AIOKafkaConsumer.getmany, TopicPartition(topic, 0)
+
+    async def damaging(self: AIOKafkaConsumer, *args: object, **options: object) -> object:
+        if damaged in args:
+            raise CorruptRecordException
+        return await getmany(self, *args, **options)
+
+    monkeypatch.setattr(AIOKafkaConsumer, "getmany", damaging)
+    async with supervised(real, topic, group) as one:
+        await one.until(lambda: one.texts == ["b"])
+        ends_s = time.monotonic() + 2 * REQUEST_TIMEOUT_S
+        await one.until(lambda: time.monotonic() > ends_s)
     assert one.heard(ClientReplaced) == []
 
 
@@ -227,6 +259,8 @@ async def test_a_new_client_is_tried_for_until_there_is_one(
         await one.until(lambda: len(one.messages) == 1)
         monkeypatch.setattr(AIOKafkaConsumer, "start", refusing)
         one.source.replace("the test says so")
+        await one.poll(0)
+        assert one.revokes == 0, "nothing is wanted: there is time"
         while refused < 3:
             assert await one.poll(0 if refused else 1) == Batch()
             with pytest.raises(CommitFailed, match="rebalance"):
@@ -234,6 +268,28 @@ async def test_a_new_client_is_tried_for_until_there_is_one(
         await one.until(lambda: len(one.messages) == 2)
     assert one.texts == ["a", "a"], "nothing was committed: it comes again"
     assert caplog.text.count("no new client yet: KafkaError") == 2
+
+
+async def test_a_rebalance_while_a_client_is_given_up_gives_it_nothing(real: Kafka) -> None:
+    """What the pipeline lets go stays let go, and its last commit is in its own generation."""
+    topic, group = await real.topic(2), topics.unique_name("g")
+    async with member(real, topic, group) as one:
+        await one.until(lambda: len(one.epochs) == 2)
+        revoke = HeldUp()
+        one.when_revoked = revoke.wait
+        membership = Membership(_consumer(one))
+        generation = membership.generation
+        one.source.replace("the test says so")
+        async with asyncio.TaskGroup() as tasks, member(real, topic, group) as two:
+            giving_up = tasks.create_task(one.poll())
+            await revoke.asked.wait()
+            await two.until(lambda: membership.generation > generation and bool(two.epochs))
+            assert len(one.assignments) == 1
+            with pytest.raises(CommitFailed, match="rebalance"):
+                await one.commit({part(topic, 0): 0, part(topic, 1): 0})
+            revoke.gate.set()
+            await giving_up
+            await both(one, two, lambda: len(one.assignments) > 1 and len(one.epochs) == 1)
 
 
 async def test_a_stop_that_hangs_is_forced_and_said(
@@ -347,8 +403,9 @@ async def test_a_deleted_topic_is_an_end(real: Kafka, caplog: pytest.LogCaptureF
     assert f"brokers don't know topic {topic} any more" in caplog.text
 
 
-async def test_a_topic_made_again_is_an_end(real: Kafka) -> None:
+async def test_a_topic_made_again_is_an_end(real: Kafka, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its id, also where the new log is as long as the old; no offset is committed onto it."""
+    monkeypatch.setattr("service.core.watchdog.GONE_S", 60.0)
     topic, group = await real.topic(), topics.unique_name("g")
     await real.send(topic, "a")
 
@@ -360,7 +417,7 @@ async def test_a_topic_made_again_is_an_end(real: Kafka) -> None:
         await real.send(topic, "new", "new")
 
     end = await end_of(real, topic, group, make_again)
-    assert end.startswith(f"Topic {topic} was deleted")
+    assert end.startswith(f"Topic {topic} was deleted and made again while it was being read")
     assert await real.committed(group, topic) in ({}, {0: 0})
 
 
@@ -368,6 +425,36 @@ async def _until_it_is_gone(kafka: Kafka, topic: str) -> None:
     async with topics.admin(kafka.servers) as client, asyncio.timeout(PATIENCE_S):
         while (await topic_ids(client, [topic]))[topic] is not None:
             await asyncio.sleep(0.05)
+
+
+async def test_a_commit_does_not_wait_for_a_topic_of_the_same_name(
+    real: Kafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broker that does not know the topic ends it, and none follows until a look, at once."""
+    monkeypatch.setattr("service.kafka.supervision.LOOK_EVERY_S", 60.0)
+    topic, group = await real.topic(), topics.unique_name("g")
+    once, asked = Membership.commit_once, 0
+
+    async def unknown(self: Membership, offsets: Mapping[Partition, Stored]) -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            raise UnknownTopicOrPartitionError
+        await once(self, offsets)
+
+    async with member(real, topic, group) as one:
+        await one.until(lambda: bool(one.epochs))
+        monkeypatch.setattr(Membership, "commit_once", unknown)
+        with pytest.raises(CommitFailed, match="UnknownTopic"):
+            await one.commit({part(topic): 0})
+        with pytest.raises(CommitFailed, match="topic"):
+            await one.commit({part(topic): 0})
+        assert asked == 1
+        async with asyncio.TaskGroup() as tasks:
+            watch = tasks.create_task(one.source.supervise())
+            await one.until(lambda: not one.source._supervision.doubtful)
+            watch.cancel()
+        await one.commit({part(topic): 0})
 
 
 async def test_an_added_partition_is_read_from_its_start(

@@ -129,6 +129,16 @@ def test_a_look_that_did_not_tell_of_a_topic_says_nothing(topics: TopicsWatch) -
     assert topics.doubtful == {"texts"}
 
 
+def test_a_doubt_holds_until_a_look_finds_the_same_topic(topics: TopicsWatch) -> None:
+    """A look that did not tell of it leaves the doubt."""
+    topics.doubt(["texts"])
+    assert topics.doubtful == {"texts"}
+    assert topics.look(0, {}) is None
+    assert topics.doubtful == {"texts"}
+    assert topics.look(1, {"texts": WELL}) is None
+    assert topics.doubtful == set()
+
+
 def test_another_id_ends_it_at_once(topics: TopicsWatch) -> None:
     """Deleted and made again: nothing may be committed, and the sentence has both ids."""
     end = topics.look(0, {"texts": TopicSeen("id-2", 2, 2)})
