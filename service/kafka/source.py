@@ -425,7 +425,6 @@ class KafkaSource:
         try:
             await self._join(await self._open_admin())
         except (KafkaError, OSError, TimeoutError, WrongSettings) as error:
-            await self.stop()
             if is_lasting(error):
                 raise stop_for(error, self._kafka) from error
             # A file with credentials may be missing for a moment while it is renewed.
@@ -436,11 +435,9 @@ class KafkaSource:
         self._supervision.forget()
 
     def progress(self) -> Mapping[Partition, int]:
-        """Of what is held and can be read: the offset behind what was returned."""
-        holdings = self._holdings
-        if holdings is None:
-            return {}
-        return {partition: holdings.held[partition].next for partition in holdings.readable}
+        """Of what is held: the offset behind what was returned."""
+        held = {} if self._holdings is None else self._holdings.held
+        return {partition: holding.next for partition, holding in held.items()}
 
     def knows(self, topic: str) -> int:
         """How many partitions of a topic the client's own metadata has."""

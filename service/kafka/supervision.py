@@ -50,7 +50,7 @@ class Supervised(Protocol):
     """The client that is looked after."""
 
     def progress(self) -> Mapping[Partition, int]:
-        """The offset behind what was returned, of each partition that can be read."""
+        """The offset behind what was returned, of each partition that is held."""
 
     def knows(self, topic: str) -> int:
         """How many partitions of the topic its own metadata has."""

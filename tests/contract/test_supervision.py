@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaConsumer
@@ -182,6 +183,70 @@ async def test_a_client_that_gives_nothing_is_replaced(
     assert f"Kafka's client is replaced: {why}" in caplog.text
 
 
+async def test_one_silent_partition_among_busy_ones_is_found(
+    real: Kafka, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What others give does not hide it: each poll asks every partition."""
+    topic, group = await real.topic(2), topics.unique_name("g")
+    await real.send(topic, *map(str, range(500)), partition=1)
+
+    async with supervised(real, topic, group) as one:
+        await one.until(lambda: len(one.messages) == 2, limit=2)
+        consumer = _consumer(one)
+        go_stale(consumer, monkeypatch)
+        by_number = consumer._client.cluster._partitions[topic]
+        by_number[1] = by_number[1]._replace(leader=by_number[1].replicas[0])
+        await asyncio.sleep(0.7)
+        await real.send(topic, "a", partition=0)
+        async with asyncio.timeout(PATIENCE_S):
+            while not one.heard(ClientReplaced):
+                before = len(one.messages)
+                await one.poll(limit=2)
+                assert len(one.messages) > before
+                await asyncio.sleep(0.05)
+        await one.until(lambda: "a" in one.texts)
+    assert f"among them {topic}[0] at offset 0 of 1" in caplog.text
+
+
+async def test_another_client_starts_with_no_blame(
+    real: Kafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held where the silent one stood, and not asked yet, it is not replaced in its turn."""
+    topic, group = await real.topic(), topics.unique_name("g")
+    looking, looks, look = asyncio.Event(), 0, Lookout.look
+
+    async def looked(self: Lookout, *asked: Any) -> object:
+        nonlocal looks
+        await looking.wait()
+        looks += 1
+        return await look(self, *asked)
+
+    monkeypatch.setattr(Lookout, "look", looked)
+    looking.set()
+    async with supervised(real, topic, group) as one:
+        await one.until(lambda: bool(one.epochs))
+        silent = _consumer(one)
+        hang(silent, monkeypatch)
+        await asyncio.sleep(0.7)
+        await real.send(topic, "a")
+        await one.until(lambda: bool(one.heard(ClientReplaced)))
+        looking.clear()
+        await one.until(lambda: one.source._consumer is not silent)
+        await _take_nothing_until(one, lambda: one.source.group().settled)
+        looking.set()
+        before = looks
+        await _take_nothing_until(one, lambda: looks > before + 1)
+        assert one.heard(ClientReplaced) == [ClientReplaced("consumer")]
+        await one.until(lambda: one.texts == ["a"])
+
+
+async def _take_nothing_until(one: Member[KafkaSource], reached: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not reached():
+            await one.poll(0)
+            await asyncio.sleep(0.05)  # such a poll does not wait
+
+
 async def test_an_idle_or_full_reader_is_left_alone(real: Kafka) -> None:
     """Nothing there, or nothing asked for: many looks blame nobody."""
     topic, group = await real.topic(2), topics.unique_name("g")
@@ -202,7 +267,7 @@ async def test_what_cannot_be_read_is_no_silence(
     real: Kafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is held and said on its own; another client would not read it either."""
-    monkeypatch.setattr("service.kafka.holdings.RESTORE_AGAIN_S", 0.3)
+    monkeypatch.setattr("service.kafka.holdings.RESTORE_AGAIN_S", 0.0)
     topic, group = await real.topic(2), topics.unique_name("g")
     await real.send(topic, "a", partition=0)
     await real.send(topic, "b", partition=1)
