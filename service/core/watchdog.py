@@ -27,7 +27,7 @@ REPLACED_WITHIN_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class Standing:
     """One held partition: `next` is the offset behind what was returned, `end` the log's end as
     a broker has just told it."""
 
@@ -53,7 +53,7 @@ class SilenceWatch:
         self,
         now_s: float,
         every_s: float,
-        seen: Mapping[Partition, Progress],
+        seen: Mapping[Partition, Standing],
         asked: AbstractSet[Partition],
     ) -> str | None:
         """Why the client is to be replaced.
@@ -65,12 +65,12 @@ class SilenceWatch:
         elapsed_s = 0.0 if self._looked_at_s is None else now_s - self._looked_at_s
         self._looked_at_s = now_s
         before, self._starving = self._starving, {}
-        for partition, progress in seen.items():
-            if progress.next >= progress.end:
+        for partition, at in seen.items():
+            if at.next >= at.end:
                 continue
             starving = before.get(partition)
-            if starving is None or starving.next != progress.next:
-                starving = _Starving(progress.next)
+            if starving is None or starving.next != at.next:
+                starving = _Starving(at.next)
             elif partition in asked:
                 starving.silent_s += min(elapsed_s, 2 * every_s)
             self._starving[partition] = starving
@@ -80,7 +80,7 @@ class SilenceWatch:
         """Another client starts with no blame."""
         self._starving.clear()
 
-    def _reason(self, seen: Mapping[Partition, Progress]) -> str | None:
+    def _reason(self, seen: Mapping[Partition, Standing]) -> str | None:
         silent = [each for each, one in self._starving.items() if one.silent_s >= self._silent_s]
         if not silent:
             return None

@@ -434,7 +434,7 @@ class KafkaSource:
         self._replace_for = None
         self._supervision.forget()
 
-    def progress(self) -> Mapping[Partition, int]:
+    def standing(self) -> Mapping[Partition, int]:
         """Of what is held: the offset behind what was returned."""
         held = {} if self._holdings is None else self._holdings.held
         return {partition: holding.next for partition, holding in held.items()}
@@ -468,7 +468,7 @@ class KafkaSource:
         self._clock.heard(_now_s())
 
     async def _commit(self, partitions: AbstractSet[Partition]) -> None:
-        held, holdings = self._started, self._holdings_of(partitions)
+        holdings, held = self._holdings_of(partitions), self._started
         if self._transactions is not None:
             await self._transactions.commit(partitions)
             return

@@ -23,7 +23,7 @@ from aiokafka.protocol.offset import OffsetRequest, OffsetResetStrategy
 
 from service.core.errors import CannotRun, WrongSettings
 from service.core.messages import Partition
-from service.core.watchdog import SILENT_S, Progress, SilenceWatch, TopicSeen, TopicsWatch
+from service.core.watchdog import SILENT_S, SilenceWatch, Standing, TopicSeen, TopicsWatch
 from service.kafka.connection import METADATA_MAX_AGE_MS, client_options, within
 from service.kafka.membership import STOP_S, briefly
 from service.kafka.topic_ids import FoundTopic, find_topics
@@ -49,7 +49,7 @@ NOT_A_REPLICA = -1
 class Supervised(Protocol):
     """The client that is looked after."""
 
-    def progress(self) -> Mapping[Partition, int]:
+    def standing(self) -> Mapping[Partition, int]:
         """The offset behind what was returned, of each partition that is held."""
 
     def knows(self, topic: str) -> int:
@@ -122,7 +122,7 @@ class Supervision:
             while True:
                 self._looked_at_s = _now_s()
                 await self._until_the_next_look()
-                look = await lookout.look(list(self.partitions), client.progress().keys())
+                look = await lookout.look(list(self.partitions), client.standing().keys())
                 if look is not None:
                     client.heard()
                     self._judge(look, client)
@@ -156,12 +156,12 @@ class Supervision:
     def _silent(self, now_s: float, look: Look, client: Supervised) -> str | None:
         asked = self._asked - self._excused
         self._asked, self._excused = set(), set()
-        progress = {
-            partition: Progress(position, look.ends[partition])
-            for partition, position in client.progress().items()
+        standing = {
+            partition: Standing(position, look.ends[partition])
+            for partition, position in client.standing().items()
             if partition in look.ends
         }
-        return self._silence.look(now_s, LOOK_EVERY_S, progress, asked)
+        return self._silence.look(now_s, LOOK_EVERY_S, standing, asked)
 
     def _count(self, seen: Mapping[str, TopicSeen | None]) -> None:
         for topic, each in seen.items():

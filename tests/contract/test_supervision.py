@@ -77,7 +77,7 @@ async def end_of(kafka: Kafka, topic: str, group: str, act: Callable[[], object]
         await act()  # type: ignore[misc]
         await one.until(watch.done)
         with pytest.raises(CommitFailed, match="topic"):
-            await one.source.commit({part(topic): 1})
+            await one.commit({part(topic): 1})
         return watch.result()
 
 

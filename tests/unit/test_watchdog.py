@@ -6,9 +6,9 @@ from service.core.messages import Partition
 from service.core.watchdog import (
     GONE_S,
     REPLACED_WITHIN_S,
-    Progress,
     Replacements,
     SilenceWatch,
+    Standing,
     TopicSeen,
     TopicsWatch,
 )
@@ -29,7 +29,7 @@ class Looks:
     ) -> str | None:
         self.now_s += after_s
         asked_for = {ONE} if asked else set()
-        return self.watch.look(self.now_s, EVERY_S, {ONE: Progress(at, end)}, asked_for)
+        return self.watch.look(self.now_s, EVERY_S, {ONE: Standing(at, end)}, asked_for)
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_a_partition_that_went_and_came_starts_anew(looks: Looks) -> None:
     """Another's silence is not ours, and another client's neither."""
     for _ in range(3):
         looks.look(5, 9)
-    looks.watch.look(35, EVERY_S, {TWO: Progress(0, 0)}, {TWO})
+    looks.watch.look(35, EVERY_S, {TWO: Standing(0, 0)}, {TWO})
     assert looks.look(5, 9) is None
     for _ in range(2):
         assert looks.look(5, 9) is None
