@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -311,22 +311,27 @@ async def test_a_new_client_is_tried_for_until_there_is_one(
     monkeypatch.setattr("service.kafka.source.OPEN_AGAIN_S", 0.1)
     topic, group = await real.topic(), topics.unique_name("g")
     await real.send(topic, "a")
-    start, refused = AIOKafkaConsumer.start, 0
+    refused = 0
 
-    async def refusing(self: AIOKafkaConsumer) -> None:
-        nonlocal refused
-        refused += 1
-        if refused <= 2:
-            raise KafkaError("away")
-        await start(self)
+    def refusing(step: Callable[[Any], Awaitable[object]], times: int) -> object:
+        async def refuse(self: object) -> object:
+            nonlocal refused
+            refused += 1
+            if refused <= times:
+                raise KafkaError("away")
+            return await step(self)
 
-    async with supervised(real, topic, group) as one:
+        return refuse
+
+    async with member(real, topic, group) as one:
         await one.until(lambda: len(one.messages) == 1)
-        monkeypatch.setattr(AIOKafkaConsumer, "start", refusing)
+        # Without any client first, then with one that does not start.
+        monkeypatch.setattr(KafkaSource, "_open_admin", refusing(KafkaSource._open_admin, 1))
+        monkeypatch.setattr(AIOKafkaConsumer, "start", refusing(AIOKafkaConsumer.start, 3))
         one.source.replace("the test says so")
         await one.poll(0)
         assert one.revokes == 0, "nothing is wanted: there is time"
-        while refused < 3:
+        while refused < 5:
             assert await one.poll(0 if refused else 1) == Batch()
             with pytest.raises(CommitFailed, match="rebalance"):
                 await one.commit({part(topic): 1})
@@ -375,8 +380,9 @@ async def test_a_stop_that_hangs_is_forced_and_said(
 # --- nothing lost, nothing called twice ----------------------------------------------------------
 
 
+@pytest.mark.parametrize("mode", ["at_least_once", "exactly_once"])
 async def test_no_message_is_lost_or_called_twice_by_a_replacement(
-    real: Kafka, monkeypatch: pytest.MonkeyPatch
+    real: Kafka, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     """Under a pipeline: what is in flight is finished and committed before the client goes."""
     topic, group = await real.topic(3), topics.unique_name("g")
@@ -391,9 +397,11 @@ async def test_no_message_is_lost_or_called_twice_by_a_replacement(
         kafka={"request_timeout_s": REQUEST_TIMEOUT_S},
         output={"topic": output},
         dead_letters={"topic": letters},
+        delivery={"mode": mode, "commit_interval_s": 0.2},
     )
-    source, sink = KafkaSource(ours, told.append), KafkaSink(ours, told.append)
-    extractor = FakeExtractor(latency_s=lambda _: 0.2)
+    sink = KafkaSink(ours, told.append)
+    source = KafkaSource(ours, told.append, sink.transactions)
+    extractor = FakeExtractor(latency_s=lambda _: 1.0)  # some are in flight when the client goes
     pipeline = Pipeline(
         source,
         extractor,
@@ -435,8 +443,8 @@ async def test_no_message_is_lost_or_called_twice_by_a_replacement(
 GROUP = GroupStatus()
 
 BOUNDS = Bounds(
-    concurrency=4,
-    window=16,
+    concurrency=8,
+    window=32,
     window_bytes=1_000_000,
     ordering="key",
     attempts_max=3,
@@ -515,6 +523,7 @@ async def test_a_commit_does_not_wait_for_a_topic_of_the_same_name(
         with pytest.raises(CommitFailed, match="topic"):
             await one.commit({part(topic): 0})
         assert asked == 1
+        assert one.source._started.to_store(part(topic)) is None, "for a transaction neither"
         async with asyncio.TaskGroup() as tasks:
             watch = tasks.create_task(one.source.supervise())
             await one.until(lambda: not one.source._supervision.doubtful)
