@@ -67,7 +67,7 @@ class _App:
         self._settings, self._metrics = settings, metrics
         self._summary = _Summary()
         self._extractor = OpenAIExtractor(settings, self._observe)
-        self._sink = KafkaSink(settings)
+        self._sink = KafkaSink(settings, self._observe)
         self._source = KafkaSource(settings, self._observe, self._sink.transactions)
         self._pipeline = Pipeline(
             self._source,
@@ -141,7 +141,10 @@ class _App:
 
     async def _work(self, until: Mapping[Partition, int] | None) -> bool:
         async with asyncio.TaskGroup() as tasks:
-            beside = [tasks.create_task(self._metrics.watch(self.status))]
+            beside = [
+                tasks.create_task(self._metrics.watch(self.status)),
+                tasks.create_task(self._source.supervise()),
+            ]
             if until is not None and sys.stderr.isatty():
                 beside.append(tasks.create_task(self._show_progress(until)))
             committed = await self._pipeline.run(until)

@@ -29,6 +29,8 @@ CallResult: TypeAlias = Literal[
     "cancelled",
 ]
 
+Client: TypeAlias = Literal["consumer", "producer"]
+
 
 @dataclass(frozen=True, slots=True)
 class Taken:
@@ -134,6 +136,20 @@ class OffsetsMissing:
     messages: int
 
 
+@dataclass(frozen=True, slots=True)
+class ClientReplaced:
+    """A client of Kafka's was given up for a new one; the log says why."""
+
+    client: Client
+
+
+@dataclass(frozen=True, slots=True)
+class StopForced:
+    """A client of Kafka's did not close in order and was cut off."""
+
+    client: Client
+
+
 Event: TypeAlias = (
     Taken
     | Dropped
@@ -148,5 +164,7 @@ Event: TypeAlias = (
     | Rebalanced
     | ForeignMetadata
     | OffsetsMissing
+    | ClientReplaced
+    | StopForced
 )
 Observe: TypeAlias = Callable[[Event], None]

@@ -36,13 +36,17 @@ class GroupStatus:
     """Membership as the source sees it.
 
     `unsettled_s` counts only time in which a broker answered: an outage is no reason to restart.
-    `problem` is a sentence for a person: what holds intake up and what to do.
+    `problem` is a sentence for a person: what holds intake up and what to do. `look_age_s` is the
+    age of the watchdog's last look, 0 while there is no watchdog. `topic_partitions` counts the
+    partitions of each input topic, as brokers tell.
     """
 
     settled: bool = False
     unsettled_s: float = 0.0
     broker_answers: bool = False
     problem: str | None = None
+    look_age_s: float = 0.0
+    topic_partitions: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

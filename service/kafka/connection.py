@@ -109,19 +109,6 @@ async def _knock(host: str, port: int, options: dict[str, Any]) -> None:
         connection.close()
 
 
-async def topic_errors(
-    admin: AIOKafkaAdminClient, topics: list[str]
-) -> dict[str, type[errors.KafkaError]]:
-    """topic -> what a broker says of it, `NoError` where all is well.
-
-    `describe_topics` would have a broker create what is missing, where it is set up so.
-    """
-    return {
-        topic: errors.for_code(found["error_code"])
-        for topic, found in (await describe_topics(admin, topics)).items()
-    }
-
-
 async def describe_topics(
     admin: AIOKafkaAdminClient, topics: list[str]
 ) -> dict[str, dict[str, Any]]:

@@ -13,14 +13,14 @@ import asyncio
 import itertools
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.abc import ConsumerRebalanceListener
-from aiokafka.errors import KafkaError, StaleMetadata
+from aiokafka.errors import KafkaError, StaleMetadata, UnknownTopicOrPartitionError
 
 from service.core.errors import CannotRun, PublishFailed
 from service.core.events import ForeignMetadata, Observe, OffsetsMissing, Rebalanced
@@ -143,6 +143,8 @@ class Holdings:
         self._broken: dict[Partition, str] = {}  # held, but cannot be read from where they stand
         self._unread = ""  # why the restore failed
         self._closed = False
+        self.doubtful: Callable[[], AbstractSet[str]] = frozenset
+        """Topics that may be others by now: nothing is stored for them."""
 
     @property
     def readable(self) -> list[Partition]:
@@ -174,11 +176,11 @@ class Holdings:
     ) -> Stored | None:
         """What Kafka is to hold once `finishing` has finished too; counted as tried from now on.
 
-        None where the partition is not held.
+        None where the partition is not held, or its topic may be another by now.
         """
         holding = self.held.get(partition)
         progress = self._assignment.progress(partition, finishing)
-        if holding is None or progress is None:
+        if holding is None or progress is None or partition.topic in self.doubtful():
             return None
         stored = to_store(progress, self._mark_of(partition.topic))
         holding.attempt(stored, progress)
@@ -197,10 +199,27 @@ class Holdings:
     def _mark_of(self, topic: str) -> Mark:
         return Mark(self._nonce, self._began, self._topic_ids.get(topic))
 
+    def follow(self, before: Holdings) -> None:
+        """Another client of the same process: epochs go on, what is known of the group stays."""
+        self._nonce, self._epochs, self._known = before._nonce, before._epochs, before._known
+        self._revoked_at_s = before._revoked_at_s
+
     def close(self) -> None:
         """Hold nothing any more; what the client still calls does nothing."""
         self._closed = True
         self.held, self._given = {}, None
+        self.restored.clear()
+
+    async def hand_back(self) -> None:
+        """As at a revoke, and then for good: the pipeline finishes and commits, we let go."""
+        held, self._closed, self._given = self.restored.is_set(), True, None
+        if self._revoked_at_s is None:
+            self._revoked_at_s = _now_s()
+        try:
+            if held:
+                await self._assignment.revoked()
+        finally:
+            self.close()
 
     @property
     def problem(self) -> str | None:
@@ -232,6 +251,7 @@ class Holdings:
         self._given = None
         self.restored.clear()
         if self._closed:
+            self.held = {}  # what is committed from here on could be in another's generation
             return
         try:
             if self._transactions is not None:
@@ -283,7 +303,8 @@ class Holdings:
     def _restore_failed(self, error: Exception) -> None:
         log.warning("the group's offsets cannot be read: %s", type(error).__name__)
         self._restore_at_s = _now_s() + RESTORE_AGAIN_S
-        if is_lasting(error):
+        # A topic may be unknown to one broker for a moment; the supervision knows for how long.
+        if is_lasting(error) and not isinstance(error, UnknownTopicOrPartitionError):
             self.fatal = stop_for(error, self._kafka)
         self._unread = (
             f"The offsets of the group {self._kafka.group_id} cannot be read "

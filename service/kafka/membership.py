@@ -92,6 +92,10 @@ class Membership:
             subscription._fetch_count = 0  # polls do not overlap
             subscription._last_fetch_ended = time.monotonic()
 
+    def knows(self, topic: str) -> int:
+        """How many partitions of a topic the client's own metadata has."""
+        return len(self._consumer._client.cluster.partitions_for_topic(topic) or ())
+
     def raise_what_failed(self) -> None:
         """Raises the `KafkaError` for which the group's own task waits to be heard.
 
@@ -123,10 +127,18 @@ class Membership:
         }
         await coordinator._do_commit_offsets(assignment, wanted)
 
-    async def leave(self) -> None:
-        """Leaves the group and closes, in order within `STOP_S`, else by force; raises nothing."""
-        if not await briefly(self._consumer.stop, STOP_S):
-            await self._abandon()
+    async def leave(self) -> bool:
+        """Leaves the group and closes, within `STOP_S` in order, else by force; says if in order.
+
+        Raises nothing; cancelled, it is by force.
+        """
+        in_order = False
+        try:
+            in_order = await briefly(self._consumer.stop, STOP_S)
+        finally:
+            if not in_order:
+                await self._abandon()
+        return in_order
 
     async def _abandon(self) -> None:
         consumer, coordinator = self._consumer, self._consumer._coordinator

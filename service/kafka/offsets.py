@@ -13,6 +13,7 @@ from aiokafka.errors import NodeNotReadyError, for_code
 from service.core.messages import Partition
 from service.kafka.connection import describe_topics
 from service.kafka.starts import Bounds, Stored
+from service.kafka.topic_ids import topic_ids
 from service.settings import Start
 
 
@@ -62,7 +63,8 @@ class GroupOffsets:
     async def topic_ids(self) -> dict[str, str]:
         """The id of each input topic, which a topic made again under its name has not; without
         those whose brokers are too old to tell."""
-        return {}
+        found = await topic_ids(self._admin, list(self._topics))
+        return {topic: each for topic, each in found.items() if each is not None}
 
     async def bounds(self, partitions: AbstractSet[Partition]) -> dict[Partition, Bounds]:
         """First offset and last stable offset of each."""

@@ -19,6 +19,7 @@ from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
 
 from service.core.errors import PublishFailed, WrongSettings
+from service.core.events import ClientReplaced, Observe, StopForced
 
 CLOSE_TIMEOUT_S = 5.0
 """Closing a producer: longer only if the connection hangs, and then waiting does not help."""
@@ -50,8 +51,8 @@ class Output:
 class Producer:
     """One started producer; `trusted` until something failed."""
 
-    def __init__(self, client: AIOKafkaProducer) -> None:
-        self._client = client
+    def __init__(self, client: AIOKafkaProducer, observe: Observe) -> None:
+        self._client, self._observe = client, observe
         self.trusted = True
         self.closing = False
         self.batches = 0  # handed over, not settled
@@ -104,6 +105,8 @@ class Producer:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await self._client.stop()
                 return
+        log.warning("the producer does not close in order: it is cut off")
+        self._observe(StopForced("producer"))
         await self.cut_off()
 
     async def cut_off(self) -> None:
@@ -175,8 +178,9 @@ class Producers:
         create: Callable[[], AIOKafkaProducer],
         open_timeout_s: float,
         group: asyncio.TaskGroup,
+        observe: Observe,
     ) -> None:
-        self._create = create
+        self._create, self._observe = create, observe
         self._open_timeout_s = open_timeout_s
         self._group = group
         self._current: Producer | None = None
@@ -204,6 +208,7 @@ class Producers:
         if producer.trusted:
             producer.trusted = False
             log.warning("the producer is replaced: %s", why)
+            self._observe(ClientReplaced("producer"))
 
     def release(self, producer: Producer) -> None:
         """A batch of it has ended: closes it where that was the last before its replacement."""
@@ -242,7 +247,7 @@ class Producers:
             async with asyncio.timeout(self._open_timeout_s):
                 await client.start()
             started = True
-            return Producer(client)
+            return Producer(client, self._observe)
         finally:
             if not started:
-                await Producer(client).close()
+                await Producer(client, self._observe).close()

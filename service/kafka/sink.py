@@ -17,6 +17,7 @@ from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
 from aiokafka.partitioner import DefaultPartitioner
 
 from service.core.errors import OutputTooLarge, PublishFailed, SluiceError
+from service.core.events import Observe
 from service.core.messages import (
     Extracted,
     Message,
@@ -56,10 +57,10 @@ class KafkaSink:
     """Publishes outcomes; each is acknowledged by all in-sync replicas or fails.
 
     `start` and `stop` belong to one task: between them a task group is open in it, and an
-    exception that nobody foresaw cancels it.
+    exception that nobody foresaw cancels it. `observe` hears of producers that were replaced.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, observe: Observe) -> None:
         self._settings = settings
         self._output_topic = settings.output.topic
         self._dead_letter_topic = settings.dead_letters.topic
@@ -71,7 +72,7 @@ class KafkaSink:
         self._started = False
         self._group = asyncio.TaskGroup()
         request_timeout_s = settings.kafka.request_timeout_s
-        self._producers = Producers(self._create_producer, request_timeout_s, self._group)
+        self._producers = Producers(self._create_producer, request_timeout_s, self._group, observe)
         self._sending = Sending(
             self._producers,
             batch_max_bytes=lambda topic: min(BATCH_MAX_BYTES, self._sizes.known(topic)),
@@ -93,6 +94,7 @@ class KafkaSink:
                 open_timeout_s=request_timeout_s,
                 partitions_max=partitions_max(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
                 group=self._group,
+                observe=observe,
             )
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -27,26 +27,29 @@ from aiokafka.errors import (
     RecordTooLargeError,
     RequestTimedOutError,
     UnknownMemberIdError,
+    UnknownTopicOrPartitionError,
     UnsupportedCodecError,
 )
 from aiokafka.structs import ConsumerRecord
 
-from service.core.errors import CannotRun, CommitFailed
-from service.core.events import Committed, Observe
+from service.core.errors import CannotRun, CommitFailed, WrongSettings
+from service.core.events import ClientReplaced, Committed, Observe, StopForced
 from service.core.messages import Batch, Message, Partition
 from service.core.status import GroupStatus
+from service.core.watchdog import REPLACED_MAX, REPLACED_WITHIN_S, Replacements
 from service.kafka.connection import (
     client_options,
     is_lasting,
     reach,
     stop_for,
-    topic_errors,
     within,
 )
 from service.kafka.holdings import Holding, Holdings, Listener
 from service.kafka.membership import STOP_S, Membership, briefly
 from service.kafka.offsets import GroupOffsets
 from service.kafka.settling import SettlingClock
+from service.kafka.supervision import Supervision
+from service.kafka.topic_ids import FoundTopic, find_topics
 from service.kafka.transactions import Transactions
 from service.pipeline import Assignment
 from service.settings import Settings
@@ -60,7 +63,10 @@ COMMIT_S = 5.0
 """One commit, with what of it can be tried again."""
 
 FAILING_S = 60.0
-"""A client that only raises for this long is given up: a new process gets a new one."""
+"""A client that only raises for this long is replaced."""
+
+OPEN_AGAIN_S = 1.0
+"""Between two tries to open the client that takes another's place."""
 
 ANSWER_S = 5.0
 """Silence of all brokers after which one is asked whether it is there."""
@@ -92,8 +98,8 @@ each rebalance."""
 class KafkaSource:
     """The input topics, as one member of the group reads them; for one event loop.
 
-    `start`, then `poll` and `commit`, then `stop`. `observe` hears of rebalances, commits and
-    missing offsets.
+    `start`, then `poll` and `commit`, with `supervise` beside them, then `stop`. `observe` hears
+    of rebalances, commits, missing offsets and replaced clients.
     """
 
     def __init__(
@@ -111,6 +117,9 @@ class KafkaSource:
         self._failure: tuple[list[TopicPartition], Exception] | None = None  # of the last fetch
         self._failing_since_s: float | None = None
         self._clock = SettlingClock()
+        self._supervision = Supervision(self._kafka, {})
+        self._replacements = Replacements()
+        self._replace_for: str | None = None  # why the client is to be replaced
 
     # --- start and stop ------------------------------------------------------------------------
 
@@ -121,60 +130,71 @@ class KafkaSource:
         """
         self._assignment = assignment
         await reach(self._kafka)
-        options = client_options(self._kafka)
         try:
-            self._admin = AIOKafkaAdminClient(**options)
-            await within(self._kafka.request_timeout_s, self._admin.start())
-            await within(self._kafka.request_timeout_s, self._check_topics(self._admin))
-            self._consumer = AIOKafkaConsumer(**options, **self._consumer_options())
-            await within(self._kafka.request_timeout_s, self._consumer.start())
+            self._admin = await self._open_admin()
+            found = await within(self._kafka.request_timeout_s, self._check_topics(self._admin))
+            self._supervision = Supervision(self._kafka, found)
+            await self._join(self._admin)
         except (KafkaError, OSError, TimeoutError) as error:
             await self.stop()
             raise stop_for(error, self._kafka) from error
         except BaseException:
             await self.stop()
             raise
+
+    async def _open_admin(self) -> AIOKafkaAdminClient:
+        self._admin = AIOKafkaAdminClient(**client_options(self._kafka))
+        await within(self._kafka.request_timeout_s, self._admin.start())
+        return self._admin
+
+    async def _join(self, admin: AIOKafkaAdminClient) -> None:
+        consumer = AIOKafkaConsumer(**client_options(self._kafka), **self._consumer_options())
+        self._consumer = consumer
+        await within(self._kafka.request_timeout_s, consumer.start())
         self._clock.heard(_now_s())
-        self._offsets = GroupOffsets(
-            self._admin, self._consumer, self._topics, self._kafka.group_id
-        )
-        self._membership = Membership(self._consumer)
-        self._holdings = Holdings(
+        self._offsets = GroupOffsets(admin, consumer, self._topics, self._kafka.group_id)
+        self._membership = Membership(consumer)
+        holdings = Holdings(
             self._settings,
-            self._consumer,
+            consumer,
             self._offsets,
-            assignment,
+            self._assignment,
             self._observe,
             self._assignor,
             self._transactions,
         )
+        holdings.doubtful = lambda: self._supervision.doubtful
         if self._transactions is not None:
-            self._transactions.ledger = self._holdings
-        listener = Listener(self._holdings)
-        self._consumer.subscribe(list(self._topics), listener=listener)
+            self._transactions.ledger = holdings
+        if self._holdings is not None:
+            holdings.follow(self._holdings)
+        self._holdings = holdings
+        consumer.subscribe(list(self._topics), listener=Listener(holdings))
 
     async def stop(self) -> None:
         """Leave the group and close, within `STOP_S` and a little; a second call does nothing."""
         if self._holdings is not None:
             self._holdings.close()
         consumer, self._consumer = self._consumer, None
-        if consumer is not None:
-            await Membership(consumer).leave()
+        if consumer is not None and not await Membership(consumer).leave():
+            self._observe(StopForced("consumer"))
         admin, self._admin = self._admin, None
         if admin is not None:
             await briefly(admin.close, STOP_S)
 
-    async def _check_topics(self, admin: AIOKafkaAdminClient) -> None:
-        for topic, error in (await topic_errors(admin, list(self._topics))).items():
+    async def _check_topics(self, admin: AIOKafkaAdminClient) -> dict[str, FoundTopic]:
+        topics = await find_topics(admin, list(self._topics))
+        for topic, found in topics.items():
             # A topic between two leaders is there all the same.
-            if is_lasting(error()):
-                raise stop_for(error(), self._kafka, topic)
+            if is_lasting(found.error()):
+                raise stop_for(found.error(), self._kafka, topic)
         try:
             # Needs a permission on the group; that there is no coordinator yet is no matter.
             await admin.find_coordinator(self._kafka.group_id)
         except KafkaError as error:
             if is_lasting(error):
                 raise
+        return topics
 
     def _consumer_options(self) -> dict[str, object]:
         session_ms = int(self._kafka.session_timeout_s * 1000)
@@ -210,9 +230,14 @@ class KafkaSource:
         Waits up to `POLL_WAIT_S` for the first; with `limit` 0 not at all. Partitions take
         turns. Cancelling it loses nothing. Raises `CannotRun` where going on makes no sense.
         """
-        holdings = self._started
-        self._raise_what_ended(holdings)
         self._tick()
+        self._see_to_dead_clients()
+        if self._replace_for is not None and (limit or not self._settled):
+            await self._replace()
+            return Batch()
+        holdings = self._started
+        if holdings.fatal is not None:
+            raise holdings.fatal
         await self._see_to_the_rest(holdings)
         if self._membership.reassigning or not holdings.restored.is_set():
             await self._wait_for_the_restore(holdings, limit)
@@ -232,10 +257,13 @@ class KafkaSource:
         for partition in open_[first:] + open_[:first]:
             wanted = min(share, limit - len(messages))
             if wanted and not self._membership.reassigning:
+                self._supervision.asked(partition)
                 # Without a wait nothing can happen to what is already taken.
                 messages += await self._get([TopicPartition(*partition)], 0.0, wanted)
         if messages or self._failure is not None:
             return messages
+        for partition in open_:
+            self._supervision.asked(partition)
         any_of_them = [TopicPartition(*partition) for partition in open_]
         return await self._get(any_of_them, POLL_WAIT_S, min(share, limit))
 
@@ -304,6 +332,7 @@ class KafkaSource:
 
     async def _see_to(self, failure: tuple[list[TopicPartition], Exception]) -> None:
         partitions, error = failure
+        self._supervision.excuse(Partition(*partition) for partition in partitions)
         if isinstance(error, OffsetOutOfRangeError):
             for partition in error.args[0]:
                 self._started.broken(Partition(*partition))
@@ -328,15 +357,12 @@ class KafkaSource:
             )
 
     async def _failing(self, error: Exception) -> None:
-        """A client that fails again and again is given up; a short wait, lest it spins."""
+        """A client that fails again and again is replaced; a short wait, lest it spins."""
         now_s = _now_s()
         self._failing_since_s = self._failing_since_s or now_s
         log.warning("fetching failed: %s", type(error).__name__)
         if now_s - self._failing_since_s > FAILING_S:
-            raise CannotRun(
-                f"Kafka's client has failed for {FAILING_S:.0f} s ({type(error).__name__}): the "
-                "process ends, so that the next one gets a new client."
-            ) from error
+            self.replace(f"it has failed for {FAILING_S:.0f} s ({type(error).__name__})")
         await asyncio.sleep(POLL_WAIT_S)
 
     async def _wait_for_the_restore(self, holdings: Holdings, limit: int) -> None:
@@ -361,14 +387,64 @@ class KafkaSource:
         if _now_s() - self._clock.heard_at_s > ANSWER_S:
             await self._ask_whether_anybody_is_there()
 
-    def _raise_what_ended(self, holdings: Holdings) -> None:
-        if holdings.fatal is not None:
-            raise holdings.fatal
-        if not self._membership.fetching:
+    def _see_to_dead_clients(self) -> None:
+        if self._consumer is not None and not self._membership.fetching:
+            self.replace("its task that fetches has ended")
+
+    # --- another client in its place -----------------------------------------------------------
+
+    async def supervise(self) -> None:
+        """Look after the client and the topics until cancelled; what a poll doesn't see is found.
+
+        A client that has fallen silent, or behind, is replaced. Raises `CannotRun` where a topic
+        was deleted or made again, or where replacing the client did not help.
+        """
+        await self._supervision.run(self)
+
+    def replace(self, reason: str) -> None:
+        """One of the next polls replaces the client. Raises `CannotRun` after too many."""
+        if self._replace_for is not None:
+            return
+        if not self._replacements.allow(_now_s()):
             raise CannotRun(
-                "Kafka's client has stopped fetching: the process ends, so that the next one gets "
-                "a new client."
+                f"Kafka's client was replaced {REPLACED_MAX} times within "
+                f"{REPLACED_WITHIN_S / 60:.0f} minutes and needs it again ({reason}): the process "
+                "ends, so that the next one starts afresh. Where that repeats, see to the brokers."
             )
+        log.warning("Kafka's client is replaced: %s", reason)
+        self._observe(ClientReplaced("consumer"))
+        self._replace_for = reason
+
+    async def _replace(self) -> None:
+        """Give everything back as at a rebalance, close, and join anew; one try at each."""
+        if self._consumer is not None and self._holdings is not None:
+            await self._holdings.hand_back()
+        await self.stop()
+        self._failure = self._failing_since_s = None
+        try:
+            await self._join(await self._open_admin())
+        except (KafkaError, OSError, TimeoutError, WrongSettings) as error:
+            if is_lasting(error):
+                raise stop_for(error, self._kafka) from error
+            # A file with credentials may be missing for a moment while it is renewed.
+            log.warning("no new client yet: %s", type(error).__name__)
+            await asyncio.sleep(OPEN_AGAIN_S)
+            return
+        self._replace_for = None
+        self._supervision.forget()
+
+    def standing(self) -> Mapping[Partition, int]:
+        """Of what is held: the offset behind what was returned."""
+        held = {} if self._holdings is None else self._holdings.held
+        return {partition: holding.next for partition, holding in held.items()}
+
+    def knows(self, topic: str) -> int:
+        """How many partitions of a topic the client's own metadata has."""
+        return 0 if self._consumer is None else self._membership.knows(topic)
+
+    def heard(self) -> None:
+        """A broker has answered."""
+        self._clock.heard(_now_s())
 
     # --- commit --------------------------------------------------------------------------------
 
@@ -376,7 +452,8 @@ class KafkaSource:
         """Store the progress of held partitions, within `COMMIT_S`.
 
         Raises `CommitFailed`: "rebalance" where the partitions are in question, which is no
-        fault; else a word for why. A commit that was not answered in time may still arrive; the
+        fault; "topic" where it is not sure that a topic is still the one that was read; else a
+        word for why. A commit that was not answered in time may still arrive; the
         one after it then says the same or more.
         """
         started_s = _now_s()
@@ -411,6 +488,10 @@ class KafkaSource:
                 raise CommitFailed("rebalance")
             try:
                 await self._membership.commit_once(wanted)
+            except UnknownTopicOrPartitionError:
+                # Tried again, it could find another topic of the same name.
+                self._supervision.doubt(partition.topic for partition in wanted)
+                raise
             except KafkaError as error:
                 if not error.retriable:
                     raise
@@ -423,6 +504,8 @@ class KafkaSource:
     def _holdings_of(self, partitions: Iterable[Partition]) -> dict[Partition, Holding]:
         held = {} if self._holdings is None else self._holdings.held
         wanted = set(partitions)
+        if any(partition.topic in self._supervision.doubtful for partition in wanted):
+            raise CommitFailed("topic")  # it may be another by now
         if not wanted <= held.keys():
             raise CommitFailed("rebalance")
         return {partition: held[partition] for partition in wanted}
@@ -447,6 +530,8 @@ class KafkaSource:
             unsettled_s=self._clock.unsettled_s,
             broker_answers=self._clock.answers(_now_s()),
             problem=None if self._holdings is None else self._holdings.problem,
+            look_age_s=self._supervision.look_age_s,
+            topic_partitions=self._supervision.partitions,
         )
 
     @property
@@ -456,9 +541,11 @@ class KafkaSource:
         return self._holdings.restored.is_set() and not self._membership.reassigning
 
     def _tick(self) -> None:
-        if self._consumer is not None and self._holdings is not None:
+        if self._holdings is None:
+            return
+        if self._consumer is not None:
             self._clock.fetched(self._membership.fetched_at_ms(), _now_s())
-            self._clock.tick(_now_s(), settled=self._settled)
+        self._clock.tick(_now_s(), settled=self._settled)
 
     async def _ask_whether_anybody_is_there(self) -> None:
         """Spares hold nothing to fetch, and a full window fetches nothing: so ask."""

@@ -21,6 +21,7 @@ from aiokafka.errors import (
 from aiokafka.producer.transaction_manager import TransactionState
 from aiokafka.structs import OffsetAndMetadata
 
+from service.core.events import Observe
 from service.core.messages import Partition
 from service.kafka.producers import Output, Producer
 from service.kafka.starts import Stored
@@ -54,9 +55,9 @@ class TransactionalProducer:
     never takes back the sequence numbers of a batch that failed.
     """
 
-    def __init__(self, client: AIOKafkaProducer) -> None:
+    def __init__(self, client: AIOKafkaProducer, observe: Observe) -> None:
         self._client = client
-        self._producer = Producer(client)
+        self._producer = Producer(client, observe)
         self.used = False
         """Whether a transaction has begun under this epoch."""
 

@@ -31,6 +31,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 
 from service.core.errors import CannotRun, CommitFailed, PublishFailed, WrongSettings
+from service.core.events import Observe
 from service.core.messages import Partition
 from service.kafka.producers import Output
 from service.kafka.transactional import TransactionalProducer, transactional_id
@@ -93,8 +94,8 @@ class Transactions:
     """The transactions of all input partitions of one worker.
 
     `create` makes a client for a transactional id, with `transactional_options(deadline_s)`;
-    `refused` hears of batches that were too large. `ledger` is set before the first fence. Must be
-    used within the task group that it is given.
+    `refused` hears of batches that were too large, `observe` of producers that were replaced.
+    `ledger` is set before the first fence. Must be used within the task group that it is given.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Transactions:
         *,
         group_id: str,
         refused: Callable[[str, int], None],
+        observe: Observe,
         batch_max_bytes: Callable[[str], int],
         interval_s: float,
         deadline_s: float,
@@ -112,6 +114,7 @@ class Transactions:
     ) -> None:
         self._create, self._group_id = create, group_id
         self._refused, self._batch_max_bytes = refused, batch_max_bytes
+        self._observe = observe
         self._interval_s, self._deadline_s = interval_s, deadline_s
         self._open_timeout_s = open_timeout_s
         self._group = group
@@ -274,7 +277,7 @@ class Transactions:
         """A started producer; raises `PublishFailed`, or `KafkaError` where the broker refuses."""
         try:
             producer = TransactionalProducer(
-                self._create(transactional_id(PREFIX, self._group_id, partition))
+                self._create(transactional_id(PREFIX, self._group_id, partition)), self._observe
             )
         except WrongSettings as error:
             # A file with credentials may be missing for a moment while it is renewed.
@@ -317,6 +320,7 @@ class Transactions:
             ledger=self.ledger,
             batch_max_bytes=self._batch_max_bytes,
             refused=self._refused,
+            observe=self._observe,
             group_id=self._group_id,
             interval_s=self._interval_s,
             deadline_s=self._deadline_s,

@@ -18,6 +18,7 @@ from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 
 from service.core.errors import PublishFailed, SluiceError
+from service.core.events import ClientReplaced, Observe
 from service.core.messages import Partition
 from service.kafka.connection import within
 from service.kafka.outgoing import Outbox, Outgoing, by_output_partition, fail
@@ -72,6 +73,7 @@ class Means:
     ledger: Ledger
     batch_max_bytes: Callable[[str], int]
     refused: Callable[[str, int], None]
+    observe: Observe
     group_id: str
     interval_s: float
     deadline_s: float
@@ -281,6 +283,7 @@ class Writer:
     def _replace(self, producer: TransactionalProducer, why: str) -> None:
         self._failures += 1
         log.warning("%s: a new producer takes over after %s", self._partition, why)
+        self._means.observe(ClientReplaced("producer"))
         self._producer = None
         self._means.end(producer, producer.cut_off)
 

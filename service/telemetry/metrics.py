@@ -32,6 +32,8 @@ from service.core.events import (
     Admitted,
     Called,
     CallResult,
+    Client,
+    ClientReplaced,
     Committed,
     Dropped,
     Event,
@@ -42,6 +44,7 @@ from service.core.events import (
     Rebalanced,
     Retried,
     Spared,
+    StopForced,
     Taken,
 )
 from service.core.messages import Reason
@@ -51,6 +54,7 @@ from service.pipeline import POLL_SHARE
 OUTCOMES = ("extracted", "rejected", "passed", "skipped")
 COMMITS = ("ok", "refused", "failed")
 CALL_RESULTS: tuple[CallResult, ...] = get_args(CallResult)
+CLIENTS: tuple[Client, ...] = get_args(Client)
 
 ANSWERED = frozenset({"validated", "invalid", "refused", "filtered", "truncated", "user_code"})
 """Results for which the model did its work; the others end early or late for other reasons."""
@@ -103,6 +107,8 @@ class Metrics:
             Rebalanced: self._rebalanced,
             ForeignMetadata: self._foreign_metadata,
             OffsetsMissing: self._offsets_missing,
+            ClientReplaced: self._client_replaced,
+            StopForced: self._stop_forced,
         }
 
     def observe(self, event: Event) -> None:
@@ -267,6 +273,20 @@ class Metrics:
             "From the loss of the old partitions to the first poll of the new ones.",
             REBALANCE_EDGES_S,
         )
+        self._clients_replaced = self._counters(
+            "sluice_clients_replaced",
+            "Clients of Kafka's that were given up for new ones, silent or failed; the log says "
+            "why. Repeated, something between here and the brokers is wrong.",
+            "client",
+            CLIENTS,
+        )
+        self._stops_forced = self._counters(
+            "sluice_stops_forced",
+            "Clients of Kafka's that did not close in order and were cut off; a member cut off "
+            "keeps its partitions until its session times out.",
+            "client",
+            CLIENTS,
+        )
 
     def _declare_process(self) -> None:
         self._log_lines = self._counters(
@@ -354,6 +374,12 @@ class Metrics:
     def _offsets_missing(self, event: OffsetsMissing) -> None:
         self._messages_missing.inc(event.messages)
 
+    def _client_replaced(self, event: ClientReplaced) -> None:
+        self._clients_replaced[event.client].inc()
+
+    def _stop_forced(self, event: StopForced) -> None:
+        self._stops_forced[event.client].inc()
+
 
 _LOG_LEVELS = ("warning", "error")
 
@@ -395,6 +421,7 @@ class StatusGauges(Collector):
         yield _states(status.state)
         for name, meaning, value in _figures(status):
             yield GaugeMetricFamily(name, meaning, value=value)
+        yield _input_partitions(status)
         for name, meaning, read in _PARTITION_FIGURES:
             yield _by_partition(name, meaning, read, status)
 
@@ -449,7 +476,25 @@ def _figures(status: Status) -> tuple[tuple[str, str, float], ...]:
             group.unsettled_s,
         ),
         ("sluice_broker_answers", "1 while a broker answers.", group.broker_answers),
+        (
+            "sluice_look_age_seconds",
+            "Since the watchdog last looked at topics and progress; /livez fails far above its "
+            "usual ten seconds.",
+            group.look_age_s,
+        ),
     )
+
+
+def _input_partitions(status: Status) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(
+        "sluice_input_partitions",
+        "Partitions of each input topic, whoever holds them, as brokers tell.",
+        None,
+        ["topic"],
+    )
+    for topic, partitions in status.group.topic_partitions.items():
+        family.add_metric([topic], partitions)
+    return family
 
 
 _Read: TypeAlias = Callable[[PartitionStatus], float | None]

@@ -29,6 +29,9 @@ POLL_TURN_S = 60.0
 CALL_OVERDUE_S = 60.0
 """Each call has a deadline of its own; one that outlives it this long will never end."""
 
+LOOK_S = 120.0
+"""The watchdog looks every ten seconds and each look is bounded; this long, and it hangs itself."""
+
 UNSETTLED_MARGIN_S = 60.0
 """Above the group's own timeouts, so that a slow neighbour is not our fault."""
 
@@ -43,6 +46,7 @@ class Patience:
     poll_turn_s: float
     call_overdue_s: float
     unsettled_s: float
+    look_s: float
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
@@ -51,6 +55,7 @@ class Patience:
             poll_turn_s=POLL_TURN_S + kafka.request_timeout_s,
             call_overdue_s=CALL_OVERDUE_S,
             unsettled_s=settings.rebalance_timeout_s + kafka.session_timeout_s + UNSETTLED_MARGIN_S,
+            look_s=LOOK_S,
         )
 
 
@@ -70,6 +75,8 @@ def not_alive(status: Status, patience: Patience) -> tuple[str, ...]:
         reasons.append(
             f"the group has not settled for {group.unsettled_s:.0f} s although a broker answers"
         )
+    if group.look_age_s > patience.look_s:
+        reasons.append(f"the watchdog has not looked for {group.look_age_s:.0f} s")
     return tuple(reasons)
 
 

@@ -92,6 +92,7 @@ async def measure(servers: str, topic: str, count: int, given: argparse.Namespac
         transactions = Transactions(
             create,
             group_id=group_id,
+            observe=lambda _: None,
             refused=lambda topic, size: None,
             batch_max_bytes=lambda topic: BATCH_MAX_BYTES,
             interval_s=given.interval_s,

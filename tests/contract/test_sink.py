@@ -18,6 +18,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from service.core.errors import CannotRun, OutputTooLarge, PublishFailed
+from service.core.events import ClientReplaced, StopForced
 from service.core.messages import (
     Extracted,
     Message,
@@ -431,7 +432,7 @@ async def test_a_timestamp_that_the_topic_refuses_becomes_now(
 
 async def test_a_sink_that_is_not_running_fails_sends(kafka: Kafka) -> None:
     """Before the start and after the stop a publish fails, as one that may be tried again."""
-    sink = KafkaSink(kafka.settings())
+    sink = KafkaSink(kafka.settings(), kafka.told.append)
     before = await sink.publish(message(), extracted(b"1"))
     await sink.start()
     await sink.stop()
@@ -447,7 +448,7 @@ async def test_without_a_broker_it_cannot_run() -> None:
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{reserved.getsockname()[1]}"
-        sink = KafkaSink(Kafka(address, "records", "dead").settings())
+        sink = KafkaSink(Kafka(address, "records", "dead").settings(), lambda _: None)
         with pytest.raises(CannotRun, match=address):
             await sink.start()
     assert asyncio.all_tasks() == {asyncio.current_task()}
@@ -461,7 +462,7 @@ async def test_without_a_topic_it_cannot_run(
     """A missing topic: its name and the command that creates it."""
     monkeypatch.setattr(sink_module, "DISCOVERY_TIMEOUT_S", 0.5)
     kafka = await real(real_kafka)
-    sink = KafkaSink(kafka.settings(**{missing: {"topic": "not-there"}}))
+    sink = KafkaSink(kafka.settings(**{missing: {"topic": "not-there"}}), kafka.told.append)
     with pytest.raises(CannotRun, match=r"not-there.*sluice topics create"):
         await sink.start()
     await asyncio.sleep(0)
@@ -546,7 +547,7 @@ async def test_no_order_changes_when_the_broker_fails(own_broker: Broker, how: s
 async def test_a_hanging_broker_fails_sends_and_stops_nobody(own_broker: Broker) -> None:
     """A send fails within twice the request timeout; stopping then is bounded and clean."""
     kafka = await real(own_broker.bootstrap_servers)
-    sink = KafkaSink(kafka.settings(kafka={"request_timeout_s": 1}))
+    sink = KafkaSink(kafka.settings(kafka={"request_timeout_s": 1}), kafka.told.append)
     await sink.start()
     with hanging(own_broker):
         began_s = time.monotonic()
@@ -558,11 +559,38 @@ async def test_a_hanging_broker_fails_sends_and_stops_nobody(own_broker: Broker)
         ends = [await ending(each) for each in (first, behind)]
         assert [PublishFailed, PublishFailed] == [type(each) for each in ends]
         assert 1.9 < time.monotonic() - began_s < 4
+        assert kafka.told == [ClientReplaced("producer")]
         await sink.publish(message(0), extracted(b"{}"))
         began_s = time.monotonic()
         await sink.stop()
         assert time.monotonic() - began_s < 20
     assert sink.unacknowledged == 0
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_a_stop_that_hangs_is_forced_and_said(
+    mock_kafka: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A producer whose own stop does not return is cut off in time, and counted."""
+    monkeypatch.setattr("service.kafka.producers.CLOSE_TIMEOUT_S", 0.3)
+    kafka = Kafka(mock_kafka.bootstrap_servers, "records", "dead")
+    for topic in (kafka.output, kafka.dead_letters):
+        mock_kafka.create_topic(topic, 1)
+
+    class Hanging(AIOKafkaProducer):  # type: ignore[misc]
+        stops = 0
+
+        async def stop(self) -> None:
+            self.stops += 1
+            if self.stops == 1:
+                await asyncio.Event().wait()
+            await super().stop()
+
+    monkeypatch.setattr(sink_module, "AIOKafkaProducer", Hanging)
+    async with kafka.sink():
+        pass
+    assert kafka.told == [StopForced("producer")]
+    assert "does not close in order" in caplog.text
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
@@ -578,7 +606,8 @@ async def test_an_unforeseen_exception_ends_the_owner(
 ) -> None:
     """It cancels the task that started the sink, fails what was handed over, and is raised."""
     monkeypatch.setattr(sink_module, "AIOKafkaProducer", BrokenProducer)
-    sink = KafkaSink(Kafka(mock_kafka.bootstrap_servers, "records", "dead").settings())
+    kafka = Kafka(mock_kafka.bootstrap_servers, "records", "dead")
+    sink = KafkaSink(kafka.settings(), kafka.told.append)
     await sink.start()
     handed_over = await sink.publish(message(), extracted(b"1"))
     with pytest.raises(asyncio.CancelledError):

@@ -459,7 +459,9 @@ async def test_a_partition_new_to_a_known_group_is_read_from_its_start(kafka: Ka
     assert one.texts == ["b"]
 
 
-async def test_offsets_below_the_log_are_counted_as_missing(real: Kafka) -> None:
+async def test_offsets_below_the_log_are_counted_as_missing(
+    real: Kafka, caplog: pytest.LogCaptureFixture
+) -> None:
     """Reading goes on at the log's start, and says how much is gone."""
     topic, group = await real.topic(), topics.unique_name("g")
     await real.send(topic, *"abcde")
@@ -470,9 +472,12 @@ async def test_offsets_below_the_log_are_counted_as_missing(real: Kafka) -> None
         await one.until(lambda: len(one.messages) == 2)
     assert one.texts == ["d", "e"]
     assert one.heard(OffsetsMissing) == [OffsetsMissing(2)]
+    assert f"{topic}[0]: the log starts at 3, so 2 offsets" in caplog.text
 
 
-async def test_a_log_cut_behind_a_running_reader_is_counted_as_missing(real: Kafka) -> None:
+async def test_a_log_cut_behind_a_running_reader_is_counted_as_missing(
+    real: Kafka, caplog: pytest.LogCaptureFixture
+) -> None:
     """Retention that overtakes: the epoch stays, for what is in the window is all there is."""
     topic, group = await real.topic(), topics.unique_name("g")
     await real.send(topic, "a")
@@ -488,6 +493,7 @@ async def test_a_log_cut_behind_a_running_reader_is_counted_as_missing(real: Kaf
 
     assert one.texts == ["a", "b", "f"]
     assert one.heard(OffsetsMissing) == [OffsetsMissing(3)]
+    assert f"{topic}[0]: the log starts at 5, so 3 offsets" in caplog.text
     assert len(one.assignments) == 1
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import NotLeaderForPartitionError
 
+from service.core.events import Event
 from service.core.messages import Extracted, Message, Outcome, Passed, Rejected, Skipped
 from service.kafka import sink as sink_module
 from service.kafka.sink import KafkaSink
@@ -33,6 +34,7 @@ class Kafka:
     servers: str
     output: str
     dead_letters: str
+    told: list[Event] = field(default_factory=list)
 
     def settings(self, **sections: dict[str, object]) -> Settings:
         own: dict[str, dict[str, object]] = {
@@ -46,7 +48,7 @@ class Kafka:
 
     @asynccontextmanager
     async def sink(self, **sections: dict[str, object]) -> AsyncIterator[KafkaSink]:
-        sink = KafkaSink(self.settings(**sections))
+        sink = KafkaSink(self.settings(**sections), self.told.append)
         await sink.start()
         try:
             yield sink

@@ -125,6 +125,7 @@ class Worker:
         self.transactions = Transactions(
             self.create,
             group_id=group_id,
+            observe=lambda _: None,
             refused=lambda topic, size: self.refused.append((topic, size)),
             group=tasks,
             **own,

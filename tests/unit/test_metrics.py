@@ -16,6 +16,7 @@ from service.core.events import (
     Admitted,
     Called,
     CallResult,
+    ClientReplaced,
     Committed,
     Dropped,
     Event,
@@ -26,6 +27,7 @@ from service.core.events import (
     Rebalanced,
     Retried,
     Spared,
+    StopForced,
     Taken,
 )
 from service.core.messages import Partition, Reason
@@ -53,7 +55,13 @@ STATUS = Status(
     poll_turn_age_s=0.5,
     call_overdue_s=0.0,
     not_ready=(),
-    group=GroupStatus(settled=True, unsettled_s=0.0, broker_answers=True),
+    group=GroupStatus(
+        settled=True,
+        unsettled_s=0.0,
+        broker_answers=True,
+        look_age_s=4.0,
+        topic_partitions={"texts": 6},
+    ),
     partitions={
         Partition("texts", 0): PartitionStatus(7, 13, 5, 1_769_839_200_500, map_ratio=0.5),
         Partition("texts", 1): PartitionStatus(3, None, 0, None),
@@ -215,6 +223,8 @@ MOVES: list[tuple[Event, dict[str, float]]] = [
     (Spared(messages=4), {"sluice_messages_spared_total": 4}),
     (ForeignMetadata(), {"sluice_metadata_foreign_total": 1}),
     (OffsetsMissing(messages=9), {"sluice_messages_missing_total": 9}),
+    (ClientReplaced("consumer"), {"sluice_clients_replaced_total client=consumer": 1}),
+    (StopForced("producer"), {"sluice_stops_forced_total client=producer": 1}),
 ]
 
 
@@ -294,7 +304,9 @@ def test_gauges_show_the_status() -> None:
         "sluice_group_settled": 1,
         "sluice_group_unsettled_seconds": 0,
         "sluice_broker_answers": 1,
+        "sluice_look_age_seconds": 4,
     }
+    assert registry.get_sample_value("sluice_input_partitions", {"topic": "texts"}) == 6
 
 
 def test_partitions_show_what_is_known() -> None:

@@ -19,7 +19,7 @@ from service.settings import Settings
 from service.telemetry.metrics import Metrics, StatusGauges
 from service.telemetry.probes import Patience, Probes, not_alive
 
-PATIENCE = Patience(poll_turn_s=90, call_overdue_s=60, unsettled_s=110)
+PATIENCE = Patience(poll_turn_s=90, call_overdue_s=60, unsettled_s=110, look_s=120)
 
 WELL = Status(
     state=State.RUNNING,
@@ -51,10 +51,14 @@ WELL = Status(
             replace(WELL, group=GroupStatus(unsettled_s=111, broker_answers=True)),
             "the group has not settled for 111 s although a broker answers",
         ),
+        (
+            replace(WELL, group=GroupStatus(settled=True, look_age_s=121)),
+            "the watchdog has not looked for 121 s",
+        ),
     ],
 )
 def test_what_a_restart_would_help(status: Status, said: str) -> None:
-    """Each of the three clocks beyond its bound is one reason."""
+    """Each of the four clocks beyond its bound is one reason."""
     assert not_alive(status, PATIENCE) == (said,)
 
 
@@ -63,7 +67,7 @@ def test_what_a_restart_would_help(status: Status, said: str) -> None:
     [
         WELL,
         replace(WELL, poll_turn_age_s=90, call_overdue_s=60),
-        replace(WELL, group=GroupStatus(unsettled_s=110, broker_answers=True)),
+        replace(WELL, group=GroupStatus(unsettled_s=110, broker_answers=True, look_age_s=120)),
         replace(WELL, group=GroupStatus(unsettled_s=9999, broker_answers=False)),
         replace(WELL, group=GroupStatus(settled=True, unsettled_s=9999, broker_answers=True)),
     ],
