@@ -66,13 +66,14 @@ async def create_topic(
     name: str,
     partitions: int = 6,
     *,
+    replication: int = 1,
     config: Mapping[str, str] | None = None,
 ) -> None:
     """Creates a topic on a real Kafka (the embedded broker has its own `create_topic`)."""
     async with admin(servers) as client:
         for _ in range(100):
             response = await client.create_topics(
-                [NewTopic(name, partitions, 1, topic_configs=dict(config or {}))]
+                [NewTopic(name, partitions, replication, topic_configs=dict(config or {}))]
             )
             error = for_code(response.topic_errors[0][1])
             if not error.errno:
