@@ -194,8 +194,9 @@ class Endpoint:
     """Keep requests and spans; off for long runs."""
     port: int = 0
     journal: Path | None = None
-    """A file for a line of JSON for each call that ended: when it began and ended (seconds since the epoch),
-    with which key, how ("200" …, "cut", "gone" where the client left first), its text."""
+    """A file for a line of JSON for each call that ended: when it began and ended (seconds since
+    the epoch), with which key, how ("200" …, "cut", "gone" where the client left first), its
+    text."""
     fault: Fault | None = None
     down_until_s: float = 0.0
     """Monotonic: until then every connection is reset."""
@@ -634,9 +635,7 @@ def _arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--latency-median-ms", type=float, default=0.0)
     parser.add_argument("--latency-sigma", type=float, default=0.0)
     parser.add_argument("--latency-max-ms", type=float, default=math.inf)
-    parser.add_argument(
-        "--journal", type=Path, default=None, help="a file for a line about each call"
-    )
+    parser.add_argument("--journal", type=Path, default=None, help="a file: a line for each call")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", action="store_true", help="keep requests and spans in memory")
     return parser.parse_args(words)
