@@ -114,7 +114,7 @@ HEAD = (
 
 def _most_repeated(report: Report) -> str:
     if not report.deaths:
-        return "–"
+        return "none"
     worst = max(report.deaths, key=lambda death: death.repeated / death.bound)
     return f"{worst.repeated} ({worst.bound:.0f})"
 

@@ -1,4 +1,4 @@
-"""Where a round takes place: topics, model endpoint, proxy, workers, load, and a watch on it all."""
+"""Where a round takes place: topics, endpoint, proxy, workers, load, and a watch on it all."""
 
 from __future__ import annotations
 
