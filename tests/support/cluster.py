@@ -18,7 +18,7 @@ from typing import Self
 
 from aiokafka.errors import KafkaError
 
-from tests.support.kafka import PROPERTIES, KafkaNode, KafkaUnavailable, free_ports
+from tests.support.kafka import PROPERTIES, KafkaNode, KafkaUnavailable, free_ports, java_can_run_it
 from tests.support.topics import admin
 
 NODES = (1, 2, 3)
@@ -65,6 +65,8 @@ class Cluster:
         }
 
     def __enter__(self) -> Self:
+        if not java_can_run_it():
+            raise KafkaUnavailable("no cluster: install Java 17 and Maven")
         try:
             with ThreadPoolExecutor(len(NODES)) as threads:
                 list(threads.map(KafkaNode.launch, self._nodes.values()))

@@ -331,7 +331,7 @@ class DockerKafka(_Removing):
 
 def find_broker() -> Broker:
     """A broker to start: Java and Maven before Docker. Raises `KafkaUnavailable`."""
-    if shutil.which("java") and (shutil.which("mvn") or _jars_folder().exists()):
+    if java_can_run_it():
         return RealKafka()
     if shutil.which("docker"):
         try:
@@ -343,6 +343,10 @@ def find_broker() -> Broker:
     raise KafkaUnavailable(
         "no real Kafka: set KAFKA_BOOTSTRAP_SERVERS, or install Java 17 and Maven, or run Docker"
     )
+
+
+def java_can_run_it() -> bool:
+    return bool(shutil.which("java") and (shutil.which("mvn") or _jars_folder().exists()))
 
 
 def fetch_jars() -> Path:
