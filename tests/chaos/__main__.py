@@ -41,6 +41,7 @@ def _show(row: Row) -> None:
     report = row.report
     say(f"dead letters {dict(report.letters)}, retries {report.retries}")
     say(f"records of aborted transactions {report.uncommitted}")
+    say(f"repeated calls after {dict(report.repeated_after)}")
     worst: dict[str, float] = {}
     for struck, seconds in report.recoveries:
         worst[struck.kind] = max(seconds, worst.get(struck.kind, 0.0))

@@ -71,6 +71,8 @@ class Report:
     """`sluice.id`s whose record or key is another message's."""
     repeated_messages: int = 0
     repeated_calls: int = 0
+    repeated_after: Counter[str] = field(default_factory=Counter)
+    """Repeated calls by the kind of the last fault that had begun before them."""
     retries: int = 0
     """Calls after one that the provider failed."""
     outside: list[Origin] = field(default_factory=list)
@@ -111,6 +113,7 @@ def examine(evidence: Evidence, limits: Limits, decode: Decode = no_map) -> Repo
     report.mixed_up = list(_mixed_up(evidence.published, sent))
     report.repeated_messages = len({call.text for call in repeats.calls})
     report.repeated_calls = len(repeats.calls)
+    report.repeated_after = _last_fault(repeats.calls, evidence.struck)
     report.retries = repeats.retries
     report.outside = sorted(_outside(evidence, decode))
     report.rewound = list(_rewound(evidence))
@@ -222,6 +225,13 @@ class _Repeats:
         since_s = max(struck.at_s - RATE_OVER_S, began[0])
         calls = bisect.bisect(began, struck.at_s) - bisect.bisect_left(began, since_s)
         return calls / max(1.0, struck.at_s - since_s)
+
+
+def _last_fault(calls: Iterable[Call], struck: Iterable[Struck]) -> Counter[str]:
+    faults = sorted(struck, key=lambda each: each.at_s)
+    began_s = [each.at_s for each in faults]
+    places = (bisect.bisect(began_s, call.began_s) for call in calls)
+    return Counter(faults[place - 1].kind if place else "none" for place in places)
 
 
 def _outside(evidence: Evidence, decode: Decode) -> set[Origin]:

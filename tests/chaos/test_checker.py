@@ -296,6 +296,7 @@ def test_only_what_the_dead_one_called_counts_for_its_death() -> None:
     report = judged(evidence)
     assert report.deaths[0].repeated == 2
     assert report.repeated_messages == 3
+    assert report.repeated_after == {"none": 1, "kill": 3}
 
 
 def test_recovery_of_a_kill() -> None:
