@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import logging
 import random
-import shutil
 import sys
 import time
 from dataclasses import replace
@@ -33,7 +32,9 @@ def _plan(given: argparse.Namespace, name: str) -> Plan:
         plan = (
             replace(plan, times=given.times) if plan.kinds else replace(plan, minutes=given.times)
         )
-    return plan if given.mode is None else replace(plan, mode=given.mode)
+    if given.mode is not None:
+        plan = replace(plan, mode=given.mode)
+    return replace(plan, settings=dict(word.split("=", 1) for word in given.set))
 
 
 def _show(row: Row) -> None:
@@ -48,12 +49,10 @@ def _show(row: Row) -> None:
     say("worst recovery, s: " + ", ".join(f"{kind} {s:.1f}" for kind, s in worst.items()))
     for line in row.memory:
         say(line)
+    for line in row.broken:
+        say(f"BROKEN {line}")
     if row.broken:
-        for line in row.broken:
-            say(f"BROKEN {line}")
         say(f"logs: {row.folder}")
-    else:
-        shutil.rmtree(row.folder, ignore_errors=True)
 
 
 def main() -> int:
@@ -62,6 +61,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--times", type=int, default=None, help="faults; for soak minutes")
     parser.add_argument("--mode", choices=("at_least_once", "exactly_once"), default=None)
+    parser.add_argument("--set", action="append", default=[], help="SLUICE_NAME=VALUE of workers")
     given = parser.parse_args()
     names = [name for name in PLANS if name != "soak"] if given.round == "all" else [given.round]
     seed = random.SystemRandom().randrange(10**6) if given.seed is None else given.seed

@@ -123,6 +123,7 @@ async def _leave(scene: Scene, worker: Worker) -> None:
 async def intruder(scene: Scene, fault: Fault) -> None:
     """A member that only joins and leaves: commits between the two rebalances are refused."""
     at_s = time.time()
+    refused_before = await _refused_commits(scene)
     assignor = type("Own", (StickyPartitionAssignor,), {})
     consumer = AIOKafkaConsumer(
         scene.input,
@@ -143,7 +144,16 @@ async def intruder(scene: Scene, fault: Fault) -> None:
         scene.say(f"! the intruder was not let in: {type(error).__name__}")
     finally:
         await consumer.stop()
-    scene.struck.append(Struck("intruder", at_s, time.time()))
+    over_s = time.time()
+    scene.struck.append(Struck("intruder", at_s, over_s))
+    await scene.until_moved()
+    scene.say(f"  {await _refused_commits(scene) - refused_before:.0f} commits refused")
+
+
+async def _refused_commits(scene: Scene) -> float:
+    name = 'sluice_commits_total{result="refused"}'
+    found = [await worker.metric(name) for worker in scene.workers.values()]
+    return sum(number or 0.0 for number in found)
 
 
 def _worker(scene: Scene, fault: Fault) -> Worker:

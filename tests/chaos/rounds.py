@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +33,8 @@ class Plan:
     pause_s: tuple[float, float] = (2.0, 5.0)
     pace: Pace = field(default_factory=Pace)
     mode: str = "at_least_once"
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Of the workers, over the harness's own."""
     proxied: bool = False
     recovers: bool = True
     """After each fault, wait until every partition has stored progress."""
@@ -130,7 +133,7 @@ async def play(
 ) -> Row:
     """Play one round to its end and judge it."""
     began_s = time.time()
-    settings = {} if plan.mode == "at_least_once" else {"SLUICE_DELIVERY__MODE": plan.mode}
+    settings = {"SLUICE_DELIVERY__MODE": plan.mode, **plan.settings}
     at = scene(cluster, plan.pace, seed=seed, settings=settings, proxied=plan.proxied, say=say)
     async with at as made:
         say(f"{name}: seed {seed}, {plan.times} faults, {plan.mode}; logs in {made.folder}")
@@ -149,6 +152,8 @@ async def play(
     report = await asyncio.to_thread(examine, evidence, limits, decode)
     broken = list(_broken(plan, report, made, caught_up))
     broken += [line for line in memory if line.startswith("!")]
+    if not broken:
+        shutil.rmtree(made.folder, ignore_errors=True)
     return Row(name, plan, seed, report, broken, time.time() - began_s, made.folder, memory)
 
 

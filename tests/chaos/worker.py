@@ -90,7 +90,7 @@ class Worker:
                 await asyncio.sleep(0.2)
 
     async def metric(self, name: str) -> float | None:
-        """A metric without labels; None while it does not answer."""
+        """A sample by its name, labels included; None while there is none or no answer."""
         url = f"http://127.0.0.1:{self.port}/metrics"
         limit = aiohttp.ClientTimeout(total=2)
         try:
@@ -98,7 +98,7 @@ class Worker:
                 text = await reply.text()
         except (aiohttp.ClientError, TimeoutError):
             return None
-        found = re.search(rf"^{name} (\S+)$", text, re.MULTILINE)
+        found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
         return None if found is None else float(found.group(1))
 
     def memory_mb(self) -> float:
