@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from aiokafka import AIOKafkaConsumer
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 from aiokafka.errors import KafkaError
+from aiokafka.protocol.group import LeaveGroupRequest
 
 from tests.chaos.evidence import Struck
 from tests.chaos.scene import SESSION_S, Scene
 from tests.chaos.worker import Worker
 from tests.support.proxy import FAIR, Weather
+from tests.support.topics import admin
 
 EXTRAS_MAX = 2
 """Workers beyond the round's own that may have joined at a time."""
@@ -120,10 +122,35 @@ async def _leave(scene: Scene, worker: Worker) -> None:
     scene.struck.append(Struck("leave", at_s, time.time()))
 
 
-async def intruder(scene: Scene, fault: Fault) -> None:
-    """A member that only joins and leaves: commits between the two rebalances are refused."""
+async def evict(scene: Scene, fault: Fault) -> None:
+    """A worker is put out of the group in its name: it learns of it when a commit is refused."""
+    worker = _worker(scene, fault)
+    await worker.until_settled()
+    refused, rebalances = await _refused_commits(worker), await _rebalances(worker)
     at_s = time.time()
-    refused_before = await _refused_commits(scene)
+    async with admin(scene.cluster.bootstrap_servers) as client:
+        node = await client.find_coordinator(scene.group)
+        (found,) = await client.describe_consumer_groups([scene.group], node)
+        for member in found.to_object()["groups"][0]["members"]:
+            if member["client_id"] == worker.name:
+                leaving = LeaveGroupRequest(scene.group, member["member_id"])
+                await client._send_request_to_node(node, leaving)
+                break
+        else:
+            scene.say(f"! {worker.name} is no member")
+    with suppress(TimeoutError):
+        async with asyncio.timeout(SESSION_S + 20):
+            while await _rebalances(worker) <= rebalances:
+                await asyncio.sleep(0.1)
+    await worker.until_settled()
+    refused = await _refused_commits(worker) - refused
+    scene.say(f"  {worker.name} put out, {refused:.0f} of its commits refused")
+    scene.struck.append(Struck("evict", at_s, time.time(), worker.name, deaf=True))
+
+
+async def intruder(scene: Scene, fault: Fault) -> None:
+    """A member that joins, takes its share and leaves at once, without a word of progress."""
+    at_s = time.time()
     assignor = type("Own", (StickyPartitionAssignor,), {})
     consumer = AIOKafkaConsumer(
         scene.input,
@@ -144,16 +171,15 @@ async def intruder(scene: Scene, fault: Fault) -> None:
         scene.say(f"! the intruder was not let in: {type(error).__name__}")
     finally:
         await consumer.stop()
-    over_s = time.time()
-    scene.struck.append(Struck("intruder", at_s, over_s))
-    await scene.until_moved()
-    scene.say(f"  {await _refused_commits(scene) - refused_before:.0f} commits refused")
+    scene.struck.append(Struck("intruder", at_s, time.time()))
 
 
-async def _refused_commits(scene: Scene) -> float:
-    name = 'sluice_commits_total{result="refused"}'
-    found = [await worker.metric(name) for worker in scene.workers.values()]
-    return sum(number or 0.0 for number in found)
+async def _refused_commits(worker: Worker) -> float:
+    return await worker.metric('sluice_commits_total{result="refused"}') or 0.0
+
+
+async def _rebalances(worker: Worker) -> float:
+    return await worker.metric("sluice_rebalances_total") or 0.0
 
 
 def _worker(scene: Scene, fault: Fault) -> Worker:
@@ -316,7 +342,7 @@ async def _provider(scene: Scene, fault: Fault, kind: str, wanted: dict[str, obj
 FAULTS: dict[str, Callable[[Scene, Fault], Awaitable[None]]] = {
     each.__name__: each
     for each in (
-        *(kill, restart, rolling, zombie, join, intruder),
+        *(kill, restart, rolling, zombie, join, evict, intruder),
         *(broker, controller, coordinator, handover, hang, too_few),
         *(cut, slow, half_open, refused),
         *(down, storm, errors, late),

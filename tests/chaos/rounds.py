@@ -58,14 +58,14 @@ PLANS: dict[str, Plan] = {
     "restarts": Plan(("rolling",), 20, no_repeats=True, recovers=False),
     "joins": Plan(("join",), 300, pause_s=(0.2, 2.0), recovers=False),
     "exactly_once": Plan(
-        ("kill", "kill", "zombie", "broker", "coordinator", "intruder"), 24, mode="exactly_once"
+        ("kill", "kill", "zombie", "broker", "coordinator", "evict"), 24, mode="exactly_once"
     ),
     "brokers": Plan(("broker", "controller", "coordinator", "handover", "hang", "too_few"), 12),
     "connections": Plan(
         ("cut", "cut", "cut", "cut", "cut", "slow", "half_open", "refused"), 80, proxied=True
     ),
     "provider": Plan(("down", "storm", "errors", "late"), 12),
-    "commits": Plan(("intruder",), 20),
+    "commits": Plan(("evict", "evict", "intruder"), 21),
     "zombies": Plan(("zombie",), 20),
     "soak": Plan((), 0, minutes=60.0),
 }

@@ -49,6 +49,8 @@ CAUGHT_UP_S = 180.0
 """From the end of the load to lag 0."""
 ENDED_S = 90.0
 """From SIGTERM to a worker's end: a drain, a commit, a broker that is slow."""
+WRONG_SETTINGS = 2
+"""The service's exit code for them."""
 SESSION_S = 6.0
 """The workers' session timeout: the shortest that brokers allow by default."""
 
@@ -170,9 +172,14 @@ class Scene:
                 self.ended_alone.append(f"{worker.name} ended with {code} at SIGTERM")
 
     async def supervise(self) -> None:
-        """What ended by itself is noted and started again, as an orchestrator would."""
+        """What ended by itself is noted and started again, as an orchestrator would.
+
+        Wrong settings end the round: another start would not mend them.
+        """
         while True:
             for worker in tuple(self.workers.values()):
+                if worker.code == WRONG_SETTINGS:
+                    raise RuntimeError(worker.log.read_text()[-800:])
                 if worker.code is not None:
                     self.ended_alone.append(f"{worker.name} ended with {worker.code} by itself")
                     self.say(f"! {self.ended_alone[-1]}: {worker.log}")
