@@ -15,6 +15,8 @@ from tests.chaos.faults import schedule, strike
 from tests.chaos.scene import Pace, Say, Scene, scene
 from tests.support.cluster import Cluster
 
+DECODE: Decode = no_map
+"""What reads the completed map out of the stored metadata."""
 RECOVERY_MAX_S = 30.0
 """From a fault until every partition concerned is at work again; guarantee of the long round."""
 WORKERS = 2
@@ -60,7 +62,7 @@ PLANS: dict[str, Plan] = {
     "exactly_once": Plan(
         ("kill", "kill", "zombie", "broker", "coordinator", "evict"), 24, mode="exactly_once"
     ),
-    "brokers": Plan(("broker", "controller", "coordinator", "handover", "hang", "too_few"), 12),
+    "brokers": Plan(("broker", "controller", "coordinator", "handover", "hang", "too_few"), 24),
     "connections": Plan(
         ("cut", "cut", "cut", "cut", "cut", "slow", "half_open", "refused"), 80, proxied=True
     ),
@@ -129,7 +131,7 @@ async def play(
     *,
     seed: int,
     say: Say,
-    decode: Decode = no_map,
+    decode: Decode = DECODE,
 ) -> Row:
     """Play one round to its end and judge it."""
     began_s = time.time()
@@ -142,7 +144,6 @@ async def play(
         if not await made.until_moved():
             say("! the workers did not begin")
         memory = await (_soak(made, plan) if plan.minutes else _strikes(made, plan, seed))
-        made.loading = False
         say(f"the load ends after {time.time() - began_s:.0f} s")
         caught_up = await made.until_caught_up()
         for worker in tuple(made.workers.values()):

@@ -32,9 +32,10 @@ from tests.chaos.evidence import (
 )
 from tests.chaos.worker import Worker
 from tests.support.cluster import Cluster
+from tests.support.kafka import dying_with_us
 from tests.support.proxy import Proxy
 from tests.support.service import ROOT
-from tests.support.topics import admin, create_topic, unique_name
+from tests.support.topics import admin, create_topic, end_offsets, unique_name
 
 PARTITIONS = 6
 KEYS = 12
@@ -95,6 +96,8 @@ class Scene:
     ended_alone: list[str] = field(default_factory=list)
     """Workers that ended without being told to, or not with exit code 0."""
     loading: bool = True
+    loaded: asyncio.Event = field(default_factory=asyncio.Event)
+    """The load has ended, and what it sent is acknowledged."""
     _numbers: Any = field(default_factory=lambda: itertools.count(1))
 
     # --- topics --------------------------------------------------------------------------------
@@ -198,6 +201,7 @@ class Scene:
                 number = await self._produce(number)
             except (KafkaError, OSError) as error:
                 self.say(f"! the load's producer is replaced: {type(error).__name__}")
+        self.loaded.set()
 
     async def _produce(self, number: int) -> int:
         producer = AIOKafkaProducer(
@@ -274,11 +278,15 @@ class Scene:
         return True
 
     async def until_caught_up(self) -> bool:
-        """Wait for lag 0; whether it came in time."""
+        """End the load and wait for lag 0; whether it came in time."""
+        self.loading = False
+        await self.loaded.wait()
+        # What was sent without an acknowledgement may stand in the input all the same.
+        self.sent |= await end_offsets(self.cluster.bootstrap_servers, self.input)
         began_s = time.time()
         while time.time() - began_s < CAUGHT_UP_S:
             fresh = self.stored and self.stored[-1].at_s > began_s
-            if fresh and not any(self.backlog(partition) for partition in range(PARTITIONS)):
+            if fresh and all(self.backlog(partition) <= 0 for partition in range(PARTITIONS)):
                 return True
             await asyncio.sleep(0.2)
         left = {partition: self.backlog(partition) for partition in range(PARTITIONS)}
@@ -357,16 +365,24 @@ async def scene(
 @asynccontextmanager
 async def _endpoint(folder: Path, pace: Pace, seed: int) -> AsyncIterator[str]:
     """The scripted endpoint as a process; its address."""
+    command = [sys.executable, "-m", "tests.support.endpoint", "--seed", str(seed)]
+    command += ["--latency-median-ms", str(pace.median_s * 1000)]
+    command += ["--latency-sigma", str(pace.sigma)]
+    command += ["--latency-max-ms", str(pace.longest_s * 1000)]
+    command += ["--journal", str(folder / "calls")]
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tests.support.endpoint", "--seed", str(seed)),
-        *("--latency-median-ms", str(pace.median_s * 1000), "--latency-sigma", str(pace.sigma)),
-        *("--latency-max-ms", str(pace.longest_s * 1000), "--journal", str(folder / "calls")),
+        *dying_with_us(command),
         cwd=ROOT,
+        stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
+        start_new_session=True,
     )
+    assert process.stdin is not None
     assert process.stdout is not None
     try:
         yield f"http://127.0.0.1:{int(await process.stdout.readline())}"
     finally:
         process.terminate()
-        await process.wait()
+        while process.returncode is None:  # its watcher holds the pipes for longer
+            await asyncio.sleep(0.05)
+        process.stdin.close()
