@@ -34,6 +34,13 @@ Options: xN (N calls), after_ms=N, retry_after=S (seconds), retry_after_date=S (
 S seconds from now), retry_after_ms=N.
 
 Tests in the same process may pass a function of their own instead (`script=`).
+
+What befalls calls whatever their texts say can be changed while it runs, by POST:
+
+    /_fault  {"step": "429 retry_after=1", "share": 0.8}   from now on, for a share of the calls
+    /_fault  {"after_ms": 3000}                            answered as ever, but later
+    /_fault  {}                                            no longer
+    /_down   {"for_s": 5}                                  connections are reset until then
 """
 
 from __future__ import annotations
@@ -49,10 +56,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from email.utils import formatdate
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 MODEL = "scripted"
@@ -147,11 +155,30 @@ class Latency:
     sigma: float = 0.0
     seed: int = 0
 
+    max_s: float = math.inf
+
     def of(self, asked: Asked) -> float:
         if self.median_s <= 0:
             return 0.0
         chance = random.Random(f"{self.seed}:{asked.call}:{asked.text}")
-        return self.median_s * math.exp(chance.gauss(0.0, self.sigma))
+        return min(self.max_s, self.median_s * math.exp(chance.gauss(0.0, self.sigma)))
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What befalls a share of the calls, whatever their texts say."""
+
+    step: Step | None
+    """Instead of what the text says; without one it is only late."""
+    after_s: float = 0.0
+    share: float = 1.0
+
+    def of(self, step: Step) -> Step:
+        step = self.step or step
+        return replace(step, after_s=step.after_s + self.after_s)
+
+    def hits(self, asked: Asked) -> bool:
+        return random.Random(f"fault:{asked.call}:{asked.text}").random() < self.share
 
 
 @dataclass
@@ -166,6 +193,13 @@ class Endpoint:
     record: bool = True
     """Keep requests and spans; off for long runs."""
     port: int = 0
+    journal: Path | None = None
+    """A file for a line of JSON for each call that ended: when it began and ended (seconds since
+    the epoch), with which key, how ("200" …, "cut", "gone" where the client left first), its
+    text."""
+    fault: Fault | None = None
+    down_until_s: float = 0.0
+    """Monotonic: until then every connection is reset."""
     calls: Counter[str] = field(default_factory=Counter)
     """Calls by text."""
     requests: list[Request] = field(default_factory=list)
@@ -176,6 +210,7 @@ class Endpoint:
     in_flight_max: int = 0
     connections: set[_Connection] = field(default_factory=set)
     _server: asyncio.Server | None = None
+    _journal: TextIO | None = None
 
     @property
     def url(self) -> str:
@@ -188,14 +223,31 @@ class Endpoint:
             lambda: _Connection(self), "127.0.0.1", self.port, backlog=4096
         )
         self.port = self._server.sockets[0].getsockname()[1]
+        if self.journal is not None:
+            self._journal = self.journal.open("a")
         return self
 
     async def __aexit__(self, *_: object) -> None:
         assert self._server is not None
         self._server.close()
+        self.cut()
+        await self._server.wait_closed()
+        if self._journal is not None:
+            self._journal.close()
+
+    def cut(self) -> None:
+        """Reset every connection; calls in flight are noted as cut."""
         for connection in tuple(self.connections):
             connection.close()
-        await self._server.wait_closed()
+
+    def step_of(self, asked: Asked) -> Step:
+        step, fault = self.script(asked), self.fault
+        return fault.of(step) if fault is not None and fault.hits(asked) else step
+
+    def note(self, began_s: float, key: str, how: str, text: str) -> None:
+        """A line of the journal about a call that has just ended."""
+        if self._journal is not None:
+            self._journal.write(json.dumps([began_s, time.time(), key, how, text]) + "\n")
 
     def total(self) -> int:
         return self.calls.total()
@@ -210,6 +262,26 @@ class Endpoint:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What the journal will say of a call in flight."""
+
+    began_s: float
+    key: str
+    text: str
+
+
+def _how(step: Step) -> str:
+    """The journal's word: the status, where there was a whole answer."""
+    if step.kind.startswith("cut"):
+        return "cut"
+    if step.kind.isdigit():
+        return step.kind
+    return {"too_long": "400", "policy": "400", "quota": "429", "no_model": "404"}.get(
+        step.kind, "200"
+    )
+
+
 class _Connection(asyncio.Protocol):
     """One client connection: one request after the other."""
 
@@ -220,19 +292,23 @@ class _Connection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._busy = False
         self._in_flight = False
+        self._call: _Call | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         self._endpoint.connections.add(self)
+        if self._loop.time() < self._endpoint.down_until_s:
+            transport.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._endpoint.connections.discard(self)
         if self._timer is not None:
             self._timer.cancel()
-        self._land()
+        self._land("gone")
 
     def close(self) -> None:
+        self._land("cut")
         self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
@@ -265,7 +341,7 @@ class _Connection(asyncio.Protocol):
     def _handle(self, request: Request) -> None:
         path = urlsplit(request.path).path
         if path.startswith("/_"):
-            self._reply(200, _inside(self._endpoint, path))
+            self._reply(200, _inside(self._endpoint, path, request))
         elif not self._allowed(request):
             self._reply(401, _error("Incorrect API key provided", "invalid_api_key"))
         elif path == "/v1/models":
@@ -290,7 +366,9 @@ class _Connection(asyncio.Protocol):
         if endpoint.record:
             endpoint.requests.append(request)
         asked = Asked(text, endpoint.calls[text], body)
-        step = endpoint.script(asked)
+        key = request.headers.get("authorization", "").removeprefix("Bearer ")
+        self._call = _Call(time.time(), key, text)
+        step = endpoint.step_of(asked)
         if step.kind == "hang":
             return
         delay_s = step.after_s + endpoint.latency.of(asked)
@@ -300,12 +378,15 @@ class _Connection(asyncio.Protocol):
         else:
             self._act(step, asked, began)
 
-    def _land(self) -> None:
+    def _land(self, how: str) -> None:
         self._endpoint.in_flight -= self._in_flight
         self._in_flight = False
+        call, self._call = self._call, None
+        if call is not None:
+            self._endpoint.note(call.began_s, call.key, how, call.text)
 
     def _act(self, step: Step, asked: Asked, began: float) -> None:
-        self._land()
+        self._land(_how(step))
         if self._endpoint.record:
             self._endpoint.spans.append((began, self._loop.time()))
         if step.kind == "cut_at_once":
@@ -337,8 +418,17 @@ def _http(status: int, reply: object, headers: tuple[tuple[str, str], ...]) -> b
     ).encode() + body
 
 
-def _inside(endpoint: Endpoint, path: str) -> object:
+def _inside(endpoint: Endpoint, path: str, request: Request) -> object:
     match path:
+        case "/_fault":
+            wanted = request.json
+            endpoint.fault = _fault(wanted) if wanted else None
+            return wanted
+        case "/_down":
+            loop = asyncio.get_running_loop()
+            endpoint.down_until_s = loop.time() + request.json["for_s"]
+            loop.call_soon(endpoint.cut)  # the answer to this goes out first
+            return {}
         case "/_calls":
             return dict(endpoint.calls)
         case "/_stats":
@@ -348,7 +438,12 @@ def _inside(endpoint: Endpoint, path: str) -> object:
         case "/_requests":
             return [request.json for request in endpoint.requests]
         case _:
-            return {"paths": ["/_calls", "/_stats", "/_spans", "/_requests"]}
+            return {"paths": ["/_calls", "/_stats", "/_spans", "/_requests", "/_fault", "/_down"]}
+
+
+def _fault(wanted: Mapping[str, Any]) -> Fault:
+    step = _step(wanted["step"]) if "step" in wanted else None
+    return Fault(step, wanted.get("after_ms", 0) / 1000, wanted.get("share", 1.0))
 
 
 def _models(names: tuple[str, ...]) -> dict[str, Any]:
@@ -539,6 +634,8 @@ def _arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--api-key", default=None, help="any other key gets 401")
     parser.add_argument("--latency-median-ms", type=float, default=0.0)
     parser.add_argument("--latency-sigma", type=float, default=0.0)
+    parser.add_argument("--latency-max-ms", type=float, default=math.inf)
+    parser.add_argument("--journal", type=Path, default=None, help="a file: a line for each call")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", action="store_true", help="keep requests and spans in memory")
     return parser.parse_args(words)
@@ -548,7 +645,13 @@ def main(words: list[str]) -> None:
     """Serve until SIGTERM or SIGINT; the first line printed is the port."""
     given = _arguments(words)
     endpoint = Endpoint(
-        latency=Latency(given.latency_median_ms / 1000, given.latency_sigma, given.seed),
+        journal=given.journal,
+        latency=Latency(
+            given.latency_median_ms / 1000,
+            given.latency_sigma,
+            given.seed,
+            given.latency_max_ms / 1000,
+        ),
         models=tuple(given.model or (MODEL,)),
         api_key=given.api_key,
         record=given.record,

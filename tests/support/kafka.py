@@ -14,12 +14,14 @@ import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
 KAFKA_VERSION = "4.3.1"
+CLUSTER_ID = "sluice-test-cluster-id"
+"""22 characters, as a base64 UUID has."""
 START_TIMEOUT_S = 90.0
 """From the process's start to its first answer; 10 s on a free machine, six share this one."""
 
@@ -126,37 +128,57 @@ class _Removing:
         self.remove()
 
 
-class RealKafka(_Removing):
-    """One node of Apache Kafka on free ports of 127.0.0.1, its data in a temporary folder.
+class KafkaNode(_Removing):
+    """One node of Apache Kafka run by Java, its data in a temporary folder.
 
-    `stop` ends it in order, `kill` at once (-9); `start` after either runs it again on the same
-    ports and data. It dies with the process that started it, even where that one is killed.
-    `properties` are laid over `PROPERTIES`. `sasl_bootstrap_servers` asks for credentials.
+    `properties` are all that it has, listeners included; `formatting` is what its storage is
+    formatted with beside the cluster's id; `bootstrap_servers` is where it answers. `stop` ends it
+    in order, `kill` at once (-9); `start` after either runs it again on the same ports and data.
+    It dies with the process that started it, even where that one is killed.
     """
 
-    def __init__(self, properties: Mapping[str, str] | None = None, heap_mb: int = 384) -> None:
-        self._properties = dict(properties or {})
-        self._heap_mb = heap_mb
+    def __init__(
+        self,
+        properties: Mapping[str, str],
+        formatting: Sequence[str],
+        bootstrap_servers: str,
+        heap_mb: int,
+    ) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="sluice-kafka-"))
-        port, sasl_port, self._controller_port = free_ports(3)
-        self.bootstrap_servers = f"127.0.0.1:{port}"
-        self.sasl_bootstrap_servers = f"127.0.0.1:{sasl_port}"
+        self._properties = {"log.dirs": str(self._folder / "data"), **properties}
+        self._formatting = formatting
+        self._heap_mb = heap_mb
         self._process: subprocess.Popen[bytes] | None = None
+        self.bootstrap_servers = bootstrap_servers
 
     def start(self) -> None:
+        self.launch()
+        self.wait_until_it_answers()
+
+    def launch(self) -> None:
+        """Starts it and does not wait: one node of several answers only with the others."""
         assert self._process is None, "it runs already"
         jars = fetch_jars()
         if not (self._folder / "data").exists():
             self._format(jars)
         with (self._folder / "broker.log").open("ab") as log:
             self._process = subprocess.Popen(
-                _dying_with_us(self._java(jars, "kafka.Kafka", str(self._config))),
+                dying_with_us(self._java(jars, "kafka.Kafka", str(self._config))),
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
-        self._wait_until_it_answers()
+
+    def wait_until_it_answers(self) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not answers(self.bootstrap_servers):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                text = self.log_text()[-800:]
+                self.kill()
+                raise KafkaUnavailable(f"Kafka did not start: {text}")
+            time.sleep(0.1)
 
     def stop(self) -> None:
         """Ends it in order, within 30 s, else at once."""
@@ -166,10 +188,23 @@ class RealKafka(_Removing):
         """Ends it as a power cut would."""
         self._end(signal.SIGKILL)
 
+    def pause(self) -> None:
+        """Halts it as a machine that hangs: connections stay, nothing answers."""
+        assert self._process is not None
+        os.kill(self._process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        assert self._process is not None
+        os.kill(self._process.pid, signal.SIGCONT)
+
     def remove(self) -> None:
         """Kills it and deletes its data."""
         self.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
 
     def log_text(self) -> str:
         """What the broker wrote: warnings and errors."""
@@ -181,22 +216,10 @@ class RealKafka(_Removing):
         return self._folder / "server.properties"
 
     def _format(self, jars: Path) -> None:
-        controller = f"127.0.0.1:{self._controller_port}"
-        properties = PROPERTIES | {
-            "listeners": f"PLAIN://{self.bootstrap_servers},CONTROLLER://{controller},"
-            f"SASL://{self.sasl_bootstrap_servers}",
-            "controller.quorum.bootstrap.servers": controller,
-            "log.dirs": str(self._folder / "data"),
-            "listener.name.sasl.plain.sasl.jaas.config": SASL_PLAIN_JAAS,
-            "listener.name.sasl.scram-sha-256.sasl.jaas.config": SASL_SCRAM_JAAS,
-        }
-        properties |= self._properties
-        self._config.write_text("".join(f"{k}={v}\n" for k, v in properties.items()))
+        self._config.write_text("".join(f"{k}={v}\n" for k, v in self._properties.items()))
         (self._folder / "log4j2.properties").write_text(LOG4J)
-        scram = f"SCRAM-SHA-256=[name={SASL_USER},password={SASL_PASSWORD}]"
-        cluster_id = "sluice-test-cluster-id"  # 22 characters, as a base64 UUID has
-        command = self._java(jars, "kafka.tools.StorageTool", "format", "--standalone")
-        command += ["-t", cluster_id, "-c", str(self._config), "--add-scram", scram]
+        command = self._java(jars, "kafka.tools.StorageTool", "format", *self._formatting)
+        command += ["-t", CLUSTER_ID, "-c", str(self._config)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         if done.returncode:
             raise KafkaUnavailable(f"formatting Kafka's storage failed: {done.stderr[-800:]}")
@@ -215,16 +238,6 @@ class RealKafka(_Removing):
             *arguments,
         ]
 
-    def _wait_until_it_answers(self) -> None:
-        assert self._process is not None
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not answers(self.bootstrap_servers):
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                text = self.log_text()[-800:]
-                self.kill()
-                raise KafkaUnavailable(f"Kafka did not start: {text}")
-            time.sleep(0.1)
-
     def _end(self, how: signal.Signals) -> None:
         process, self._process = self._process, None
         if process is None:
@@ -238,6 +251,31 @@ class RealKafka(_Removing):
                 process.wait()
         assert process.stdin is not None
         process.stdin.close()  # the watcher ends, and with it what is left of the group
+
+
+class RealKafka(KafkaNode):
+    """A cluster of one node on free ports of 127.0.0.1.
+
+    `properties` are laid over `PROPERTIES`. `sasl_bootstrap_servers` asks for credentials.
+    """
+
+    def __init__(self, properties: Mapping[str, str] | None = None, heap_mb: int = 384) -> None:
+        port, sasl_port, controller_port = free_ports(3)
+        self.sasl_bootstrap_servers = f"127.0.0.1:{sasl_port}"
+        own = {
+            "listeners": f"PLAIN://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port},"
+            f"SASL://{self.sasl_bootstrap_servers}",
+            "controller.quorum.bootstrap.servers": f"127.0.0.1:{controller_port}",
+            "listener.name.sasl.plain.sasl.jaas.config": SASL_PLAIN_JAAS,
+            "listener.name.sasl.scram-sha-256.sasl.jaas.config": SASL_SCRAM_JAAS,
+        }
+        scram = f"SCRAM-SHA-256=[name={SASL_USER},password={SASL_PASSWORD}]"
+        super().__init__(
+            PROPERTIES | own | dict(properties or {}),
+            ("--standalone", "--add-scram", scram),
+            f"127.0.0.1:{port}",
+            heap_mb,
+        )
 
 
 class DockerKafka(_Removing):
@@ -293,7 +331,7 @@ class DockerKafka(_Removing):
 
 def find_broker() -> Broker:
     """A broker to start: Java and Maven before Docker. Raises `KafkaUnavailable`."""
-    if shutil.which("java") and (shutil.which("mvn") or _jars_folder().exists()):
+    if java_can_run_it():
         return RealKafka()
     if shutil.which("docker"):
         try:
@@ -305,6 +343,10 @@ def find_broker() -> Broker:
     raise KafkaUnavailable(
         "no real Kafka: set KAFKA_BOOTSTRAP_SERVERS, or install Java 17 and Maven, or run Docker"
     )
+
+
+def java_can_run_it() -> bool:
+    return bool(shutil.which("java") and (shutil.which("mvn") or _jars_folder().exists()))
 
 
 def fetch_jars() -> Path:
@@ -353,7 +395,7 @@ class _lock:
         self._file.close()
 
 
-def _dying_with_us(command: list[str]) -> list[str]:
+def dying_with_us(command: list[str]) -> list[str]:
     """The command under a watcher that kills its process group when our end of a pipe closes.
 
     A process that is killed runs no clean-up; the pipe closes all the same.

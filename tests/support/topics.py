@@ -66,13 +66,14 @@ async def create_topic(
     name: str,
     partitions: int = 6,
     *,
+    replication: int = 1,
     config: Mapping[str, str] | None = None,
 ) -> None:
     """Creates a topic on a real Kafka (the embedded broker has its own `create_topic`)."""
     async with admin(servers) as client:
         for _ in range(100):
             response = await client.create_topics(
-                [NewTopic(name, partitions, 1, topic_configs=dict(config or {}))]
+                [NewTopic(name, partitions, replication, topic_configs=dict(config or {}))]
             )
             error = for_code(response.topic_errors[0][1])
             if not error.errno:
@@ -147,6 +148,14 @@ async def produce_transaction(
 
 async def read_topic(servers: str, topic: str, *, committed_only: bool = True) -> list[Read]:
     """Everything that stands in a topic now, by partition and offset."""
+    found = [read async for read in scan_topic(servers, topic, committed_only=committed_only)]
+    return sorted(found, key=lambda each: (each.partition, each.offset))
+
+
+async def scan_topic(
+    servers: str, topic: str, *, committed_only: bool = True
+) -> AsyncIterator[Read]:
+    """Everything that stands in a topic now, each partition in its order, none held in memory."""
     consumer = AIOKafkaConsumer(
         bootstrap_servers=servers,
         auto_offset_reset="earliest",
@@ -156,23 +165,23 @@ async def read_topic(servers: str, topic: str, *, committed_only: bool = True) -
     )
     await consumer.start()
     try:
-        return await _read_to_the_end(consumer, topic)
+        partitions = [TopicPartition(topic, each) for each in await _partitions(consumer, topic)]
+        consumer.assign(partitions)
+        ends = await consumer.end_offsets(partitions)
+        while any([await consumer.position(each) < ends[each] for each in partitions]):
+            for messages in (await consumer.getmany(timeout_ms=200)).values():
+                for m in messages:
+                    yield Read(
+                        m.topic,
+                        m.partition,
+                        m.offset,
+                        m.key,
+                        m.value,
+                        tuple(m.headers),
+                        m.timestamp,
+                    )
     finally:
         await consumer.stop()
-
-
-async def _read_to_the_end(consumer: AIOKafkaConsumer, topic: str) -> list[Read]:
-    partitions = [TopicPartition(topic, each) for each in await _partitions(consumer, topic)]
-    consumer.assign(partitions)
-    ends = await consumer.end_offsets(partitions)
-    found: list[Read] = []
-    while any([await consumer.position(each) < ends[each] for each in partitions]):
-        for messages in (await consumer.getmany(timeout_ms=200)).values():
-            found += [
-                Read(m.topic, m.partition, m.offset, m.key, m.value, tuple(m.headers), m.timestamp)
-                for m in messages
-            ]
-    return sorted(found, key=lambda each: (each.partition, each.offset))
 
 
 async def _partitions(consumer: AIOKafkaConsumer, topic: str) -> set[int]:

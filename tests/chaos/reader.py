@@ -1,0 +1,37 @@
+"""How a reader of the output sees every message once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol, TypeVar
+
+
+class Record(Protocol):
+    """A record of the output topic; `header` holds its headers as text."""
+
+    @property
+    def header(self) -> Mapping[str, str]: ...
+
+
+R = TypeVar("R", bound=Record)
+
+
+def first_complete_sets(records: Iterable[R]) -> Iterator[list[R]]:
+    """For each message the records of one answer of the model: the first that is there whole.
+
+    After a crash a message may be asked again, and another answer may hold other records. All
+    records of one answer carry its `sluice.answer.id` and say how many they are. `records` come
+    in the order of their partition; sets come out in the order in which they were complete.
+    """
+    waiting: dict[str, dict[int, R]] = {}
+    seen: set[str] = set()
+    for record in records:
+        header = record.header
+        message = header["sluice.id"].rpartition(":")[0]
+        if message in seen:
+            continue
+        answer = waiting.setdefault(header["sluice.answer.id"], {})
+        answer[int(header["sluice.record.index"])] = record
+        if len(answer) == int(header["sluice.record.count"]):
+            seen.add(message)
+            yield [answer[index] for index in sorted(answer)]
