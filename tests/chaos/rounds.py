@@ -6,17 +6,24 @@ import asyncio
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.chaos.checker import Decode, Limits, Report, examine, no_map
+from service.core.completed import finished_ranges
+from service.kafka.starts import Stored, read
+from tests.chaos.checker import Decode, Limits, Report, examine
 from tests.chaos.faults import schedule, strike
 from tests.chaos.scene import Pace, Say, Scene, scene
 from tests.support.cluster import Cluster
 
-DECODE: Decode = no_map
-"""What reads the completed map out of the stored metadata."""
+
+def completed_map(next_offset: int, metadata: str) -> Iterable[range]:
+    """What the stored metadata says is finished beyond the next offset."""
+    found = read(Stored(next_offset, metadata))
+    return () if found is None else finished_ranges(next_offset, found[0].runs)
+
+
 RECOVERY_MAX_S = 30.0
 """From a fault until every partition concerned is at work again; guarantee of the long round."""
 WORKERS = 2
@@ -131,7 +138,7 @@ async def play(
     *,
     seed: int,
     say: Say,
-    decode: Decode = DECODE,
+    decode: Decode = completed_map,
 ) -> Row:
     """Play one round to its end and judge it."""
     began_s = time.time()

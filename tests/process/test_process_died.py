@@ -10,6 +10,7 @@ from tests.support.endpoint import Latency
 from tests.support.service import run
 
 COUNT = 60
+SLOTS = 8
 DEADLY = """
 import os
 
@@ -41,7 +42,7 @@ async def test_a_message_of_which_the_process_dies_is_rejected(
     environment = {
         **scene.environment,
         "SLUICE_EXTRACTION__RECORD": f"{tmp_path / 'records.py'}:Person",
-        "SLUICE_LIMITS__CONCURRENCY": "8",
+        "SLUICE_LIMITS__CONCURRENCY": str(SLOTS),
     }
     codes = []
     while not codes or codes[-1] != 0:
@@ -53,4 +54,5 @@ async def test_a_message_of_which_the_process_dies_is_rejected(
     assert letter.value == b"Ada is 666"
     assert letter.header["sluice.error.reason"] == "process_died"
     assert (await scene.outcomes()).keys() == (await scene.everything()).keys()
-    assert len(await scene.outputs()) < COUNT + 8 * len(codes)
+    # What was in the window, and what finished since the last commit (0.2 s at 400 a second).
+    assert len(await scene.outputs()) <= COUNT + (4 * SLOTS + 80) * len(codes)
