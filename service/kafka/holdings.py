@@ -363,7 +363,7 @@ class Holdings:
             given.fenced.update(unfenced)
 
     def _taken_over(self, offset: int, stored: Stored | None, mark: Mark) -> Holding:
-        progress = taken_over(offset, stored)
+        progress = taken_over(offset, stored, self._nonce)
         return Holding(Given(next(self._epochs), progress), offset, to_store(progress, mark))
 
     def _kept(

@@ -104,14 +104,18 @@ def is_new(stored: Mapping[Partition, Stored | None], generation: int) -> bool:
     return not known or generation in began
 
 
-def taken_over(offset: int, stored: Stored | None) -> Progress:
-    """The progress with which a partition is read on from `offset`, by a new holder.
+def taken_over(offset: int, stored: Stored | None, nonce: str) -> Progress:
+    """The progress with which the process of this nonce reads a partition on from `offset`.
 
-    Its own end counts as unclean until it has finished something or come to a clean end.
+    Its own end counts as unclean until it has finished something or come to a clean end. What it
+    has stored itself has that in it: it lives, and has only taken the partition over again.
     """
     found = None if stored is None else read(stored)
-    before = Progress(offset) if found is None or found[0].next_offset != offset else found[0]
-    return replace(before, unclean_ends=before.unclean_ends + 1)
+    if found is None or found[0].next_offset != offset:
+        return Progress(offset, unclean_ends=1)
+    progress, mark = found
+    counted = mark.nonce == nonce and progress.unclean_ends > 0
+    return progress if counted else replace(progress, unclean_ends=progress.unclean_ends + 1)
 
 
 def where_to_start(

@@ -148,10 +148,18 @@ def test_other_metadata_is_foreign(metadata: str) -> None:
 
 def test_whoever_takes_a_partition_over_counts_his_own_end_in_advance() -> None:
     """From our own metadata with map and count; from anything else as if for the first time."""
-    before = Progress(5, (2, 3), unclean_ends=2, alone=6)
-    assert taken_over(5, to_store(before, MARK)) == replace(before, unclean_ends=3)
-    assert taken_over(5, Stored(5, "foreign")) == Progress(5, unclean_ends=1)
-    assert taken_over(5, None) == Progress(5, unclean_ends=1)
+    before, own = Progress(5, (2, 3), unclean_ends=2, alone=6), "fedcba9876543210"
+    assert taken_over(5, to_store(before, MARK), own) == replace(before, unclean_ends=3)
+    assert taken_over(5, Stored(5, "foreign"), own) == Progress(5, unclean_ends=1)
+    assert taken_over(5, None, own) == Progress(5, unclean_ends=1)
+
+
+def test_a_restore_that_is_tried_again_is_no_death() -> None:
+    """The same process finds its own count; where it had let go in order, it counts again."""
+    before = Progress(5, (2, 3), unclean_ends=2)
+    assert taken_over(5, to_store(before, MARK), NONCE) == before
+    let_go = replace(before, unclean_ends=0)
+    assert taken_over(5, to_store(let_go, MARK), NONCE) == replace(before, unclean_ends=1)
 
 
 def test_unsettled_time_counts_only_while_brokers_answer() -> None:
