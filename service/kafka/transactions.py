@@ -157,6 +157,18 @@ class Transactions:
             if (failure := task.result()) is not None:
                 raise failure
 
+    async def settle(self, partitions: Iterable[Partition]) -> None:
+        """Returns once nothing of these is under way: committed, failed, or the writer is lost.
+
+        Nobody else must hand over meanwhile (a rebalance). Then `holds` and the ledger tell
+        whether a partition may be kept. Without `hurry` it waits for what gathers, too; it has
+        no bound of its own. Cancelling it changes nothing.
+        """
+        writers = [self._writers[each] for each in partitions if each in self._writers]
+        working = [writer.task for writer in writers if writer.task is not None]
+        if working:
+            await asyncio.wait(working)
+
     def holds(self, partition: Partition) -> bool:
         """Whether it can go on without a new fence: its epoch stands, nothing is in doubt."""
         writer = self._writers.get(partition)

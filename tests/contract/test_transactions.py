@@ -344,6 +344,33 @@ async def test_a_fenced_owner_commits_nothing(place: Place, at: type[Any]) -> No
     assert [f"0:{n}" for n in range(5)] == await place.settled()
 
 
+async def test_what_is_under_way_can_be_waited_for(place: Place) -> None:
+    """Then it is known whether a partition may be kept: its epoch stands, nothing is in doubt."""
+    async with worker(place.servers, place.group, deadline_s=1.0) as one:
+        await one.own(place.first, place.second)
+        one.interfere, reached, gate = pauses_at(EndTxnRequest)
+        sent = one.send(place.first, 0, place.outputs(0))
+        await reached.wait()
+        asyncio.get_running_loop().call_later(0.2, gate.set)
+        await one.transactions.settle([place.first, place.second])
+        assert sent.done()
+        assert one.ledger.known(place.first) == Stored(1, "[0]")
+        assert one.transactions.holds(place.first)
+        assert not one.transactions.is_fresh(place.first)
+        assert one.transactions.holds(place.second)
+        # Between two assignments nobody may take a new epoch to find out: it is lost.
+        one.interfere, reached = hangs_at(EndTxnRequest, arrives=True)
+        doubtful = one.send(place.first, 1, place.outputs(1))
+        await reached.wait()
+        one.ledger.pages.pop(place.first)
+        await one.transactions.settle([place.first])
+        assert isinstance(doubtful.exception(), PublishFailed)
+        assert not one.transactions.holds(place.first)
+        await one.own(place.first)
+        assert one.ledger.pages[place.first].finished == {0, 1}
+    assert await place.settled() == ["0:0", "0:1"]
+
+
 async def test_a_fence_without_a_use_is_not_repeated(place: Place) -> None:
     """A restore that is tried again goes on with the rest; a used epoch is replaced."""
     async with worker(place.servers, place.group) as one:
@@ -583,7 +610,10 @@ async def test_a_topic_that_is_not_there_fails_what_is_behind_it(place: Place) -
     async with worker(place.servers, place.group) as one:
         await one.own(place.first)
         missing = [(9, output(place.topic, b"no such partition"))]
+        one.interfere, reached, gate = pauses_at(ProduceRequest)
         sent = [one.send(place.first, 0, place.outputs(0)), one.send(place.first, 1, missing)]
+        await reached.wait()
+        gate.set()
         sent.append(one.send(place.first, 2, place.outputs(2)))
         ends = await asyncio.gather(*sent, return_exceptions=True)
         assert [type(each) for each in ends] == [type(None), PublishFailed, PublishFailed]
