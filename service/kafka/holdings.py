@@ -333,13 +333,13 @@ class Holdings:
             # From now on it counts if we die; and a group that starts at `latest` and ends before
             # its first commit would start at a later `latest`.
             await self._membership.commit_once({each: new.stored for each, new in taken.items()})
+        if self._transactions is not None and not all(map(self._transactions.holds, kept)):
+            raise PublishFailed("a producer was lost during the restore")
         # No wait from here on: if it is still the same assignment, it becomes the one we hold.
         if self._given is given and not self._membership.reassigning:
             self._began, self._topic_ids = began, topic_ids
             self._known = self._known or any(stored.values()) or bool(kept)
-            held_out = {
-                p: start.problem for p, start in starts.items() if isinstance(start, HeldOut)
-            }
+            held_out = {each: at.problem for each, at in starts.items() if isinstance(at, HeldOut)}
             self._hold(given, kept, taken, held_out, bounds)
 
     async def _read(

@@ -121,7 +121,7 @@ class Transactions:
         self._partitions_max = partitions_max
         self._writers: dict[Partition, Writer] = {}
         self._fencing: dict[Partition, asyncio.Task[Exception | None]] = {}
-        self._opening = asyncio.Semaphore(FENCES_AT_ONCE)
+        self._turn = asyncio.Semaphore(FENCES_AT_ONCE)
         self._ending: dict[TransactionalProducer, asyncio.Task[None] | None] = {}
         self._hurried = self._stopped = False
         self.ledger: Ledger | None = None
@@ -260,7 +260,7 @@ class Transactions:
     async def _fence_one(self, partition: Partition) -> Exception | None:
         """A writer for it under a new epoch; returns what stood in the way."""
         try:
-            async with self._opening:
+            async with self._turn:
                 producer = await self._open(partition)
         except (PublishFailed, KafkaError) as error:
             return error
@@ -315,6 +315,7 @@ class Transactions:
     def _means(self) -> Means:
         assert self.ledger is not None, "the source sets it at its start"
         return Means(
+            turn=self._turn,
             open=self._open,
             end=self._end,
             ledger=self.ledger,

@@ -64,10 +64,11 @@ class Ledger(Protocol):
 class Means:
     """What all writers share.
 
-    `open` gives a new epoch within a bounded time, or raises; `end` ends a producer in the
-    background, as its second argument does.
+    `open` gives a new epoch within a bounded time, or raises, for those whose `turn` it is; `end`
+    ends a producer in the background, as its second argument does.
     """
 
+    turn: asyncio.Semaphore
     open: Callable[[Partition], Awaitable[TransactionalProducer]]
     end: Callable[[TransactionalProducer, Callable[[], Awaitable[None]]], None]
     ledger: Ledger
@@ -281,8 +282,7 @@ class Writer:
     # --- when it goes wrong -----------------------------------------------------------------------
 
     def _replace(self, producer: TransactionalProducer, why: str) -> None:
-        self._failures += 1
-        log.warning("%s: a new producer takes over after %s", self._partition, why)
+        self._failed(f"a new producer takes over after {why}")
         self._means.observe(ClientReplaced("producer"))
         self._producer = None
         self._means.end(producer, producer.cut_off)
@@ -290,10 +290,16 @@ class Writer:
     async def _renew(self) -> None:
         """A new epoch of our own, and what became of the transaction before it.
 
-        Only while the partition is ours: otherwise the epoch is the new owner's. Where it has
-        gone to another meanwhile all the same, he is fenced, restores anew and fences us.
+        Not all at once, when a broker is back; and only while the partition is ours: otherwise
+        the epoch is the new owner's. Where it has gone to another meanwhile all the same, he is
+        fenced, restores anew and fences us.
         """
-        means = self._means
+        async with self._means.turn:
+            await self._renew_now(self._means)
+        if self._producer is None and not self.lost:
+            await self._pause()
+
+    async def _renew_now(self, means: Means) -> None:
         if means.ledger.to_store(self._partition, frozenset()) is None:
             self._lose(f"{self._partition} is not held")
             return
@@ -303,9 +309,7 @@ class Writer:
             # Not earlier: a transaction that is ending is not in the offsets yet.
             found = await within(READ_S, means.ledger.read_back(self._partition))
         except (PublishFailed, KafkaError, TimeoutError, OSError) as error:
-            self._failures += 1
-            log.warning("%s: no new producer: %s", self._partition, _why(error, READ_S))
-            await self._pause()
+            self._failed(f"no new producer: {_why(error, READ_S)}")
             return
         # No wait from here on: what was read decides.
         if self._attempted is not None and found == self._attempted:
@@ -359,6 +363,12 @@ class Writer:
                 self._means.end(producer, producer.cut_off)
         self._producer = self._fresh = None
         self._fail_from(0, why)
+
+    def _failed(self, what: str) -> None:
+        """Told once: it may go on for as long as a broker is away."""
+        self._failures += 1
+        level = logging.WARNING if self._failures == 1 else logging.DEBUG
+        log.log(level, "%s: %s", self._partition, what)
 
     async def _pause(self) -> None:
         await asyncio.sleep(min(PAUSE_MAX_S, PAUSE_S * 2 ** min(self._failures, 10)))

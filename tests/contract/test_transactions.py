@@ -582,7 +582,10 @@ async def test_a_topic_that_is_not_there_fails_what_is_behind_it(place: Place) -
     async with worker(place.servers, place.group) as one:
         await one.own(place.first)
         missing = [(9, output(place.topic, b"no such partition"))]
+        one.interfere, reached, gate = pauses_at(ProduceRequest)
         sent = [one.send(place.first, 0, place.outputs(0)), one.send(place.first, 1, missing)]
+        await reached.wait()
+        gate.set()
         sent.append(one.send(place.first, 2, place.outputs(2)))
         ends = await asyncio.gather(*sent, return_exceptions=True)
         assert [type(each) for each in ends] == [type(None), PublishFailed, PublishFailed]

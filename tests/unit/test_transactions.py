@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 from aiokafka import TopicPartition
+from aiokafka.errors import KafkaError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +13,7 @@ from service.kafka import outgoing as module
 from service.kafka.outgoing import Outbox, Outgoing, by_output_partition, fail
 from service.kafka.producers import Output
 from service.kafka.sending import Handover, Waiting
+from service.kafka.starts import Stored
 from service.kafka.transactional import transactional_id
 from service.kafka.transactions import (
     PARTITIONS_MAX,
@@ -19,6 +21,8 @@ from service.kafka.transactions import (
     too_many,
     transactional_options,
 )
+from service.kafka.writers import Means, Writer
+from tests.support.transactions import Ledger, Page, output
 
 TOPICS = st.text("abcXYZ019._-", min_size=1, max_size=12)
 PLACES = st.tuples(st.text(min_size=1, max_size=12), TOPICS, st.integers(0, 9999))
@@ -133,3 +137,55 @@ async def test_failing_tells_in_order_and_only_those_that_wait() -> None:
     await asyncio.sleep(0)
     assert told == [0, 2]
     assert those[1].handover.future.exception() is None
+
+
+class InstantProducer:
+    """Never waits: whatever happens between two of its transactions is the writer's doing."""
+
+    used = False
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+
+    async def begin(self) -> None:
+        self.steps.append("begin")
+
+    async def send(self, batches: object) -> dict[TopicPartition, KafkaError]:
+        self.steps.append("send")
+        return {}
+
+    async def store(self, group_id: str, partition: Partition, stored: Stored) -> None:
+        self.steps.append(f"store {stored.metadata}")
+
+    async def commit(self) -> None:
+        self.steps.append("commit")
+
+
+async def test_the_ledger_is_asked_once_it_knows_what_finished(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Callbacks of a transaction run before the next one asks, however quick the broker is."""
+    monkeypatch.setattr(module, "TRANSACTION_MESSAGES_MAX", 1)
+    ledger, producer, partition = Ledger(), InstantProducer(), Partition("in", 0)
+    page = ledger.pages[partition] = Page(None)
+    async with asyncio.TaskGroup() as group:
+        means = Means(
+            turn=asyncio.Semaphore(),
+            open=lambda _: asyncio.sleep(0, producer),  # type: ignore[arg-type, return-value]
+            end=lambda *_: None,
+            read=lambda _: asyncio.sleep(0, None),
+            ledger=ledger,
+            batch_max_bytes=lambda _: 10**6,
+            refused=lambda *_: None,
+            fenced=lambda _: None,
+            group_id="group",
+            interval_s=0.0,
+            deadline_s=1.0,
+            group=group,
+        )
+        writer = Writer(partition, producer, means)  # type: ignore[arg-type]
+        for n in range(3):
+            future = writer.hand_over(n, [(0, output("out", b"1"))], lambda: None)
+            future.add_done_callback(lambda _, n=n: page.finished.add(n))
+    assert page.finished == {0, 1, 2}
+    assert producer.steps[-2:] == ["store [0, 1, 2]", "commit"]
