@@ -312,7 +312,8 @@ class _Progress:
     def _first_after(self, partition: int, since_s: float) -> float:
         best_s = math.inf
         # Calls end in another order than they begin: look at all that began before the best end.
-        for call, origin in self._calls[bisect.bisect_left(self._began_s, since_s) :]:
+        for place in range(bisect.bisect_left(self._began_s, since_s), len(self._calls)):
+            call, origin = self._calls[place]
             if call.began_s > best_s:
                 break
             at_s = self._finished.get(origin, math.inf)
