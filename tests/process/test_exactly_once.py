@@ -6,9 +6,17 @@ import asyncio
 import signal
 from collections import Counter
 
+import pytest
+
+from service.core.messages import Partition
+from service.kafka.transactional import transactional_id
+from service.kafka.transactions import PREFIX
 from tests.process.conftest import Scene
 from tests.support.endpoint import Latency
 from tests.support.service import service
+from tests.support.topics import producer
+
+pytestmark = pytest.mark.timeout(240)
 
 COUNT = 600
 
@@ -73,5 +81,28 @@ async def test_a_worker_that_was_stopped_for_too_long_is_fenced(scene: Scene) ->
             for worker in (first, second):
                 worker.signal(signal.SIGTERM)
                 assert (await worker.ended()).code == 0
+    assert set((await ids(scene)).values()) == {1}
+    assert await scene.outcomes() == await scene.everything()
+
+
+async def test_a_producer_that_takes_our_place_is_not_the_end(scene: Scene) -> None:
+    """Whoever fences a partition that is still ours voids what is not committed: it is read anew
+    from what Kafka holds, and each outcome is still seen once."""
+    environment = await load(scene)
+    scene.endpoint.latency = Latency(median_s=0.2, sigma=0.5)
+    async with service(environment) as running:
+        await running.until("sluice_messages_finished_total", COUNT / 8)
+        for number in range(3):
+            where = Partition(scene.input, number)
+            name = transactional_id(PREFIX, scene.group, where)
+            async with producer(scene.servers, transactional_id=name):
+                pass
+        async with asyncio.timeout(90):
+            while await scene.lag():
+                await asyncio.sleep(0.3)
+        running.signal(signal.SIGTERM)
+        ended = await running.ended()
+    assert ended.code == 0, ended.printed
+    assert "fenced" in ended.printed
     assert set((await ids(scene)).values()) == {1}
     assert await scene.outcomes() == await scene.everything()
