@@ -279,6 +279,12 @@ class Pipeline:
 
     def _take(self, batch: Batch) -> None:
         """Messages enter the window; then the positions, which stand behind these messages."""
+        if self._stopping:
+            # What was let go keeps its place in the lanes: nothing could be published behind it.
+            # Nor do positions count any more, which stand behind what is dropped here.
+            if batch.messages:
+                self._observe(Dropped(len(batch.messages)))
+            return
         now_s = self._now_s()
         taken = taken_bytes = finished = 0
         for message in batch.messages:

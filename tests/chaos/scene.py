@@ -168,6 +168,7 @@ class Scene:
         try:
             code = await worker.ended(ENDED_S)
         except TimeoutError:
+            await worker.note_metrics()
             worker.release()
             self.ended_alone.append(f"{worker.name} did not end within {ENDED_S:.0f} s of SIGTERM")
         else:

@@ -91,15 +91,24 @@ class Worker:
 
     async def metric(self, name: str) -> float | None:
         """A sample by its name, labels included; None while there is none or no answer."""
-        url = f"http://127.0.0.1:{self.port}/metrics"
+        found = re.search(rf"^{re.escape(name)} (\S+)$", await self._page("metrics"), re.MULTILINE)
+        return None if found is None else float(found.group(1))
+
+    async def note_metrics(self) -> None:
+        """What it says of itself goes into its log: for one that will be killed."""
+        pages = [await self._page(path) for path in ("metrics", "readyz")]
+        with self.log.open("a") as log:
+            log.writelines(pages)
+
+    async def _page(self, path: str) -> str:
+        """Empty while it does not answer."""
+        url = f"http://127.0.0.1:{self.port}/{path}"
         limit = aiohttp.ClientTimeout(total=2)
         try:
             async with aiohttp.ClientSession(timeout=limit) as session, session.get(url) as reply:
-                text = await reply.text()
+                return await reply.text()
         except (aiohttp.ClientError, TimeoutError):
-            return None
-        found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
-        return None if found is None else float(found.group(1))
+            return ""
 
     def memory_mb(self) -> float:
         """Resident memory; 0 if it has ended."""

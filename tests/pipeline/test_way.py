@@ -487,6 +487,27 @@ def test_stop_lets_go_of_what_costs_nothing(stage: Stage) -> None:
     assert not [event for event in stage.events if isinstance(event, Abandoned)]
 
 
+def test_what_a_poll_brings_after_the_stop_is_not_taken(stage: Stage) -> None:
+    """A message that was let go leaves its place in the lane: one of the same key that came in
+    behind it would be called, paid for, and wait for its turn until the drain's deadline."""
+    for n in range(4):
+        stage.broker.append(f"slow {n}", key=str(n))
+    stage.broker.append("let go", key="k")
+    stage.extractor.latency_s = lambda _: 5.0
+
+    async def stop() -> None:
+        await asyncio.sleep(1.1)  # a poll is waiting
+        stage.pipeline.stop()
+        await asyncio.sleep(0.01)
+        stage.broker.append("came late", key="k")
+        stage.broker.append("came late too", key="0")
+
+    stage.show(stop)
+    assert stage.extractor.calls == [f"slow {n}" for n in range(4)]
+    assert stage.broker.committed == {partition(): 4}
+    assert not [event for event in stage.events if isinstance(event, Abandoned)]
+
+
 def test_stop_does_not_wait_for_a_retry_that_the_map_steps_over(stage: Stage) -> None:
     """Finished messages of other lanes behind it are stored with it, so that none is repeated."""
     stage.extractor.scripts["text 0"] = [TransientFailure("timeout", retry_after_s=8.0)]
