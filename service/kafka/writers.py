@@ -222,7 +222,7 @@ class Writer:
         except _NotOurs:
             self._fail_from(0, f"{self._partition} is not held")
         except Fenced as error:
-            self._fenced(error)
+            self._fenced(type(error.__cause__).__name__)
         except _Refused as refusal:
             self._replace(producer, str(refusal))
             if self._blame(refusal):
@@ -316,7 +316,8 @@ class Writer:
             self._committed(found)
         elif found != means.ledger.known(self._partition):
             # Another owner was there: what we have may be published.
-            self._fenced(None)
+            known = means.ledger.known(self._partition)
+            self._fenced(f"Kafka holds {found}, we knew {known}")
             return
         self._attempted = None
         self._put_back()
@@ -349,8 +350,7 @@ class Writer:
         failed, self._sending = self._sending[index:], self._sending[:index]
         fail((*failed, *self._outbox.take_all()), why)
 
-    def _fenced(self, error: Fenced | None) -> None:
-        why = "another owner was there" if error is None else type(error.__cause__).__name__
+    def _fenced(self, why: str) -> None:
         log.warning("%s: fenced (%s); it is to be restored before it goes on", self._partition, why)
         self._lose(f"{self._partition}: fenced")
         self._means.ledger.fenced(self._partition)
