@@ -478,7 +478,7 @@ class KafkaSource:
             raise _commit_failed(error) from error
 
     async def _commit_while_held(self, partitions: AbstractSet[Partition]) -> None:
-        held, holdings = self._started, self._holdings_of(partitions)
+        holdings, held = self._holdings_of(partitions), self._started
         asked = {partition: held.to_store(partition) for partition in partitions}
         wanted = {partition: stored for partition, stored in asked.items() if stored is not None}
         while True:

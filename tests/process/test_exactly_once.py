@@ -69,7 +69,7 @@ async def test_a_worker_that_was_stopped_for_too_long_is_fenced(scene: Scene) ->
     async with service(environment) as first:
         await first.until("sluice_messages_finished_total", COUNT / 8)
         async with service(environment) as second:
-            await second.until("sluice_messages_finished_total", COUNT / 20)
+            await second.until("sluice_messages_finished_total", COUNT / 60)
             first.signal(signal.SIGSTOP)
             async with asyncio.timeout(60):
                 while await scene.lag() > COUNT / 8:

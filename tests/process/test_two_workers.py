@@ -31,7 +31,7 @@ async def test_a_worker_that_joins_and_one_that_leaves_repeat_nothing(scene: Sce
     async with service(environment) as first:
         await first.until("sluice_messages_finished_total", COUNT / 8)
         async with service(environment) as second:
-            await second.until("sluice_messages_finished_total", COUNT / 8)
+            await second.until("sluice_messages_finished_total", COUNT / 40)
             first.signal(signal.SIGTERM)
             assert (await first.ended()).code == 0
             await until_done(scene)

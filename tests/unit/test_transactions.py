@@ -173,11 +173,10 @@ async def test_the_ledger_is_asked_once_it_knows_what_finished(
             turn=asyncio.Semaphore(),
             open=lambda _: asyncio.sleep(0, producer),  # type: ignore[arg-type, return-value]
             end=lambda *_: None,
-            read=lambda _: asyncio.sleep(0, None),
             ledger=ledger,
             batch_max_bytes=lambda _: 10**6,
             refused=lambda *_: None,
-            fenced=lambda _: None,
+            observe=lambda _: None,
             group_id="group",
             interval_s=0.0,
             deadline_s=1.0,
