@@ -261,7 +261,10 @@ class Pipeline:
             limit = self._room()
             if limit == 0 and await self._until(lambda: self._room() > 0, IDLE_TURN_S):
                 continue
-            self._take(await self._source.poll(limit, self._window.crowded()))
+            batch = await self._source.poll(limit, self._window.crowded())
+            if self._stopping:
+                continue  # neither its messages nor, from here on, positions, which step over them
+            self._take(batch)
             if until is not None and self._reached(until):
                 self.stop()
 

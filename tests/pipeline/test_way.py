@@ -524,6 +524,25 @@ def test_stop_finishes_a_retry_that_paid_answers_of_its_lane_wait_for(stage: Sta
     assert len(stage.extractor.calls) == 5
 
 
+def test_a_drain_goes_on_polling_and_takes_nothing(stage: Stage) -> None:
+    """A member that stopped polling would not hear of a rebalance, and hold its partitions."""
+    stage.broker.append("slow")
+    stage.extractor.latency_s = lambda _: 25.0
+
+    async def stop() -> None:
+        await asyncio.sleep(1)
+        stage.pipeline.stop()
+        stage.broker.append("later")
+        before = len(stage.source.polls)
+        await asyncio.sleep(20)
+        assert set(stage.source.polls[before:]) == {0}
+        assert len(stage.source.polls) - before > 10
+
+    stage.show(stop)
+    assert stage.extractor.calls == ["slow"]
+    assert stage.broker.committed == {partition(): 1}
+
+
 def test_a_drain_ends_at_its_deadline(stage: Stage) -> None:
     """A call that never returns is called off at the deadline and counted as abandoned."""
     stage.broker.append("quick")
