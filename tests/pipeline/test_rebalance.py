@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
-from service.core.errors import CommitFailed, TransientFailure
+from service.core.errors import CommitFailed, PublishFailed, TransientFailure
 from service.core.events import Dropped
 from service.core.messages import Batch, Partition
 from service.core.status import State
@@ -342,6 +342,22 @@ def test_what_was_handed_over_is_withdrawn_with_its_partition() -> None:
         await asyncio.sleep(1)
         await stage.source.rebalance()
         await asyncio.sleep(60)
+
+    stage.show(lose)
+    assert stage.sink.handed == [0]
+    assert stage.broker.published == []
+
+
+def test_a_resting_lane_is_lost_with_its_partition() -> None:
+    """After a failed send it would have gone on in a moment; by then the outcome is another's."""
+    stage = Stage(bounds=replace(BOUNDS, rebalance_drain_s=0.1))
+    stage.broker.append("one")
+    stage.sink.failures[0] = [PublishFailed()]
+
+    async def lose() -> None:
+        await asyncio.sleep(0.3)
+        await stage.source.rebalance()
+        await asyncio.sleep(5)
 
     stage.show(lose)
     assert stage.sink.handed == [0]
