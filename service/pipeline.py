@@ -261,7 +261,12 @@ class Pipeline:
             limit = self._room()
             if limit == 0 and await self._until(lambda: self._room() > 0, IDLE_TURN_S):
                 continue
-            self._take(await self._source.poll(limit, self._window.crowded()))
+            batch = await self._source.poll(limit, self._window.crowded())
+            if self._stopping:
+                # What was let go keeps its place in the lanes: nothing could be published behind
+                # it. Nor do positions count any more, which step over what is not taken here.
+                continue
+            self._take(batch)
             if until is not None and self._reached(until):
                 self.stop()
 
@@ -279,12 +284,6 @@ class Pipeline:
 
     def _take(self, batch: Batch) -> None:
         """Messages enter the window; then the positions, which stand behind these messages."""
-        if self._stopping:
-            # What was let go keeps its place in the lanes: nothing could be published behind it.
-            # Nor do positions count any more, which stand behind what is dropped here.
-            if batch.messages:
-                self._observe(Dropped(len(batch.messages)))
-            return
         now_s = self._now_s()
         taken = taken_bytes = finished = 0
         for message in batch.messages:

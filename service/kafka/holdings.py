@@ -312,9 +312,8 @@ class Holdings:
         )
 
     async def _restore_all(self, given: _Given) -> None:
-        stored, kept = await self._read(given)
+        stored, topic_ids, kept = await self._read(given)
         bounds = await self._offsets.bounds(given.partitions)
-        topic_ids = await self._offsets.topic_ids()
         fresh = given.partitions - kept.keys() - self.held.keys()
         began = given.generation if is_new(stored, given.generation) else None
         chosen: Mapping[Partition, int] = {}
@@ -344,8 +343,9 @@ class Holdings:
 
     async def _read(
         self, given: _Given
-    ) -> tuple[dict[Partition, Stored | None], dict[Partition, Holding]]:
-        """What Kafka stores, and the partitions that nobody can have had in between.
+    ) -> tuple[dict[Partition, Stored | None], dict[str, str], dict[Partition, Holding]]:
+        """What Kafka stores, for which topics, and the partitions that nobody can have had in
+        between.
 
         With transactions, whoever had the others before us may still end one: until he is fenced,
         what is read of them does not count.
@@ -355,10 +355,11 @@ class Holdings:
             if not given.partitions <= stored.keys():
                 # The group's leader asked another broker, which knows more partitions already.
                 raise StaleMetadata("a partition that is given is not known yet")
-            kept = self._kept(given, stored)
+            topic_ids = await self._offsets.topic_ids()
+            kept = self._kept(given, stored, topic_ids)
             unfenced = given.partitions - kept.keys() - self.held.keys() - given.fenced
             if self._transactions is None or not unfenced:
-                return stored, kept
+                return stored, topic_ids, kept
             await self._transactions.fence(unfenced)
             given.fenced.update(unfenced)
 
@@ -367,7 +368,10 @@ class Holdings:
         return Holding(Given(next(self._epochs), progress), offset, to_store(progress, mark))
 
     def _kept(
-        self, given: _Given, stored: Mapping[Partition, Stored | None]
+        self,
+        given: _Given,
+        stored: Mapping[Partition, Stored | None],
+        topic_ids: Mapping[str, str],
     ) -> dict[Partition, Holding]:
         """Partitions that nobody can have had in between."""
         before = self._before
@@ -380,8 +384,15 @@ class Holdings:
             for partition, holding in before.holdings.items()
             if partition in given.partitions
             and holding.wrote(stored[partition])
+            and self._is_the_topic_it_was(partition.topic, topic_ids)
             and (self._transactions is None or self._transactions.holds(partition))
         }
+
+    def _is_the_topic_it_was(self, topic: str, now: Mapping[str, str]) -> bool:
+        """A commit of ours can be stored for a topic made again: its offset says nothing of it,
+        and must not be stored under the new id."""
+        before = self._topic_ids.get(topic)
+        return before is None or now.get(topic, before) == before
 
     def _starts(
         self,

@@ -7,6 +7,7 @@ Kafka: what the pipeline was tested against is what it meets.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -16,7 +17,15 @@ from random import Random
 import pytest
 from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
-from aiokafka.errors import CorruptRecordException, KafkaError
+from aiokafka.consumer.group_coordinator import GroupCoordinator
+from aiokafka.errors import (
+    CorruptRecordException,
+    IllegalGenerationError,
+    KafkaError,
+    OffsetMetadataTooLargeError,
+    RebalanceInProgressError,
+    UnknownMemberIdError,
+)
 from aiokafka.structs import TopicPartition
 from confluent_kafka.admin import (
     AclBinding,
@@ -765,12 +774,53 @@ async def test_a_commit_without_an_answer_fails_in_time(
         with monkeypatch.context() as patch:
             patch.setattr(Membership, "find_coordinator", never)
             with pytest.raises(CommitFailed, match="timeout"):
-                await one.commit({part(topic): 0})
+                await asyncio.wait_for(one.commit({part(topic): 0}), 10)
         await one.commit({part(topic): 0})
         with pytest.raises(CommitFailed, match="rebalance"):
             await one.commit({part("other"): 0})
         results = [event.result for event in one.heard(Committed)]  # type: ignore[union-attr]
         assert results == ["failed", "ok", "refused"]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "result"),
+    [
+        (RebalanceInProgressError, "rebalance", "refused"),
+        (IllegalGenerationError, "rebalance", "refused"),
+        (UnknownMemberIdError, "rebalance", "refused"),
+        (OffsetMetadataTooLargeError, "OffsetMetadataTooLargeError", "failed"),
+    ],
+)
+async def test_a_refused_commit_is_neither_done_nor_an_end(
+    mock_kafka: EmbeddedBroker,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[KafkaError],
+    reason: str,
+    result: str,
+) -> None:
+    """The pipeline hears why, and nothing of it as stored; polls go on, and so does the next one.
+
+    A metric tells a refusal, which is no fault, from a failure.
+    """
+    kafka = Kafka(mock_kafka.bootstrap_servers, mock_kafka)
+    topic, group = await kafka.topic(), topics.unique_name("g")
+    await kafka.send(topic, "a", "b")
+
+    async def refuse(*_: object) -> None:
+        raise error
+
+    async with member(kafka, topic, group) as one:
+        await one.until(lambda: len(one.messages) == 1, limit=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(GroupCoordinator, "_do_commit_offsets", refuse)
+            with pytest.raises(CommitFailed, match=reason):
+                await one.commit({part(topic): 1})
+        assert one.stored_last == {}
+        await one.until(lambda: len(one.messages) == 2)
+        await one.commit({part(topic): 2})
+        assert one.stored_last == {part(topic): Progress(2)}
+        assert [event.result for event in one.heard(Committed)] == [result, "ok"]  # type: ignore[union-attr]
+    assert await kafka.committed(group, topic) == {0: 2}
 
 
 async def test_no_message_comes_before_its_restore(
@@ -854,6 +904,36 @@ async def test_who_stops_polling_gives_its_partitions_up(
             await asyncio.wait_for(one.poll(), 0.05)
         async with member(real, topic, group) as two:
             await two.until(lambda: len(two.epochs) == 1)
+
+
+async def test_a_member_that_stood_still_holds_nothing_of_before(real: Kafka) -> None:
+    """As after SIGSTOP and SIGCONT: another has had its partitions and given them back. It commits
+    nothing that it had, and starts anew behind what the other one has stored."""
+    topic, group = await real.topic(2), topics.unique_name("g")
+    quick = {"session_timeout_s": 2.0}
+    both_parts = {part(topic, 0), part(topic, 1)}
+
+    async def live() -> None:
+        async with member(real, topic, group, kafka=quick) as two:
+            await two.until(lambda: len(two.messages) == 4)
+            await two.commit(dict.fromkeys(both_parts, 2))
+
+    for number in (0, 1):
+        await real.send(topic, "a", "b", partition=number)
+    async with member(real, topic, group, kafka=quick) as one:
+        await one.until(lambda: len(one.messages) == 4)
+        before = dict(one.epochs)
+        other = threading.Thread(target=lambda: asyncio.run(live()))
+        other.start()
+        other.join()  # which holds this loop up
+        with pytest.raises(CommitFailed, match="rebalance"):
+            await one.commit(dict.fromkeys(both_parts, 1))
+        await one.until(lambda: len(one.assignments) == 2)
+        assert all(one.epochs[each] > before[each] for each in both_parts)
+        assert await real.committed(group, topic, 2) == {0: 2, 1: 2}
+        await real.send(topic, "c", partition=0)
+        await one.until(lambda: len(one.messages) > 4)
+    assert one.texts[4:] == ["c"]
 
 
 async def test_stop_leaves_the_group_at_once(real: Kafka) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from service.core.messages import Reason, Rejected
 from service.core.offsets import UNCLEAN_ENDS_MAX
-from tests.pipeline.test_way import Stage
+from tests.pipeline.test_way import SETTLED, Stage
 from tests.support.fakes import partition
 
 LIVES_MAX = 2 * (UNCLEAN_ENDS_MAX + 2)
@@ -83,6 +83,34 @@ def test_suspects_run_one_at_a_time_and_nothing_beside_them() -> None:
         assert stage.extractor.in_flight_max == 1
 
     stage.show(watch)
+
+
+def test_a_suspect_waits_for_the_calls_that_run() -> None:
+    """It comes while a message of another partition is in flight: it starts when that has ended."""
+    stage = Stage(partitions=2)
+    stage.broker.append("text 0", number=0)
+    stage.extractor.deadly = {"text 0"}
+    for _ in range(UNCLEAN_ENDS_MAX):
+        assert stage.die(1000.0)
+    stage.broker.stored.pop(partition(1))  # which was idle
+    stage.broker.append("other", number=1)
+    stage.extractor.deadly = set()
+    stage.extractor.calls.clear()
+    stage.extractor.in_flight_max = 0
+    stage.extractor.latency_s = lambda text: 20.0 if text == "other" else 0.1
+
+    async def watch() -> None:
+        await stage.source.rebalance(fresh={partition(1)})
+        await asyncio.sleep(1)
+        await stage.source.rebalance(keep={partition(1)}, fresh={partition(0)})
+        await asyncio.sleep(5)
+        assert stage.extractor.in_flight == ["other"]
+        assert stage.pipeline.status(SETTLED).queued == 1
+        await asyncio.sleep(20)
+
+    stage.show(watch)
+    assert stage.extractor.calls == ["other", "text 0"]
+    assert stage.extractor.in_flight_max == 1
 
 
 def test_ends_in_order_are_no_deaths() -> None:

@@ -1,10 +1,12 @@
 """Rebalances under virtual time: who may publish and commit what, and when."""
 
 import asyncio
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
-from service.core.errors import TransientFailure
+from service.core.errors import CommitFailed, PublishFailed, TransientFailure
 from service.core.events import Dropped
+from service.core.messages import Batch, Partition
 from service.core.status import State
 from tests.pipeline.test_way import BOUNDS, SETTLED, Stage
 from tests.support.fakes import partition
@@ -156,6 +158,121 @@ def test_an_open_circuit_does_not_outlast_its_messages() -> None:
     assert stage.broker.committed == {partition(): 20}
 
 
+def test_a_probe_that_is_lost_with_its_partition_lets_another_go() -> None:
+    """The one call that an open circuit lets through is cut off: it does not stay open for good."""
+    stage = Stage()
+    for n in range(20):
+        stage.broker.append(f"text {n}")
+    stage.extractor.always = TransientFailure("connection")
+
+    async def lose() -> None:
+        await asyncio.sleep(120)
+        stage.extractor.latency_s = lambda _: 1000.0
+        await asyncio.sleep(60)
+        assert len(stage.extractor.in_flight) == 1
+        await stage.source.rebalance(fresh={partition()})
+        stage.extractor.latency_s = lambda _: 0.1
+        stage.extractor.always = None
+        await asyncio.sleep(120)
+
+    stage.show(lose)
+    assert len(stage.extractor.cancelled) == 1
+    assert stage.broker.committed == {partition(): 20}
+
+
+def test_attempts_count_for_one_holder() -> None:
+    """A message that failed twice before its partition was lost may fail twice more after it."""
+    stage = Stage()
+    stage.broker.append("unlucky")
+    for n in range(400):
+        stage.broker.append(f"text {n}")
+    stage.extractor.scripts["unlucky"] = [TransientFailure("server_error") for _ in range(4)]
+
+    async def lose() -> None:
+        while stage.extractor.calls.count("unlucky") < 2:
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(0.1)
+        await stage.source.rebalance(fresh={partition()})
+        await asyncio.sleep(60)
+
+    stage.show(lose)
+    assert stage.extractor.calls.count("unlucky") == 5
+    assert not stage.rejected()
+    assert stage.broker.committed == {partition(): 401}
+
+
+def test_attempts_go_on_where_the_partition_is_kept() -> None:
+    """A rebalance gives a message no further attempts as long as it stays with its holder."""
+    stage = Stage()
+    stage.broker.append("poison")
+    for n in range(400):
+        stage.broker.append(f"text {n}")
+    stage.extractor.scripts["poison"] = [TransientFailure("server_error") for _ in range(9)]
+
+    async def keep() -> None:
+        while stage.extractor.calls.count("poison") < 2:
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(0.1)
+        await stage.source.rebalance(keep={partition()})
+        await asyncio.sleep(60)
+
+    stage.show(keep)
+    assert [rejected.attempts for rejected in stage.rejected()] == [3]
+
+
+def test_a_batch_from_before_a_rebalance_is_not_taken_after_it() -> None:
+    """Fetched under the old epoch, returned under the new one: what stands before it comes too."""
+    stage = Stage(bounds=replace(BOUNDS, rebalance_drain_s=0.1))
+    stage.broker.append("text 0")
+    stage.extractor.latency_s = lambda _: 10.0
+    poll = stage.source.poll
+
+    async def late(limit: int, closed: AbstractSet[Partition]) -> Batch:
+        batch = await poll(limit, closed)
+        if [message.offset for message in batch.messages] == [1] and not stage.extractor.cancelled:
+            await stage.source.rebalance(fresh={partition()})
+            return Batch(batch.messages)
+        return batch
+
+    stage.source.poll = late  # type: ignore[method-assign]
+
+    async def lose() -> None:
+        await asyncio.sleep(1)
+        stage.broker.append("text 1")
+        await asyncio.sleep(30)
+
+    stage.show(lose)
+    assert stage.extractor.calls == ["text 0", "text 0", "text 1"]
+    assert stage.broker.committed == {partition(): 2}
+    assert [e.messages for e in stage.events if isinstance(e, Dropped)] == [1]
+
+
+def test_a_revoke_does_not_wait_for_ever_for_a_commit_under_way() -> None:
+    """One that waits for the group, which waits for the revoke, ends in time; then it goes on."""
+    stage = Stage()
+    stage.broker.append("text")
+    answered = asyncio.Event()
+
+    async def wait_for_the_group() -> None:
+        try:
+            await asyncio.wait_for(answered.wait(), 5)
+        except TimeoutError:
+            raise CommitFailed("timeout") from None
+
+    stage.source.before_storing = wait_for_the_group
+
+    async def lose() -> None:
+        await asyncio.sleep(1)
+        await stage.source.revoke()
+        assert asyncio.get_running_loop().time() < 12
+        answered.set()
+        stage.source.hold(fresh={partition()})
+        await asyncio.sleep(5)
+
+    stage.show(lose)
+    assert stage.broker.committed == {partition(): 1}
+
+
 def test_an_acknowledgement_in_the_moment_of_the_loss_marks_nothing() -> None:
     """Acknowledged, but not heard of yet when the partition is taken away: nothing happens."""
     stage = Stage()
@@ -225,6 +342,22 @@ def test_what_was_handed_over_is_withdrawn_with_its_partition() -> None:
         await asyncio.sleep(1)
         await stage.source.rebalance()
         await asyncio.sleep(60)
+
+    stage.show(lose)
+    assert stage.sink.handed == [0]
+    assert stage.broker.published == []
+
+
+def test_a_resting_lane_is_lost_with_its_partition() -> None:
+    """After a failed send it would have gone on in a moment; by then the outcome is another's."""
+    stage = Stage(bounds=replace(BOUNDS, rebalance_drain_s=0.1))
+    stage.broker.append("one")
+    stage.sink.failures[0] = [PublishFailed()]
+
+    async def lose() -> None:
+        await asyncio.sleep(0.3)
+        await stage.source.rebalance()
+        await asyncio.sleep(5)
 
     stage.show(lose)
     assert stage.sink.handed == [0]

@@ -206,8 +206,16 @@ def test_a_waiting_retry_holds_no_slot() -> None:
     stage.broker.append("waits")
     stage.broker.append("goes on")
     stage.extractor.scripts["waits"] = [TransientFailure("rate_limited", retry_after_s=None)]
+    started: list[float] = []
+
+    def latency(text: str) -> float:
+        started.append(asyncio.get_running_loop().time())
+        return 0.1
+
+    stage.extractor.latency_s = latency
     stage.show()
     assert stage.extractor.calls == ["waits", "goes on", "waits"]
+    assert started == pytest.approx([0.0, 0.1, 0.6], abs=0.01)
 
 
 def test_retry_after_is_waited_by_all(stage: Stage) -> None:
@@ -459,6 +467,27 @@ def test_the_window_bounds_what_is_taken(stage: Stage) -> None:
     stage.show(look)
 
 
+def test_waiting_retries_stay_within_the_window(stage: Stage) -> None:
+    """Messages that fail while others succeed fill the window, which then takes nothing."""
+    for n in range(80):
+        stage.broker.append(f"text {n}")
+        if n % 2:
+            stage.extractor.scripts[f"text {n}"] = [TransientFailure("overloaded")] * 6
+    largest = retrying = 0
+
+    async def look() -> None:
+        nonlocal largest, retrying
+        while stage.broker.committed.get(partition(), 0) < 80:
+            await asyncio.sleep(0.5)
+            status = stage.pipeline.status(SETTLED)
+            retrying = max(retrying, status.retrying)
+            largest = max(largest, status.window_messages)
+
+    stage.show(look)
+    assert retrying > 4
+    assert largest == BOUNDS.window
+
+
 def test_window_bytes_bound_what_is_taken() -> None:
     """Intake stops once the bytes are reached; one poll may overshoot."""
     stage = Stage(bounds=replace(BOUNDS, window=1000, window_bytes=500))
@@ -469,6 +498,27 @@ def test_window_bytes_bound_what_is_taken() -> None:
     assert max(stage.source.polls) <= 1000
     taken = [event.messages for event in stage.events if type(event).__name__ == "Taken"]
     assert len(taken) <= 4
+
+
+def test_a_crowded_map_closes_its_partition_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a slow message no more is taken than its map can hold; once it is done, all comes."""
+    monkeypatch.setattr("service.core.window.MAP_FULL", 1e-6)  # by the first that finishes
+    stage = Stage(partitions=2, bounds=replace(BOUNDS, window=100))
+    stage.broker.append("slow", number=0)
+    for n in range(200):
+        stage.broker.append(f"text {n}", number=0)
+        stage.broker.append(f"other {n}", number=1)
+    stage.extractor.latency_s = lambda text: 300.0 if text == "slow" else 0.1
+
+    async def look() -> None:
+        await asyncio.sleep(200)
+        calls = Counter(text.split()[0] for text in stage.extractor.calls)
+        assert calls["other"] == 200
+        assert calls["text"] <= 100
+        await asyncio.sleep(200)
+
+    stage.show(look)
+    assert stage.broker.committed == {partition(0): 201, partition(1): 200}
 
 
 def test_stop_lets_go_of_what_costs_nothing(stage: Stage) -> None:
@@ -543,6 +593,25 @@ def test_stop_finishes_a_retry_that_paid_answers_of_its_lane_wait_for(stage: Sta
     stage.show(stop)
     assert stage.broker.committed == {partition(): 4}
     assert len(stage.extractor.calls) == 5
+
+
+def test_a_drain_goes_on_polling_and_takes_nothing(stage: Stage) -> None:
+    """A member that stopped polling would not hear of a rebalance, and hold its partitions."""
+    stage.broker.append("slow")
+    stage.extractor.latency_s = lambda _: 25.0
+
+    async def stop() -> None:
+        await asyncio.sleep(1)
+        stage.pipeline.stop()
+        stage.broker.append("later")
+        before = len(stage.source.polls)
+        await asyncio.sleep(20)
+        assert set(stage.source.polls[before:]) == {0}
+        assert len(stage.source.polls) - before > 10
+
+    stage.show(stop)
+    assert stage.extractor.calls == ["slow"]
+    assert stage.broker.committed == {partition(): 1}
 
 
 def test_a_drain_ends_at_its_deadline(stage: Stage) -> None:

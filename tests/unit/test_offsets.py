@@ -94,6 +94,16 @@ def test_the_position_steps_over_markers() -> None:
     assert tracker.next_offset == 6
 
 
+def test_holes_count_as_finished_in_the_map() -> None:
+    """Offsets that were never delivered between delivered ones make no runs of their own."""
+    tracker = PartitionTracker(0)
+    for offset in (0, 2, 5, 9):
+        tracker.deliver(offset, 0)
+    tracker.finish(2)
+    tracker.advance(12)
+    assert tracker.progress() == (0, (1, 4, 1, 3, 1, 2))
+
+
 def test_a_message_fetched_again_is_known() -> None:
     """After a rebalance a kept partition is fetched again from its committed offset."""
     tracker = PartitionTracker(3)

@@ -150,6 +150,7 @@ def test_whoever_takes_a_partition_over_counts_his_own_end_in_advance() -> None:
     """From our own metadata with map and count; from anything else as if for the first time."""
     before, own = Progress(5, (2, 3), unclean_ends=2, alone=6), "fedcba9876543210"
     assert taken_over(5, to_store(before, MARK), own) == replace(before, unclean_ends=3)
+    assert taken_over(6, to_store(before, MARK), own) == Progress(6, unclean_ends=1)
     assert taken_over(5, Stored(5, "foreign"), own) == Progress(5, unclean_ends=1)
     assert taken_over(5, None, own) == Progress(5, unclean_ends=1)
 

@@ -3,9 +3,10 @@
 import gc
 from random import Random
 
+from service.core.completed import decode, encode
 from service.core.messages import Message, Partition, Skipped
 from service.core.offsets import UNCLEAN_ENDS_MAX, Given, Progress
-from service.core.window import MAP_FULL, Entry, Holding, Stage, Window
+from service.core.window import MAP_CHARS_MAX, MAP_FULL, Entry, Holding, Stage, Window
 
 WHERE = Partition("in", 0)
 
@@ -154,6 +155,25 @@ def test_a_crowded_map_closes_its_partition_until_it_fits_again() -> None:
         finish(window, window.call_next(0))
     window.measure()
     assert window.crowded() == frozenset()
+
+
+def test_a_partition_is_closed_while_its_map_is_still_whole() -> None:
+    """Nothing has been left out of it by then, and there is room for what is out."""
+    window = Window("none", suspects=2)
+    window.assign({WHERE: given(1)})
+    random = Random(7)
+    offset = 0
+    while not window.crowded():
+        for _ in range(500):
+            entry = taken(window, message(offset))
+            if offset and random.random() < 0.5:
+                window.queue(entry)
+                finish(window, window.call_next(0))
+            offset += 1
+        window.measure()
+        runs = window.held[WHERE].progress(clean=False).runs
+        assert decode(encode(runs, MAP_CHARS_MAX)) == runs
+    assert window.held[WHERE].map_fullness < 0.9
 
 
 def holding_after(unclean_ends: int, alone: int | None = None) -> Holding:

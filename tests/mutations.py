@@ -1,0 +1,569 @@
+"""Takes guards away and sees that a test fails: `python -m tests.mutations`.
+
+Each row names a defect that readers of Kafka have had, the text in service/ that keeps it out,
+what stands there without the guard, and tests of which one at least must fail then. They run in
+a temporary copy of the checkout: first unchanged, where all must pass, then once for each row.
+
+    python -m tests.mutations               all of them, about five minutes
+    python -m tests.mutations 18 suspect    those with this number, or this word in the defect
+
+A few need a real Kafka: that of KAFKA_BOOTSTRAP_SERVERS, else one is started.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.support.kafka import find_broker
+
+ROOT = Path(__file__).parent.parent
+
+TEST_S = 60
+"""A test that hangs without its guard has failed; with it none takes half as long."""
+
+PIPELINE = "service/pipeline.py"
+WINDOW = "service/core/window.py"
+OFFSETS = "service/core/offsets.py"
+LIMITS = "service/core/limits.py"
+STARTS = "service/kafka/starts.py"
+HOLDINGS = "service/kafka/holdings.py"
+SOURCE = "service/kafka/source.py"
+SINK = "service/kafka/sink.py"
+MEMBERSHIP = "service/kafka/membership.py"
+
+WAY = "tests/pipeline/test_way.py::test_"
+REBALANCE = "tests/pipeline/test_rebalance.py::test_"
+DIED = "tests/pipeline/test_process_died.py::test_"
+SIMULATION = "tests/pipeline/test_simulation.py::test_"
+UNIT_WINDOW = "tests/unit/test_window.py::test_"
+UNIT_OFFSETS = "tests/unit/test_offsets.py::test_"
+UNIT_STARTS = "tests/unit/test_starts.py::test_"
+UNIT_HOLDINGS = "tests/unit/test_holdings.py::test_"
+CONTRACT = "tests/contract/test_source.py::test_"
+CONTRACT_SINK = "tests/contract/test_sink.py::test_"
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """`old` stands exactly once in `file`; with `new` in its place one of `tests` fails."""
+
+    defect: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTATIONS = (
+    Mutation(
+        "1 a late acknowledgement commits a revoked partition",
+        PIPELINE,
+        "acknowledged.exception()\n        if entry.holding.lost:\n            return\n",
+        "acknowledged.exception()\n",
+        (REBALANCE + "an_acknowledgement_in_the_moment_of_the_loss_marks_nothing",),
+    ),
+    Mutation(
+        "1 a late commit is sent in the generation of another owner",
+        SOURCE,
+        "if holdings != self._holdings_of(holdings):",
+        "if False:",
+        (CONTRACT + "a_commit_does_not_outlive_its_assignment[real_kafka]",),
+    ),
+    Mutation(
+        "2 a batch that was fetched before a revoke is taken after it",
+        WINDOW,
+        "if holding is None or holding.epoch != message.epoch:",
+        "if holding is None:",
+        (REBALANCE + "a_batch_from_before_a_rebalance_is_not_taken_after_it",),
+    ),
+    Mutation(
+        "2 a poll returns messages while a revoke waits for the ones before",
+        SOURCE,
+        "if self._membership.reassigning or not holdings.restored.is_set():",
+        "if False:",
+        (CONTRACT + "nothing_is_read_or_committed_until_it_is_known_whose_it_is[real_kafka]",),
+    ),
+    Mutation(
+        "3 a commit that a rebalance refuses ends the run",
+        PIPELINE,
+        "except CommitFailed:\n                return False",
+        "except CommitFailed:\n                raise",
+        (WAY + "a_refused_commit_is_made_good",),
+    ),
+    Mutation(
+        "3 a commit that a rebalance refuses is an error that nobody expects",
+        SOURCE,
+        "            raise _commit_failed(error) from error\n",
+        "            raise\n",
+        (CONTRACT + "a_refused_commit_is_neither_done_nor_an_end",),
+    ),
+    Mutation(
+        "4 a member that drains polls no more",
+        PIPELINE,
+        "                await self._drain()\n",
+        "                intake.cancel()\n                await self._drain()\n",
+        (WAY + "a_drain_goes_on_polling_and_takes_nothing",),
+    ),
+    Mutation(
+        "4 a drain takes what a poll under way returns",
+        PIPELINE,
+        "            if self._stopping:\n                # What was let go",
+        "            if False:\n                # What was let go",
+        (WAY + "a_drain_goes_on_polling_and_takes_nothing",),
+    ),
+    Mutation(
+        "4 a member that polls no more keeps its partitions",
+        MEMBERSHIP,
+        "subscription._fetch_count = 0",
+        "pass",
+        (CONTRACT + "who_stops_polling_gives_its_partitions_up",),
+    ),
+    Mutation(
+        "5 a revoke waits for a commit that waits for the group",
+        SOURCE,
+        "await within(COMMIT_S, self._commit_while_held(partitions))",
+        "await self._commit_while_held(partitions)",
+        (CONTRACT + "a_commit_without_an_answer_fails_in_time[mock_kafka]",),
+    ),
+    Mutation(
+        "5 a revoke waits for calls without end",
+        PIPELINE,
+        "            self._bounds.rebalance_drain_s,\n",
+        "            None,\n",
+        (REBALANCE + "the_wait_is_bounded",),
+    ),
+    Mutation(
+        "6 an offset stored for a topic that was made again is believed",
+        STARTS,
+        "if then is not None and topic_id is not None and then != topic_id:",
+        "if False:",
+        (UNIT_STARTS + "an_offset_of_a_topic_made_again_is_not_believed",),
+    ),
+    Mutation(
+        "6 a partition of a topic that was made again is kept",
+        HOLDINGS,
+        "            and self._is_the_topic_it_was(partition.topic, topic_ids)\n",
+        "",
+        (UNIT_HOLDINGS + "a_partition_of_a_topic_made_again_is_not_kept",),
+    ),
+    Mutation(
+        "6 a completed map counts from another offset than its own",
+        STARTS,
+        "    if found is None or found[0].next_offset != offset:\n",
+        "    if found is None:\n",
+        (UNIT_STARTS + "whoever_takes_a_partition_over_counts_his_own_end_in_advance",),
+    ),
+    Mutation(
+        "7 a new group that is idle forgets at a rebalance where it began",
+        HOLDINGS,
+        "if taken and self._given is given:",
+        "if False:",
+        (UNIT_HOLDINGS + "idle_rebalances_leave_the_offset_where_it_is",),
+    ),
+    Mutation(
+        "7 whoever takes a partition over moves its offset before reading",
+        OFFSETS,
+        "self._position = next_offset\n",
+        "self._position = next_offset + 1\n",
+        (UNIT_OFFSETS + "next_offset_is_the_smallest_unfinished_delivered_one",),
+    ),
+    Mutation(
+        "8 a refused commit is taken for done",
+        PIPELINE,
+        "except CommitFailed:\n                return False",
+        "except CommitFailed:\n                return True",
+        (WAY + "a_last_commit_that_fails_is_said",),
+    ),
+    Mutation(
+        "8 a commit that was sent counts as stored",
+        HOLDINGS,
+        "        holding.attempt(stored, progress)\n",
+        "        holding.attempt(stored, progress)\n        self.stored(partition, stored)\n",
+        (CONTRACT + "a_refused_commit_is_neither_done_nor_an_end",),
+    ),
+    Mutation(
+        "9 a close skips the last commit",
+        PIPELINE,
+        "committed = await self._commit_finally()",
+        "committed = True",
+        (WAY + "stop_lets_go_of_what_costs_nothing",),
+    ),
+    Mutation(
+        "9 a close commits what it lets go of",
+        WINDOW,
+        "                    self._remove(entry)\n                else:",
+        "                    holding.tracker.finish(entry.message.offset)\n"
+        "                    self._remove(entry)\n                else:",
+        (WAY + "stop_lets_go_of_what_costs_nothing",),
+    ),
+    Mutation(
+        "9 a close does not wait for acknowledgements",
+        PIPELINE,
+        "lambda: self._forced or not self._window.messages, ",
+        "lambda: self._forced or not self._window.calling, ",
+        (SIMULATION + "a_stop_at_any_moment_repeats_nothing",),
+    ),
+    Mutation(
+        "10 the queue of retries is unbounded",
+        PIPELINE,
+        "room = self._bounds.window - self._window.messages",
+        "room = self._bounds.window - self._window.messages + len(self._window._retries)",
+        (WAY + "waiting_retries_stay_within_the_window",),
+    ),
+    Mutation(
+        "11 a slot is lost with the partition of its call",
+        PIPELINE,
+        "            self._admission.release()\n",
+        "            if not entry.holding.lost:\n                self._admission.release()\n",
+        (REBALANCE + "slots_are_whole_after_many_rebalances",),
+    ),
+    Mutation(
+        "11 the one slot of an open circuit is lost with the partition of its call",
+        PIPELINE,
+        "            self._admission.circuit.cancelled()\n",
+        "",
+        (REBALANCE + "a_probe_that_is_lost_with_its_partition_lets_another_go",),
+    ),
+    Mutation(
+        "12 markers behind the last message hold the next offset back",
+        OFFSETS,
+        "return max(self._position, self._last_delivered + 1)",
+        "return self._last_delivered + 1",
+        (UNIT_OFFSETS + "the_position_steps_over_markers", WAY + "holes_do_not_hold_the_commit"),
+    ),
+    Mutation(
+        "12 offsets that are never delivered count as unfinished",
+        OFFSETS,
+        "unfinished = [offset for offset, _ in self._pending if offset not in done]",
+        "unfinished = [n for n in range(self.next_offset, beyond) if n not in done]",
+        (UNIT_OFFSETS + "holes_count_as_finished_in_the_map",),
+    ),
+    Mutation(
+        "13 a kept partition that is fetched again is taken again, behind what came after",
+        OFFSETS,
+        "if offset <= self._last_delivered:",
+        "if False:",
+        (REBALANCE + "a_kept_partition_keeps_its_running_call",),
+    ),
+    Mutation(
+        "13 a partition is read on from where the client left it",
+        HOLDINGS,
+        "        self._consumer.seek(TopicPartition(*partition), holding.next)\n",
+        "",
+        (UNIT_HOLDINGS + "the_same_member_in_the_next_generation_keeps_its_partition",),
+    ),
+    Mutation(
+        "14 attempts of before a revoke count",
+        WINDOW,
+        "if partition not in given or given[partition].epoch != holding.epoch",
+        "if partition not in given",
+        (REBALANCE + "attempts_count_for_one_holder",),
+    ),
+    Mutation(
+        "15 a dead letter that cannot be published counts as finished",
+        PIPELINE,
+        "                self._not_published(entry, failure)\n",
+        "                self._finish(entry)\n",
+        (WAY + "a_dead_letter_that_cannot_be_published_holds_its_offset",),
+    ),
+    Mutation(
+        "15 a dead letter that fits nowhere is dropped",
+        SINK,
+        '        raise PublishFailed(f"a dead letter of {size} bytes does not fit '
+        'topic {topic}")\n',
+        "        return []\n",
+        (CONTRACT_SINK + "a_dead_letter_shrinks_and_then_is_held",),
+    ),
+    Mutation(
+        "16 a partition that was closed for its map stays closed",
+        WINDOW,
+        "holding.map_fullness = fullness(",
+        "holding.map_fullness = holding.map_fullness or fullness(",
+        (WAY + "a_crowded_map_closes_its_partition_and_no_other",),
+    ),
+    Mutation(
+        "16 a circuit that has opened stays open",
+        LIMITS,
+        "        self.state, self.reason = CircuitState.CLOSED, None\n",
+        "        self.reason = None\n",
+        (WAY + "an_outage_rejects_nothing",),
+    ),
+    Mutation(
+        "16 an open circuit asks nobody but those that fail for ever",
+        PIPELINE,
+        "return 0 if self._window.untried else min(room, 1)",
+        "return 0",
+        (WAY + "poison_alone_does_not_keep_the_others_out",),
+    ),
+    Mutation(
+        "16 intake that a revoke has stopped does not go on",
+        PIPELINE,
+        "self._held_out = self._reassigning = False",
+        "self._reassigning = False",
+        (REBALANCE + "a_kept_partition_keeps_its_running_call",),
+    ),
+    Mutation(
+        "16 the client's pause of the restore does not end",
+        HOLDINGS,
+        "        self._consumer.resume(TopicPartition(*partition))\n",
+        "",
+        (UNIT_HOLDINGS + "the_same_member_in_the_next_generation_keeps_its_partition",),
+    ),
+    Mutation(
+        "16 while the window is full nothing polls, and the group takes its member for dead",
+        PIPELINE,
+        "await self._until(lambda: self._room() > 0, IDLE_TURN_S)",
+        "await self._until(lambda: self._room() > 0)",
+        (WAY + "the_window_bounds_what_is_taken",),
+    ),
+    Mutation(
+        "17 a message that waits for another attempt holds its slot",
+        PIPELINE,
+        "        except CallFailure as failure:\n            return failure",
+        "        except CallFailure as failure:\n            await asyncio.sleep(1)\n"
+        "            return failure",
+        (WAY + "a_waiting_retry_holds_no_slot",),
+    ),
+    Mutation(
+        "18 a partition is kept under another member id",
+        HOLDINGS,
+        "if (before.member_id, before.generation + 1) != (given.member_id, given.generation):",
+        "if before.generation + 1 != given.generation:",
+        (UNIT_HOLDINGS + "a_partition_that_another_may_have_had_starts_anew",),
+    ),
+    Mutation(
+        "19 a partition is kept although a generation was missed",
+        HOLDINGS,
+        "if (before.member_id, before.generation + 1) != (given.member_id, given.generation):",
+        "if before.member_id != given.member_id:",
+        (UNIT_HOLDINGS + "a_partition_that_another_may_have_had_starts_anew",),
+    ),
+    Mutation(
+        "20 a partition is kept although another process has stored its offset",
+        HOLDINGS,
+        "            and holding.wrote(stored[partition])\n",
+        "",
+        (UNIT_HOLDINGS + "a_partition_that_another_may_have_had_starts_anew",),
+    ),
+    Mutation(
+        "20 an offset counts as ours whatever its metadata says",
+        HOLDINGS,
+        "return stored == self.stored or stored in self.attempted",
+        "return stored is not None and stored.offset == self.stored.offset",
+        (UNIT_HOLDINGS + "a_partition_that_another_may_have_had_starts_anew",),
+    ),
+    Mutation(
+        "18-20 a member that stood still goes on with what it had",
+        HOLDINGS,
+        "        return {\n            partition: holding\n"
+        "            for partition, holding in before.",
+        "        return dict(before.holdings)\n        return {\n            partition: holding\n"
+        "            for partition, holding in before.",
+        (CONTRACT + "a_member_that_stood_still_holds_nothing_of_before",),
+    ),
+    Mutation(
+        "21 calls start before the restore has ended",
+        PIPELINE,
+        "if self._tasks is None or self._reassigning or self._held_out:",
+        "if self._tasks is None:",
+        (REBALANCE + "calls_in_flight_are_waited_for_and_committed",),
+    ),
+    Mutation(
+        "21 messages are fetched before the restore has ended",
+        HOLDINGS,
+        "        self._consumer.pause(*partitions)  # until it is known from where to fetch\n",
+        "",
+        (UNIT_HOLDINGS + "nothing_is_held_before_its_restore",),
+    ),
+    Mutation(
+        "21 a slow restore holds what was revoked meanwhile",
+        HOLDINGS,
+        "if self._given is given and not self._membership.reassigning:",
+        "if True:",
+        (UNIT_HOLDINGS + "a_restore_that_is_overtaken_by_a_revoke_holds_nothing",),
+    ),
+    Mutation(
+        "22 the call of a lost partition goes on",
+        PIPELINE,
+        "                    task.cancel()\n",
+        "                    pass\n",
+        (REBALANCE + "a_late_outcome_of_a_lost_partition_goes_nowhere",),
+    ),
+    Mutation(
+        "22 an outcome that waits for a broker is published after the loss",
+        PIPELINE,
+        "for work in (self._working, self._sent):",
+        "for work in (self._working,):",
+        (REBALANCE + "what_was_handed_over_is_withdrawn_with_its_partition",),
+    ),
+    Mutation(
+        "22 an outcome that waits for another send is published after the loss",
+        PIPELINE,
+        "if holding.lost or self._held_out:",
+        "if self._held_out:",
+        (REBALANCE + "a_resting_lane_is_lost_with_its_partition",),
+    ),
+    Mutation(
+        "22 an outcome is published while nobody knows whose it is",
+        PIPELINE,
+        "if holding.lost or self._held_out:",
+        "if holding.lost:",
+        (REBALANCE + "nothing_is_published_between_revoke_and_assignment",),
+    ),
+    Mutation(
+        "23 a holder that dies before it has finished anything is not counted",
+        STARTS,
+        "return progress if counted else replace(",
+        "return progress if True else replace(",
+        (UNIT_HOLDINGS + "the_end_of_a_holder_is_counted_before_he_holds",),
+    ),
+    Mutation(
+        "23 the mark of an unclean end stands only in memory",
+        HOLDINGS,
+        "if taken and self._given is given:",
+        "if False:",
+        (UNIT_HOLDINGS + "the_end_of_a_holder_is_counted_before_he_holds",),
+    ),
+    Mutation(
+        "23 an end in order counts as unclean",
+        WINDOW,
+        "unclean_ends = max(0, self.given.unclean_ends - clean)",
+        "unclean_ends = self.given.unclean_ends",
+        (DIED + "ends_in_order_are_no_deaths",),
+    ),
+    Mutation(
+        "24 others start beside a suspect",
+        PIPELINE,
+        "if self._alone is not None or (entry.alone and self._window.calling):",
+        "if entry.alone and self._window.calling:",
+        (DIED + "suspects_run_one_at_a_time_and_nothing_beside_them",),
+    ),
+    Mutation(
+        "24 a suspect starts beside others",
+        PIPELINE,
+        "if self._alone is not None or (entry.alone and self._window.calling):",
+        "if self._alone is not None:",
+        (DIED + "a_suspect_waits_for_the_calls_that_run",),
+    ),
+    Mutation(
+        "24 a suspect starts before Kafka knows of it",
+        PIPELINE,
+        "        await self._mark_alone(entry, entry.message.offset)\n",
+        "",
+        (DIED + "a_suspect_waits_until_kafka_knows_that_it_runs",),
+    ),
+    Mutation(
+        "25 a partition whose map is nearly full takes more",
+        PIPELINE,
+        "await self._source.poll(limit, self._window.crowded())",
+        "await self._source.poll(limit, frozenset())",
+        (WAY + "a_crowded_map_closes_its_partition_and_no_other",),
+    ),
+    Mutation(
+        "25 a map has lost its end by the time its partition is closed",
+        WINDOW,
+        "if holding.map_fullness >= MAP_FULL\n",
+        "if holding.map_fullness >= 0.999\n",
+        (UNIT_WINDOW + "a_partition_is_closed_while_its_map_is_still_whole",),
+    ),
+    Mutation(
+        "26 the next holder's first commit drops the map of what it has not read yet",
+        OFFSETS,
+        "            if before.stop > beyond:",
+        "            if False:",
+        (UNIT_OFFSETS + "the_next_holder_goes_on_with_what_is_not_finished",),
+    ),
+    Mutation(
+        "26 what an earlier holder has finished is called again",
+        OFFSETS,
+        "finished = bool(before) and offset in before[0]",
+        "finished = False",
+        (SIMULATION + "a_crash_repeats_only_what_no_map_held",),
+    ),
+    Mutation(
+        "27 a message is let go that a paid answer of its lane waits for",
+        WINDOW,
+        "if waits and entry.lane not in needed:",
+        "if waits:",
+        (WAY + "stop_finishes_a_retry_that_paid_answers_of_its_lane_wait_for",),
+    ),
+)
+
+
+def main(words: list[str]) -> int:
+    """The exit code: 1 where a guard is missed by its tests."""
+    chosen = [each for each in MUTATIONS if not words or set(words) & set(each.defect.split())]
+    with _real_kafka(), tempfile.TemporaryDirectory() as folder:
+        checkout = Path(folder)
+        for name in ("service", "tests"):
+            shutil.copytree(ROOT / name, checkout / name)
+        shutil.copy(ROOT / "pyproject.toml", checkout)
+        tests = sorted({test for each in chosen for test in each.tests})
+        if not _all_pass(checkout, tests):
+            print("With every guard in its place a test fails: nothing can be told.")
+            return 1
+        caught = [_is_caught(checkout, each) for each in chosen]
+    print(f"{sum(caught)} of {len(caught)} caught")
+    return 0 if all(caught) else 1
+
+
+def _is_caught(checkout: Path, mutation: Mutation) -> bool:
+    file, started_s = checkout / mutation.file, time.monotonic()
+    source = file.read_text()
+    found = source.count(mutation.old)
+    caught = False
+    if found == 1:
+        file.write_text(source.replace(mutation.old, mutation.new))
+        caught = not _all_pass(checkout, mutation.tests)
+        file.write_text(source)
+    verdict = "caught" if caught else "MISSED"
+    why = "" if found == 1 else f" (its text stands {found} times in {mutation.file})"
+    print(f"{verdict} {time.monotonic() - started_s:5.1f} s  {mutation.defect}{why}", flush=True)
+    return caught
+
+
+def _all_pass(checkout: Path, tests: list[str] | tuple[str, ...]) -> bool:
+    """Whether they do; raises where they cannot be run."""
+    pytest_ = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider"]
+    ended = subprocess.run(
+        [*pytest_, f"--timeout={TEST_S}", *tests],
+        cwd=checkout,
+        # Byte code is told from newer text by whole seconds and the size.
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "TEST_KAFKA": "required"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if ended.returncode not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        raise RuntimeError(f"{tests} cannot be run:\n{ended.stdout}{ended.stderr}")
+    return ended.returncode == pytest.ExitCode.OK
+
+
+@contextmanager
+def _real_kafka() -> Iterator[None]:
+    """One for all rows; they find it in the environment."""
+    if os.environ.get("KAFKA_BOOTSTRAP_SERVERS"):
+        yield
+        return
+    broker = find_broker()
+    broker.start()
+    os.environ["KAFKA_BOOTSTRAP_SERVERS"] = broker.bootstrap_servers
+    try:
+        yield
+    finally:
+        broker.remove()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

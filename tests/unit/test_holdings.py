@@ -1,0 +1,266 @@
+"""Which partitions are kept through a rebalance, and what is stored for those that are not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from aiokafka import TopicPartition
+
+from service.core.messages import Partition
+from service.core.offsets import Progress
+from service.kafka.holdings import Holdings
+from service.kafka.offsets import GroupOffsets
+from service.kafka.starts import Bounds, Mark, Stored, read, to_store
+from service.settings import Start
+from tests.support.sources import Kafka, Member, settings
+
+P = Partition("in", 0)
+ANOTHER = Mark("fedcba9876543210")  # another process
+BEGAN = 3
+"""Where the settings let a new group begin."""
+
+
+class Group:
+    """Stands in for Kafka's client: a place in a group, and what Kafka holds for the group."""
+
+    def __init__(self) -> None:
+        self.member_id, self.generation = "member", 1
+        self.stored: dict[Partition, Stored] = {}
+        self.topic_ids = {P.topic: "A"}
+        self.position: int | None = None  # None: paused
+        self.reassignment_in_progress = False
+        self.assignment = None
+        self._coordinator = self._subscription = self.subscription = self
+
+    async def _do_commit_offsets(self, _: object, offsets: Mapping[TopicPartition, Any]) -> None:
+        for where, at in offsets.items():
+            self.stored[Partition(*where)] = Stored(at.offset, at.metadata)
+
+    def pause(self, _: TopicPartition) -> None:
+        self._sought, self.position = None, None
+
+    def seek(self, _: TopicPartition, offset: int) -> None:
+        self._sought = offset
+
+    def resume(self, _: TopicPartition) -> None:
+        self.position = self._sought
+
+
+class Offsets(GroupOffsets):
+    """What Kafka answers about them."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def stored(self) -> dict[Partition, Stored | None]:
+        await self.gate.wait()
+        return {P: self._group.stored.get(P)}
+
+    async def topic_ids(self) -> dict[str, str]:
+        return dict(self._group.topic_ids)
+
+    async def bounds(self, partitions: AbstractSet[Partition]) -> dict[Partition, Bounds]:
+        return {each: Bounds(0, 100) for each in partitions}
+
+    async def chosen(
+        self, start: Start, bounds: Mapping[Partition, Bounds]
+    ) -> dict[Partition, int]:
+        return dict.fromkeys(bounds, BEGAN)
+
+
+class Worker:
+    """One process that is given the partition again and again."""
+
+    def __init__(self) -> None:
+        self.group = Group()
+        self.offsets = Offsets(self.group)
+        self.pipeline: Member[Any] = Member(None)
+        self.holdings = Holdings(
+            settings(Kafka("127.0.0.1:1"), P.topic, "g"),
+            self.group,
+            self.offsets,
+            self.pipeline,
+            self.pipeline.told.append,
+            SimpleNamespace(on_generation_assignment=lambda _: None),
+        )
+
+    async def given(self) -> None:
+        await self.holdings.on_assigned({TopicPartition(*P)})
+
+    async def rebalance(self) -> None:
+        await self.holdings.on_revoked()
+        self.group.generation += 1
+        await self.given()
+
+    def commit(self, progress: Progress, *, answered: bool = True) -> Stored:
+        self.pipeline.wanted = {P: progress}
+        stored = self.holdings.to_store(P)
+        assert stored is not None
+        self.group.stored[P] = stored
+        if answered:
+            self.holdings.stored(P, stored)
+        return stored
+
+    @property
+    def epoch(self) -> int | None:
+        return self.pipeline.epochs.get(P)
+
+
+@pytest.fixture
+async def worker() -> Worker:
+    """It has stored 5 and returned what stands before 7."""
+    worker = Worker()
+    await worker.given()
+    worker.commit(Progress(5))
+    worker.holdings.held[P].next = 7
+    return worker
+
+
+async def test_the_same_member_in_the_next_generation_keeps_its_partition(worker: Worker) -> None:
+    """It goes on behind what was returned, under its epoch, and nothing is stored for it."""
+    before, stored = worker.epoch, dict(worker.group.stored)
+    await worker.rebalance()
+    assert (worker.epoch, worker.group.position) == (before, 7)
+    assert worker.group.stored == stored
+
+
+def _another_member(group: Group) -> None:
+    group.member_id = "another"
+
+
+def _a_generation_missed(group: Group) -> None:
+    group.generation += 1
+
+
+def _another_offset(group: Group) -> None:
+    group.stored[P] = to_store(Progress(6), ANOTHER)
+
+
+def _another_process(group: Group) -> None:
+    group.stored[P] = to_store(Progress(5), ANOTHER)
+
+
+def _metadata_of_nobody(group: Group) -> None:
+    group.stored[P] = Stored(5, "")
+
+
+@pytest.mark.parametrize(
+    "happens",
+    [
+        _another_member,
+        _a_generation_missed,
+        _another_offset,
+        _another_process,
+        _metadata_of_nobody,
+    ],
+)
+async def test_a_partition_that_another_may_have_had_starts_anew(
+    worker: Worker, happens: Callable[[Group], None]
+) -> None:
+    """Under a new epoch, from what Kafka stores, whatever this process had read of it."""
+    before = worker.epoch
+    await worker.holdings.on_revoked()
+    happens(worker.group)
+    offset = worker.group.stored[P].offset
+    worker.group.generation += 1
+    await worker.given()
+    assert before is not None
+    assert worker.epoch == before + 1
+    assert worker.group.position == offset
+
+
+async def test_a_commit_that_was_not_answered_and_arrived_is_ours(worker: Worker) -> None:
+    """What Kafka holds may be any of those that were sent."""
+    before = worker.epoch
+    worker.commit(Progress(6), answered=False)
+    await worker.rebalance()
+    assert worker.epoch == before
+
+
+async def test_a_partition_of_a_topic_made_again_is_not_kept(worker: Worker) -> None:
+    """Not even where our own commit has found the new topic: it is held out, with a sentence."""
+    worker.group.topic_ids = {P.topic: "B"}
+    await worker.rebalance()
+    assert worker.holdings.held == {}
+    assert "has been deleted since" in (worker.holdings.problem or "")
+    found = read(worker.group.stored[P])
+    assert found is not None
+    assert found[1].topic_id == "A", "the offset passes for one of the new topic"
+
+
+@pytest.mark.parametrize("ids", [{}, {P.topic: "A"}])
+async def test_a_topic_whose_id_nobody_tells_is_taken_for_the_same(
+    worker: Worker, ids: dict[str, str]
+) -> None:
+    """Brokers that know no ids cost nobody his running calls."""
+    before, worker.group.topic_ids = worker.epoch, ids
+    await worker.rebalance()
+    assert worker.epoch == before
+
+
+async def test_idle_rebalances_leave_the_offset_where_it_is() -> None:
+    """However often, kept or not: a new group stays where it began, and its map stays whole."""
+    worker = Worker()
+    await worker.given()
+    assert worker.group.stored[P].offset == BEGAN, "where the group began was not stored"
+    before = worker.commit(Progress(5, (1, 3)))
+    for turn in range(6):
+        if turn % 2:
+            worker.group.member_id += "x"
+        await worker.rebalance()
+        found = read(worker.group.stored[P])
+        assert found is not None
+        assert (found[0].next_offset, found[0].runs) == (before.offset, (1, 3))
+
+
+async def test_the_end_of_a_holder_is_counted_before_he_holds(worker: Worker) -> None:
+    """Each process that takes it over counts one more, before any message can come; one that
+    takes it over from itself lives."""
+    for nonce, unclean_ends in (("a", 1), ("b", 2), ("b", 2), ("c", 3)):
+        worker.holdings._nonce = nonce * 16
+        worker.group.member_id += "x"
+        await worker.rebalance()
+        found = read(worker.group.stored[P])
+        assert found is not None
+        assert found[0] == worker.pipeline.given[P].progress == Progress(5, (), unclean_ends)
+
+
+async def test_nothing_is_held_before_its_restore(worker: Worker) -> None:
+    """While Kafka has not said what it holds, the partition is paused and nobody hears of it."""
+    told = len(worker.pipeline.assignments)
+    await worker.holdings.on_revoked()
+    worker.offsets.gate.clear()
+    worker.group.generation += 1
+    restoring = asyncio.create_task(worker.given())
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert worker.holdings.held == {}
+    assert not worker.holdings.restored.is_set()
+    assert worker.group.position is None
+    assert len(worker.pipeline.assignments) == told
+    worker.offsets.gate.set()
+    await restoring
+    assert worker.holdings.restored.is_set()
+
+
+async def test_a_restore_that_is_overtaken_by_a_revoke_holds_nothing(worker: Worker) -> None:
+    """What it has read may be another's by now, and so is the partition."""
+    await worker.holdings.on_revoked()
+    worker.offsets.gate.clear()
+    worker.group.generation += 1
+    restoring = asyncio.create_task(worker.given())
+    await asyncio.sleep(0)
+    stored = dict(worker.group.stored)
+    await worker.holdings.on_revoked()
+    worker.offsets.gate.set()
+    await restoring
+    assert worker.holdings.held == {}
+    assert not worker.holdings.restored.is_set()
+    assert worker.group.stored == stored
