@@ -65,6 +65,7 @@ async def strike(scene: Scene, fault: Fault) -> None:
 async def kill(scene: Scene, fault: Fault) -> None:
     """kill -9 of a worker; another one starts in its place."""
     worker = _worker(scene, fault)
+    await worker.until_settled()  # one without partitions would be missed by nobody
     scene.forget(worker)
     at_s = time.time()
     worker.signal(signal.SIGKILL)
@@ -95,6 +96,7 @@ async def rolling(scene: Scene, fault: Fault) -> None:
 async def zombie(scene: Scene, fault: Fault) -> None:
     """SIGSTOP for longer than the session, then SIGCONT: it wakes with what is another's."""
     worker = _worker(scene, fault)
+    await worker.until_settled()
     at_s = time.time()
     worker.signal(signal.SIGSTOP)
     await asyncio.sleep(SESSION_S + 3 + 5 * fault.length_s)
