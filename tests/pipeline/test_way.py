@@ -479,6 +479,7 @@ def test_waiting_retries_stay_within_the_window(stage: Stage) -> None:
         nonlocal largest, retrying
         while stage.broker.committed.get(partition(), 0) < 80:
             await asyncio.sleep(0.5)
+            assert asyncio.get_running_loop().time() < 3600
             status = stage.pipeline.status(SETTLED)
             retrying = max(retrying, status.retrying)
             largest = max(largest, status.window_messages)
@@ -556,6 +557,19 @@ def test_what_a_poll_brings_after_the_stop_is_not_taken(stage: Stage) -> None:
     assert stage.extractor.calls == [f"slow {n}" for n in range(4)]
     assert stage.broker.committed == {partition(): 4}
     assert not [event for event in stage.events if isinstance(event, Abandoned)]
+
+
+def test_stop_waits_for_acknowledgements(stage: Stage) -> None:
+    """What was handed to the producer is not left to chance: it is committed in the end."""
+    stage.broker.append("text")
+    stage.sink.ack_s = 10.0
+
+    async def stop() -> None:
+        await asyncio.sleep(1)
+
+    assert stage.show(stop)
+    assert stage.broker.published
+    assert stage.broker.committed == {partition(): 1}
 
 
 def test_stop_does_not_wait_for_a_retry_that_the_map_steps_over(stage: Stage) -> None:
