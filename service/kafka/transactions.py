@@ -19,6 +19,11 @@ Why nothing is published twice, whatever dies, hangs or is fenced, in whatever o
 It does not matter for this whether "is it ours?" was answered rightly. Two workers that both
 think so fence each other; whoever is fenced has lost what was not committed, and publishes
 nothing until it has restored.
+
+What breaks it is Kafka itself where it forgets a commit that it has acknowledged: known of 4.3
+for partitions without a leader, as when a broker that is alone shuts down in order
+(KAFKA-20734). The writer finds out at its next epoch and asks for a restore: rather twice than
+not at all.
 """
 
 from __future__ import annotations

@@ -315,7 +315,7 @@ class Writer:
         if self._attempted is not None and found == self._attempted:
             self._committed(found)
         elif found != means.ledger.known(self._partition):
-            # Another owner was there: what we have may be published.
+            # Another owner was there, or Kafka has forgotten: what is right only it can say.
             known = means.ledger.known(self._partition)
             self._fenced(f"Kafka holds {found}, we knew {known}")
             return

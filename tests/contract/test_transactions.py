@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -486,6 +487,29 @@ async def test_another_owner_in_between_ends_the_doubt(place: Place, arrives: bo
     assert await place.settled() == ["0:0", "0:1", "0:2"]
 
 
+async def test_a_commit_that_kafka_forgot_is_published_again(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was acknowledged, and then Kafka holds what was before: rather again than lost."""
+    async with worker(place.servers, place.group, deadline_s=2.0) as one:
+        await one.own(place.first)
+
+        async def lie(request: Any, go_on: Answer) -> Any:
+            if isinstance(request, EndTxnRequest):
+                return SimpleNamespace(error_code=0)
+            return await go_on()
+
+        one.interfere = lie
+        await one.publish(place.first, [0], place.outputs)
+        one.interfere, _ = hangs_at(ProduceRequest, arrives=False)
+        assert await one.publish(place.first, [1], place.outputs) == 1
+        assert one.fenced == [place.first]
+        assert "Kafka holds None, we knew Stored(offset=1" in caplog.text
+        await one.own(place.first)
+        await one.publish(place.first, [0, 1], place.outputs)
+    assert await place.settled() == ["0:0", "0:1"]
+
+
 async def test_without_the_partition_no_epoch_is_taken(place: Place) -> None:
     """A failure of one that has lost it disturbs nobody: the ledger is asked before."""
     async with (
@@ -713,10 +737,14 @@ async def test_two_that_think_it_theirs_publish_once(place: Place, seed: int) ->
     assert await place.settled() == [f"0:{n}" for n in range(count)]
 
 
-@pytest.mark.parametrize("how", ["hangs", "is killed", "is stopped"])
+@pytest.mark.parametrize("how", ["hangs", "is killed"])
 @pytest.mark.timeout(240)
 async def test_a_broker_that_goes_away_is_waited_for(own_broker: Broker, how: str) -> None:
-    """Coordinators and leaders gone in the middle: all is published once, in order."""
+    """Coordinators and leaders gone in the middle: all is published once, in order.
+
+    Not stopped in order: while a broker that is alone shuts down, Kafka 4.3 forgets commits that
+    it acknowledges (KAFKA-20734), and nobody can promise anything.
+    """
     place = await make(own_broker.bootstrap_servers)
     both = (place.first, place.second)
     async with worker(place.servers, place.group, deadline_s=2.0, open_timeout_s=3.0) as one:
@@ -732,8 +760,7 @@ async def test_a_broker_that_goes_away_is_waited_for(own_broker: Broker, how: st
             with hanging(own_broker):
                 await asyncio.sleep(4)
         else:
-            end = own_broker.kill if how == "is killed" else own_broker.stop
-            await asyncio.to_thread(end)
+            await asyncio.to_thread(own_broker.kill)
             await asyncio.sleep(2)
             await asyncio.to_thread(own_broker.start)
         await asyncio.gather(*work)
