@@ -169,7 +169,7 @@ class Holdings:
 
     async def read_back(self, partition: Partition) -> Stored | None:
         """What Kafka holds of it; raises `KafkaError`."""
-        return (await self._offsets.stored())[partition]
+        return (await self._offsets.stored_of({partition}))[partition]
 
     def to_store(
         self, partition: Partition, finishing: frozenset[int] = frozenset()

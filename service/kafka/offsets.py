@@ -43,13 +43,16 @@ class GroupOffsets:
         )
 
     async def stored(self) -> dict[Partition, Stored | None]:
-        """What the group has stored, for all partitions of the topics; None where nothing is.
+        """What the group has stored, for all partitions of the topics; None where nothing is."""
+        return await self.stored_of(await self.partitions())
+
+    async def stored_of(self, asked: AbstractSet[Partition]) -> dict[Partition, Stored | None]:
+        """What the group has stored for these; None where nothing is.
 
         The admin client returns metadata too, which the consumer drops; but it takes an answer
         that refuses the whole group (its coordinator moved, or still loads) for one without
         partitions. So a partition that is missing in it is a failure, not a start from nothing.
         """
-        asked = await self.partitions()
         found = await self._admin.list_consumer_group_offsets(
             self._group_id, partitions=[TopicPartition(*each) for each in asked]
         )

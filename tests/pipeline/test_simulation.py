@@ -78,6 +78,15 @@ def check(stage: Stage) -> None:
         assert offsets == sorted(offsets), f"out of order in {lane}"
 
 
+async def until_committed(stage: Stage) -> None:
+    """Wait until everything that the logs hold is committed."""
+    while any(
+        stage.broker.committed.get(where, 0) < log.end for where, log in stage.broker.logs.items()
+    ):
+        assert asyncio.get_running_loop().time() < 3600, stage.pipeline.status(SETTLED)
+        await asyncio.sleep(5)
+
+
 @pytest.mark.parametrize("seed", range(60), ids=lambda seed: f"seed-{seed}")
 def test_nothing_lost_in_order_whatever_happens(seed: int) -> None:
     """With random faults and no rebalance, each message is published once it can be."""
@@ -85,12 +94,7 @@ def test_nothing_lost_in_order_whatever_happens(seed: int) -> None:
     stage = scene(rng)
 
     async def wait() -> None:
-        while any(
-            stage.broker.committed.get(where, 0) < log.end
-            for where, log in stage.broker.logs.items()
-        ):
-            assert asyncio.get_running_loop().time() < 3600, stage.pipeline.status(SETTLED)
-            await asyncio.sleep(5)
+        await until_committed(stage)
 
     stage.show(wait)
     check(stage)
@@ -119,12 +123,7 @@ def test_nothing_lost_through_rebalances(seed: int) -> None:
             keep=everything & stage.source.epochs.keys(),
             fresh=everything - stage.source.epochs.keys(),
         )
-        while any(
-            stage.broker.committed.get(where, 0) < log.end
-            for where, log in stage.broker.logs.items()
-        ):
-            assert asyncio.get_running_loop().time() < 3600, stage.pipeline.status(SETTLED)
-            await asyncio.sleep(5)
+        await until_committed(stage)
 
     stage.show(shake)
     check(stage)
@@ -193,12 +192,7 @@ def test_exactly_once_whatever_happens(seed: int) -> None:
             await stage.source.rebalance(keep=kept, fresh=mine - kept)
         kept = everything & stage.source.epochs.keys()
         await stage.source.rebalance(keep=kept, fresh=everything - kept)
-        while any(
-            stage.broker.committed.get(where, 0) < log.end
-            for where, log in stage.broker.logs.items()
-        ):
-            assert asyncio.get_running_loop().time() < 3600, stage.pipeline.status(SETTLED)
-            await asyncio.sleep(5)
+        await until_committed(stage)
 
     stage.show(shake)
     check(stage)
