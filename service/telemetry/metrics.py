@@ -17,6 +17,7 @@ from typing import Any, TypeAlias, get_args
 from prometheus_client import (
     CollectorRegistry,
     Counter,
+    Gauge,
     GCCollector,
     Histogram,
     Info,
@@ -120,14 +121,15 @@ class Metrics:
         self._log_lines[level].inc()
 
     async def watch(self, status: Callable[[], Status]) -> None:
-        """Sample until cancelled: the event loop's delay, busy slots and the full window over
-        time."""
+        """Sample until cancelled: the event loop's delay and tasks, busy slots and the full window
+        over time."""
         loop = asyncio.get_running_loop()
         before_s = loop.time()
         while True:
             await asyncio.sleep(SAMPLE_S)
             now_s = loop.time()
             self._sampled(now_s - before_s, status())
+            self._tasks.set(len(asyncio.all_tasks()))
             before_s = now_s
 
     def _sampled(self, elapsed_s: float, status: Status) -> None:
@@ -297,6 +299,12 @@ class Metrics:
             "How late the event loop gets to a timer; above 0.1 the process is out of CPU or "
             "something blocks it: fewer slots or more workers.",
             LOOP_EDGES_S,
+        )
+        self._tasks = Gauge(
+            "sluice_tasks",
+            "Tasks of the event loop, sampled; about one for each message in the window and a few "
+            "dozen more. Growing without end it is a fault of ours.",
+            registry=self._registry,
         )
         build = Info("sluice_build", "The version that runs.", registry=self._registry)
         build.info({"version": _version()})

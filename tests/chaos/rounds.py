@@ -29,6 +29,8 @@ RECOVERY_MAX_S = 30.0
 WORKERS = 2
 MEMORY_GROWTH_MAX = 1.08
 """Resident memory at the end over that after ten minutes."""
+TASKS_GROWTH_MAX = 1.1
+"""Tasks of the event loop, likewise; they follow the window, which is full all the while."""
 MEMORY_EACH_S = 10.0
 WARM_S = 600.0
 
@@ -92,7 +94,7 @@ class Row:
     lasted_s: float
     folder: Path
     memory: list[str] = field(default_factory=list)
-    """A line for each worker: its memory over time."""
+    """Lines for each worker: its memory, open files and tasks over time."""
 
     def __str__(self) -> str:
         return "| " + " | ".join(self.cells()) + " |"
@@ -179,29 +181,49 @@ async def _strikes(made: Scene, plan: Plan, seed: int) -> list[str]:
     return []
 
 
+@dataclass(frozen=True)
+class Size:
+    """What a worker holds at one moment of a soak."""
+
+    at_s: float
+    memory_mb: float
+    open_files: int
+    tasks: float
+
+
 async def _soak(made: Scene, plan: Plan) -> list[str]:
-    """Load alone; the workers' memory over time."""
+    """Load alone; the workers' memory, open files and tasks over time."""
     workers = list(made.workers.values())
-    series: dict[str, list[tuple[float, float, int]]] = {each.name: [] for each in workers}
+    series: dict[str, list[Size]] = {each.name: [] for each in workers}
     began_s = time.time()
     while (passed_s := time.time() - began_s) < plan.minutes * 60:
         for worker in workers:
-            series[worker.name].append((passed_s, worker.memory_mb(), worker.open_files()))
+            tasks = await worker.metric("sluice_tasks")
+            if tasks is not None:
+                size = Size(passed_s, worker.memory_mb(), worker.open_files(), tasks)
+                series[worker.name].append(size)
         await asyncio.sleep(MEMORY_EACH_S)
-    return [line for each in series.items() for line in _memory_lines(*each)]
+    return [line for each in series.items() for line in _size_lines(*each)]
 
 
-def _memory_lines(name: str, series: list[tuple[float, float, int]]) -> Iterator[str]:
+def _size_lines(name: str, series: list[Size]) -> Iterator[str]:
     """The series in a dozen figures, and what is wrong with it."""
     step = max(1, len(series) // 12)
-    shown = ", ".join(f"{at_s / 60:.0f} min {mb:.0f} MB {n} fd" for at_s, mb, n in series[::step])
-    yield f"{name}: {shown}"
-    warm = [mb for at_s, mb, _ in series if WARM_S <= at_s < WARM_S + 300]
-    last = [mb for at_s, mb, _ in series if at_s >= series[-1][0] - 300]
-    if warm:
-        growth = statistics.median(last) / statistics.median(warm)
-        mark = "! " if growth > MEMORY_GROWTH_MAX else ""
-        yield f"{mark}{name}: memory at the end is {growth:.3f} of that after ten minutes"
+    yield f"{name}: " + ", ".join(
+        f"{each.at_s / 60:.0f} min {each.memory_mb:.0f} MB {each.open_files} fd {each.tasks:.0f}"
+        for each in series[::step]
+    )
+    warm = [each for each in series if WARM_S <= each.at_s < WARM_S + 300]
+    last = [each for each in series if each.at_s >= series[-1].at_s - 300]
+    if not warm:
+        return
+    for what, most, figure in (
+        ("memory", MEMORY_GROWTH_MAX, lambda each: each.memory_mb),
+        ("tasks", TASKS_GROWTH_MAX, lambda each: each.tasks),
+    ):
+        growth = statistics.median(map(figure, last)) / statistics.median(map(figure, warm))
+        mark = "! " if growth > most else ""
+        yield f"{mark}{name}: {what} at the end: {growth:.3f} of what was there after ten minutes"
 
 
 def _broken(plan: Plan, report: Report, made: Scene, caught_up: bool) -> Iterator[str]:
