@@ -238,6 +238,8 @@ class Writer:
     async def _transact(self, producer: TransactionalProducer) -> None:
         await producer.begin()
         await self._send(producer)
+        # A restore may have withdrawn what the ledger now knows as finished, by another's hand.
+        self._see_that_all_stands()
         finishing = frozenset(each.offset for each in self._sending if each.offset is not None)
         # Asked in the moment of sending: what was stored in between is in it.
         stored = self._means.ledger.to_store(self._partition, finishing)
@@ -247,11 +249,14 @@ class Writer:
         assert not finishing or stored != known, "it could not be told whether it is committed"
         await producer.store(self._means.group_id, self._partition, stored)
         # No wait from here to the commit: nobody can withdraw any more.
-        if any(each.withdrawn for each in self._sending if each.offset is not None):
-            raise _Withdrawn
+        self._see_that_all_stands()
         self._attempted = stored
         await producer.commit()
         self._committed(stored)
+
+    def _see_that_all_stands(self) -> None:
+        if any(each.withdrawn for each in self._sending if each.offset is not None):
+            raise _Withdrawn
 
     async def _send(self, producer: TransactionalProducer) -> None:
         """Batches of all output partitions side by side, those of one behind each other."""

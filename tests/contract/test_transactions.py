@@ -269,6 +269,23 @@ async def test_what_is_withdrawn_is_not_published(place: Place) -> None:
     assert await place.settled() == ["0:0", "0:3"]
 
 
+async def test_the_ledger_is_not_asked_for_what_a_restore_has_withdrawn(place: Place) -> None:
+    """Late outcomes of an older assignment get into a transaction of the new epoch; meanwhile the
+    restore says that another owner had finished them. What is left goes again without them."""
+    async with worker(place.servers, place.group) as one:
+        await one.own(place.first)
+        one.interfere, reached, gate = pauses_at(ProduceRequest)
+        late = one.send(place.first, 0, place.outputs(0))
+        await reached.wait()
+        page = one.ledger.pages[place.first]
+        page.known, page.finished = Stored(1, "[0]"), {0}
+        late.cancel()
+        gate.set()
+        await one.publish(place.first, [1], place.outputs)
+        assert [Stored(2, "[0, 1]")] == one.ledger.attempts
+    assert await place.settled() == ["0:1"]
+
+
 async def test_dropped_partitions_withdraw_everything(place: Place) -> None:
     """At once; the open transaction is aborted in a moment, others are left alone."""
     async with worker(place.servers, place.group) as one:

@@ -75,6 +75,7 @@ class Service:
                 await asyncio.sleep(0.05)
 
     def signal(self, number: signal.Signals) -> None:
+        assert self.process.returncode is None, f"it ended:\n{self.printed}"
         self.process.send_signal(number)
 
     async def ended(self, within_s: float = 60) -> Ended:
