@@ -89,7 +89,12 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where an answer came from and what it cost, over all calls made for one message."""
+    """Where an answer came from and what it cost, over all calls made for one message.
+
+    Of the input tokens `tokens_cached` were read from the provider's own cache, of the output
+    tokens `tokens_reasoning` were thought and not said. `cost_usd` counts what has a known price.
+    `cached`: the answer is one that was paid for before.
+    """
 
     model: str
     prompt_version: str
@@ -97,6 +102,10 @@ class Provenance:
     calls: int = 0
     tokens_input: int = 0
     tokens_output: int = 0
+    tokens_cached: int = 0
+    tokens_reasoning: int = 0
+    cost_usd: float = 0.0
+    cached: bool = False
 
 
 class Reason(StrEnum):

@@ -22,7 +22,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.abc import ConsumerRebalanceListener
 from aiokafka.errors import KafkaError, StaleMetadata, UnknownTopicOrPartitionError
 
-from service.core.errors import CannotRun, PublishFailed
+from service.core.errors import CannotRun, CommitFailed, PublishFailed
 from service.core.events import ForeignMetadata, Observe, OffsetsMissing, Rebalanced
 from service.core.messages import Partition
 from service.core.offsets import Given, Progress
@@ -104,6 +104,14 @@ class _Given:
     fenced: set[Partition] = field(default_factory=set)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Marking:
+    """A mark of the restore that goes into a transaction, and what Kafka held before it."""
+
+    known: Stored | None
+    mark: Stored
+
+
 class Holdings:
     """The partitions of one member of the group, and how it came to them.
 
@@ -133,6 +141,7 @@ class Holdings:
         self._held_as = ("", -1)
         self._before: _Held | None = None  # what a rebalance has taken away
         self._given: _Given | None = None
+        self._marking: dict[Partition, _Marking] = {}
         self._restoring: _Given | None = None
         self._restore_at_s = self._mend_at_s = 0.0
         self._revoked_at_s: float | None = None
@@ -151,8 +160,14 @@ class Holdings:
         """Held, and standing where there is something to read."""
         return [partition for partition in self.held if partition not in self._broken]
 
+    def takes(self, partition: Partition) -> bool:
+        """Whether outcomes of it may be published: not before its restore has ended."""
+        return partition in self.held
+
     def known(self, partition: Partition) -> Stored | None:
-        """What Kafka held when it was last known; None where the partition is not held."""
+        """What Kafka held when it was last known; None where the partition is not ours."""
+        if (marking := self._marking.get(partition)) is not None:
+            return marking.known
         holding = self.held.get(partition)
         return None if holding is None else holding.stored
 
@@ -176,11 +191,17 @@ class Holdings:
     ) -> Stored | None:
         """What Kafka is to hold once `finishing` has finished too; counted as tried from now on.
 
-        None where the partition is not held, or its topic may be another by now.
+        None where the partition is not ours, or its topic may be another by now. While it is
+        restored: the mark.
         """
+        if partition.topic in self.doubtful():
+            return None
+        if (marking := self._marking.get(partition)) is not None:
+            assert not finishing, "an outcome is published before the restore has ended"
+            return marking.mark
         holding = self.held.get(partition)
         progress = self._assignment.progress(partition, finishing)
-        if holding is None or progress is None or partition.topic in self.doubtful():
+        if holding is None or progress is None:
             return None
         stored = to_store(progress, self._mark_of(partition.topic))
         holding.attempt(stored, progress)
@@ -291,7 +312,7 @@ class Holdings:
         try:
             limit_s = min(RESTORE_S, self._kafka.session_timeout_s / 2)
             await within(limit_s, self._restore_all(given))
-        except (KafkaError, TimeoutError, PublishFailed) as error:
+        except (KafkaError, TimeoutError, PublishFailed, CommitFailed) as error:
             if self._given is given:
                 self._restore_failed(error)
         except CannotRun as error:
@@ -329,9 +350,7 @@ class Holdings:
             if isinstance(start, int)
         }
         if taken and self._given is given:
-            # From now on it counts if we die; and a group that starts at `latest` and ends before
-            # its first commit would start at a later `latest`.
-            await self._membership.commit_once({each: new.stored for each, new in taken.items()})
+            await self._mark(given, stored, {each: new.stored for each, new in taken.items()})
         if self._transactions is not None and not all(map(self._transactions.holds, kept)):
             raise PublishFailed("a producer was lost during the restore")
         # No wait from here on: if it is still the same assignment, it becomes the one we hold.
@@ -340,6 +359,33 @@ class Holdings:
             self._known = self._known or any(stored.values()) or bool(kept)
             held_out = {each: at.problem for each, at in starts.items() if isinstance(at, HeldOut)}
             self._hold(given, kept, taken, held_out, bounds)
+
+    async def _mark(
+        self,
+        given: _Given,
+        stored: Mapping[Partition, Stored | None],
+        marks: Mapping[Partition, Stored],
+    ) -> None:
+        """From here on it counts if we die; and a group that starts at `latest` and ends before
+        its first commit would start at a later `latest`.
+
+        With transactions it has to be one: a plain commit that arrives late could set back what
+        later transactions have stored.
+        """
+        if self._transactions is None:
+            await self._membership.commit_once(marks)
+            return
+        # Should it fail, nobody knows what Kafka holds: the next attempt begins with a fence.
+        given.fenced.difference_update(marks)
+        marking = {each: _Marking(stored[each], mark) for each, mark in marks.items()}
+        self._marking.update(marking)
+        try:
+            await self._transactions.commit(marks.keys())
+        finally:
+            for each, mine in marking.items():
+                if self._marking.get(each) is mine:
+                    del self._marking[each]
+        given.fenced.update(marks)
 
     async def _read(
         self, given: _Given

@@ -200,7 +200,9 @@ class Transactions:
         withdraws it, unless its commit is asked for already.
         """
         writer = self._writers.get(partition)
-        if writer is not None:
+        assert self.ledger is not None, "set before the first fence"
+        # Late outcomes of an older assignment come while the new one is restored.
+        if writer is not None and self.ledger.takes(partition):
             return writer.hand_over(offset, outputs, on_failure)
         on_failure()
         return _failed(PublishFailed(f"{partition} is not held"))

@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 class Ledger(Protocol):
     """What Kafka holds, and is to hold, for each partition that is ours."""
 
+    def takes(self, partition: Partition) -> bool:
+        """Whether outcomes of it may be published: not before its restore has ended."""
+
     def to_store(self, partition: Partition, finishing: frozenset[int]) -> Stored | None:
         """Next offset and metadata once these offsets of it have finished too; never waits.
 
@@ -122,8 +125,10 @@ class Writer:
 
     @property
     def unused(self) -> bool:
-        """Its epoch is as the fence has left it."""
-        return not self.lost and self._producer is not None and not self._producer.used
+        """Its epoch is as the fence has left it, and nothing waits for it."""
+        if self.lost or self._outbox or self._producer is None:
+            return False
+        return not self._producer.used
 
     @property
     def settled(self) -> bool:

@@ -10,6 +10,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -30,11 +31,13 @@ from service.core.messages import Batch, Message, Outcome, Partition
 from service.core.status import GroupStatus
 from service.demo.broker import EmbeddedBroker
 from service.kafka.membership import Membership
+from service.kafka.offsets import GroupOffsets
 from service.kafka.sink import KafkaSink
 from service.kafka.source import KafkaSource
 from service.kafka.starts import Stored
 from service.kafka.supervision import Lookout
 from service.kafka.topic_ids import find_topics, topic_ids
+from service.kafka.transactional import TransactionalProducer
 from service.pipeline import Bounds, Pipeline
 from service.telemetry.probes import Patience
 from tests.support import topics
@@ -438,6 +441,65 @@ async def test_no_message_is_lost_or_called_twice_by_a_replacement(
     published = [each.header["sluice.id"] for each in await topics.read_topic(real.servers, output)]
     assert len(published) == len(set(published)) == 90
     assert sum((await real.committed(group, topic, 3)).values()) == 90
+
+
+@pytest.mark.parametrize("arrives", [True, False])
+async def test_a_mark_in_doubt_is_fenced_before_it_is_made_again(
+    real: Kafka, monkeypatch: pytest.MonkeyPatch, *, arrives: bool
+) -> None:
+    """The restore's mark is a transaction: one without an answer can set nothing back later."""
+    topic, group = await real.topic(1), topics.unique_name("g")
+    output, letters = await real.topic(1), await real.topic(1)
+    await real.send(topic, "a", "b")
+    told: list[Event] = []
+    ours = settings(
+        real,
+        topic,
+        group,
+        kafka={"session_timeout_s": 8.0},
+        output={"topic": output},
+        dead_letters={"topic": letters},
+        delivery={"mode": "exactly_once"},
+    )
+    commit, stored, fences = TransactionalProducer.commit, GroupOffsets.stored, 0
+    seen: list[object] = []
+
+    async def unanswered(producer: TransactionalProducer) -> None:
+        if arrives:
+            await commit(producer)
+        monkeypatch.setattr(TransactionalProducer, "commit", commit)
+        await asyncio.Event().wait()
+
+    async def noted(offsets: GroupOffsets) -> Mapping[Partition, Stored | None]:
+        found = await stored(offsets)
+        seen.append((fences, found[part(topic)]))
+        return found
+
+    monkeypatch.setattr(TransactionalProducer, "commit", unanswered)
+    monkeypatch.setattr(GroupOffsets, "stored", noted)
+    sink = KafkaSink(ours, told.append)
+    assert sink.transactions is not None
+    fence = sink.transactions.fence
+
+    async def counted(partitions: AbstractSet[Partition]) -> None:
+        nonlocal fences
+        await fence(partitions)
+        fences += 1
+
+    monkeypatch.setattr(sink.transactions, "fence", counted)
+    source = KafkaSource(ours, told.append, sink.transactions)
+    one = Member(source, told)
+    await sink.start()
+    await source.start(one)
+    try:
+        await one.until(lambda: len(one.messages) == 2)
+    finally:
+        await source.stop()
+        await sink.stop()
+    # Of each attempt: read, fence, read behind it. The mark that arrived is seen behind its own.
+    assert [number for number, _ in seen] == [0, 1, 1, 2]
+    assert arrives == (seen[-1][1] is not None)
+    assert await real.committed(group, topic) == {0: 0}
 
 
 GROUP = GroupStatus()

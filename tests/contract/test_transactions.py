@@ -269,9 +269,26 @@ async def test_what_is_withdrawn_is_not_published(place: Place) -> None:
     assert await place.settled() == ["0:0", "0:3"]
 
 
-async def test_the_ledger_is_not_asked_for_what_a_restore_has_withdrawn(place: Place) -> None:
-    """Late outcomes of an older assignment get into a transaction of the new epoch; meanwhile the
-    restore says that another owner had finished them. What is left goes again without them."""
+async def test_nothing_is_taken_before_the_restore_has_ended(place: Place) -> None:
+    """A late outcome of an older assignment, which the ledger may know as finished by another."""
+    async with worker(place.servers, place.group) as one:
+        await one.transactions.fence(frozenset({place.first}))
+        late = one.transactions.hand_over(place.first, 0, place.outputs(0), _quiet)
+        assert isinstance(late.exception(), PublishFailed)
+
+
+async def test_a_fence_withdraws_what_was_queued(place: Place) -> None:
+    """Although no transaction had begun: what is queued is of an older assignment."""
+    async with worker(place.servers, place.group, interval_s=60.0) as one:
+        await one.own(place.first)
+        queued = one.send(place.first, 0, place.outputs(0))
+        await one.transactions.fence(frozenset({place.first}))
+        assert queued.cancelled()
+        assert len(one.clients) == 2
+
+
+async def test_the_ledger_is_not_asked_for_what_was_withdrawn(place: Place) -> None:
+    """It may know it as finished, by another's hand; what is left goes again without it."""
     async with worker(place.servers, place.group) as one:
         await one.own(place.first)
         one.interfere, reached, gate = pauses_at(ProduceRequest)

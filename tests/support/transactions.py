@@ -52,6 +52,9 @@ class Ledger:
         self.lost: list[Partition] = []  # those that were fenced
         self.read: Callable[[Partition], Awaitable[Stored | None]] = self._as_known
 
+    def takes(self, partition: Partition) -> bool:
+        return partition in self.pages
+
     def to_store(self, partition: Partition, finishing: frozenset[int]) -> Stored | None:
         self.asked += 1
         page = self.pages.get(partition)
