@@ -11,6 +11,7 @@ from typing import TypeAlias
 from service.core.errors import CallFailure, CannotRun, ServiceFailure, Stop, WrongSettings
 from service.core.messages import Extracted, Rejected
 from service.kafka.connection import reach
+from service.kafka.sink import DEADLINE_FACTOR
 from service.kafka.topics import (
     DEAD_LETTER_ROOM_BYTES,
     Operation,
@@ -18,6 +19,7 @@ from service.kafka.topics import (
     look_at_topics,
     record_max_bytes,
 )
+from service.kafka.transactions import PREFIX, try_transactions
 from service.llm.extractor import OpenAIExtractor
 from service.settings import Settings, warnings
 
@@ -40,11 +42,12 @@ def check(settings: Settings, *, call: bool, say: Say = print) -> int:
 async def _check(settings: Settings, call: bool, say: Say) -> int:
     report = _Report(say)
     report.good("settings", ("understood", *warnings(settings)))
+    in_kafka = _IN_KAFKA if settings.delivery.mode == "at_least_once" else (*_IN_KAFKA, _ONCE)
     if await report.look("broker", _broker, settings):
-        for name, look in _IN_KAFKA:
+        for name, look in in_kafka:
             await report.look(name, look, settings)
     else:
-        for name, _ in _IN_KAFKA:
+        for name, _ in in_kafka:
             say(f"- {name:<12} not looked at: no broker")
     await report.look("model", _call if call else _model, settings)
     return report.code
@@ -134,6 +137,12 @@ async def _group(settings: Settings) -> tuple[str, ...]:
     return (f"{name} has no members now and goes on where it stopped",)
 
 
+async def _transactions(settings: Settings) -> tuple[str, ...]:
+    kafka = settings.kafka
+    await try_transactions(kafka, DEADLINE_FACTOR * kafka.request_timeout_s)
+    return (f"allowed to {PREFIX}-{kafka.group_id}:…, and for as long as they may take",)
+
+
 def _names(settings: Settings) -> tuple[str, ...]:
     return (*settings.input.topics, settings.output.topic, settings.dead_letters.topic)
 
@@ -143,6 +152,7 @@ _IN_KAFKA: tuple[tuple[str, Look], ...] = (
     ("permissions", _permissions),
     ("group", _group),
 )
+_ONCE: tuple[str, Look] = ("transactions", _transactions)
 
 
 # --- the model --------------------------------------------------------------------------------

@@ -41,6 +41,9 @@ HOLDINGS = "service/kafka/holdings.py"
 SOURCE = "service/kafka/source.py"
 SINK = "service/kafka/sink.py"
 MEMBERSHIP = "service/kafka/membership.py"
+TRANSACTIONS = "service/kafka/transactions.py"
+WRITERS = "service/kafka/writers.py"
+WATCHDOG = "service/core/watchdog.py"
 
 WAY = "tests/pipeline/test_way.py::test_"
 REBALANCE = "tests/pipeline/test_rebalance.py::test_"
@@ -52,6 +55,9 @@ UNIT_STARTS = "tests/unit/test_starts.py::test_"
 UNIT_HOLDINGS = "tests/unit/test_holdings.py::test_"
 CONTRACT = "tests/contract/test_source.py::test_"
 CONTRACT_SINK = "tests/contract/test_sink.py::test_"
+ONCE = "tests/contract/test_transactions.py::test_"
+SUPERVISION = "tests/contract/test_supervision.py::test_"
+UNIT_WATCHDOG = "tests/unit/test_watchdog.py::test_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -496,6 +502,111 @@ MUTATIONS = (
         "if waits and entry.lane not in needed:",
         "if waits:",
         (WAY + "stop_finishes_a_retry_that_paid_answers_of_its_lane_wait_for",),
+    ),
+    Mutation(
+        "28 an outcome goes into a transaction before the restore has ended",
+        TRANSACTIONS,
+        "if writer is not None and self.ledger.takes(partition):",
+        "if writer is not None:",
+        (ONCE + "nothing_is_taken_before_the_restore_has_ended",),
+    ),
+    Mutation(
+        "28 a fence leaves in the queue what is of an older assignment",
+        WRITERS,
+        "if self.lost or self._outbox or self._producer is None:",
+        "if self.lost or self._producer is None:",
+        (ONCE + "a_fence_withdraws_what_was_queued",),
+    ),
+    Mutation(
+        "28 the ledger is asked for what a restore has withdrawn",
+        WRITERS,
+        "        self._see_that_all_stands()\n        finishing =",
+        "        finishing =",
+        (ONCE + "the_ledger_is_not_asked_for_what_was_withdrawn",),
+    ),
+    Mutation(
+        "28 what is withdrawn in the last moment is committed",
+        WRITERS,
+        "        self._see_that_all_stands()\n        self._attempted =",
+        "        self._attempted =",
+        (ONCE + "what_is_withdrawn_is_not_published",),
+    ),
+    Mutation(
+        "29 a commit that arrived without an answer is published again",
+        WRITERS,
+        "if self._attempted is not None and found == self._attempted:",
+        "if False:",
+        (ONCE + "a_commit_without_an_answer_is_settled",),
+    ),
+    Mutation(
+        "29 what another owner has committed in between goes unseen",
+        WRITERS,
+        "        elif found != means.ledger.known(self._partition):",
+        "        elif False:",
+        (ONCE + "another_owner_in_between_ends_the_doubt",),
+    ),
+    Mutation(
+        "29 an epoch is taken for a partition that another holds",
+        WRITERS,
+        "if means.ledger.to_store(self._partition, frozenset()) is None:",
+        "if False:",
+        (ONCE + "without_the_partition_no_epoch_is_taken",),
+    ),
+    Mutation(
+        "30 what Kafka holds is read before the older producer is fenced",
+        HOLDINGS,
+        "if self._transactions is None or not unfenced:",
+        "if True:",
+        (SUPERVISION + "a_mark_in_doubt_is_fenced_before_it_is_made_again",),
+    ),
+    Mutation(
+        "30 a mark in doubt is made again without a fence",
+        HOLDINGS,
+        "        given.fenced.difference_update(marks)\n",
+        "",
+        (SUPERVISION + "a_mark_in_doubt_is_fenced_before_it_is_made_again",),
+    ),
+    Mutation(
+        "31 a reader that is not asked counts as silent",
+        WATCHDOG,
+        "elif partition in asked:",
+        "else:",
+        (UNIT_WATCHDOG + "what_is_not_asked_for_is_no_silence",),
+    ),
+    Mutation(
+        "31 a process that was stopped counts as silent",
+        WATCHDOG,
+        "min(elapsed_s, 2 * every_s)",
+        "elapsed_s",
+        (UNIT_WATCHDOG + "a_process_that_was_stopped_did_not_wait",),
+    ),
+    Mutation(
+        "31 a client is replaced again and again without help",
+        WATCHDOG,
+        "if len(self._at_s) == REPLACED_MAX and",
+        "if False and",
+        (UNIT_WATCHDOG + "the_third_replacement_within_ten_minutes_is_refused",),
+    ),
+    Mutation(
+        "32 a topic made again is read on as if it were the old one",
+        WATCHDOG,
+        "elif seen.id is not None and seen.id != known:",
+        "elif False:",
+        (UNIT_WATCHDOG + "another_id_ends_it_at_once",),
+    ),
+    Mutation(
+        "32 one broker that does not know a topic ends the process",
+        WATCHDOG,
+        "now_s - self._gone_since_s[topic] >= GONE_S",
+        "True",
+        (UNIT_WATCHDOG + "a_topic_that_one_broker_did_not_know_goes_on",),
+    ),
+    Mutation(
+        "32 offsets of a deleted topic are stored for the one made again",
+        HOLDINGS,
+        "if partition.topic in self.doubtful():",
+        "if False:",
+        (SUPERVISION + "a_commit_does_not_wait_for_a_topic_of_the_same_name",),
     ),
 )
 

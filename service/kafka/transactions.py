@@ -38,9 +38,12 @@ from aiokafka.errors import KafkaError
 from service.core.errors import CannotRun, CommitFailed, PublishFailed, WrongSettings
 from service.core.events import Observe
 from service.core.messages import Partition
+from service.kafka.connection import client_options, stop_for, within
+from service.kafka.membership import briefly
 from service.kafka.producers import Output
 from service.kafka.transactional import TransactionalProducer, transactional_id
 from service.kafka.writers import Ledger, Means, Writer
+from service.settings import KafkaSettings
 
 PREFIX = "sluice"
 """What all our transactional ids begin with: permissions can be given for it."""
@@ -56,6 +59,8 @@ FILES_BESIDES = 200
 """Connections to the model's provider, and whatever else a worker has open."""
 TIMEOUT_MARGIN_S = 10.0
 """Between our deadline for a transaction and the moment when the coordinator aborts it."""
+TRY_S = 15.0
+"""For the first transactional producer; the topic of their states is made with it."""
 CONNECTIONS_MAX_IDLE_MS = 60_000
 METADATA_MAX_AGE_MS = 300_000
 """Partitions where nothing happens keep no connections; metadata would open one each time. A
@@ -73,6 +78,20 @@ def transactional_options(deadline_s: float) -> dict[str, int]:
         "connections_max_idle_ms": CONNECTIONS_MAX_IDLE_MS,
         "metadata_max_age_ms": METADATA_MAX_AGE_MS,
     }
+
+
+async def try_transactions(kafka: KafkaSettings, deadline_s: float) -> None:
+    """Whether brokers allow them, by an id of no partition; raises `Stop`."""
+    client = AIOKafkaProducer(
+        **client_options(kafka) | transactional_options(deadline_s),
+        transactional_id=f"{PREFIX}-{kafka.group_id}:check",
+    )
+    try:
+        await within(TRY_S, client.start())
+    except (KafkaError, OSError, TimeoutError) as error:
+        raise stop_for(error, kafka) from error
+    finally:
+        await briefly(client.stop, TRY_S)
 
 
 def partitions_max(files_max: int) -> int:

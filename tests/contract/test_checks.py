@@ -155,6 +155,22 @@ async def test_one_real_call(mock_kafka: EmbeddedBroker, endpoint: Endpoint) -> 
     assert " tokens in, " in said["model"][0]
 
 
+async def test_transactions_are_tried(
+    real_kafka: str, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With exactly_once: ✓ where brokers allow them, ✗ where not for as long as they may take."""
+    given = settings(real_kafka)
+    for name in (*given.input.topics, given.output.topic, given.dead_letters.topic):
+        await create_topic(real_kafka, name, 1)
+    once = {**given.model_dump(), "delivery": {"mode": "exactly_once"}}
+    _, said = await checked(Settings.model_validate(once))
+    assert said["transactions"][0].startswith("✓ allowed to sluice-")
+    monkeypatch.setattr("service.checks.DEADLINE_FACTOR", 40)  # x 30 s; the broker's limit is 900
+    code, said = await checked(Settings.model_validate(once))
+    assert code == 1
+    assert "transaction.max.timeout.ms" in said["transactions"][0]
+
+
 # --- what brokers tell ---
 
 
