@@ -27,6 +27,7 @@ from service.core.status import Status
 from service.kafka.codecs import decoder
 from service.kafka.sink import KafkaSink
 from service.kafka.source import KafkaSource
+from service.llm.cache import cached
 from service.llm.extractor import OpenAIExtractor
 from service.pipeline import Bounds, Pipeline
 from service.settings import Settings, warnings
@@ -66,7 +67,8 @@ class _App:
     def __init__(self, settings: Settings, registry: CollectorRegistry, metrics: Metrics) -> None:
         self._settings, self._metrics = settings, metrics
         self._summary = _Summary()
-        self._extractor = OpenAIExtractor(settings, self._observe)
+        model = OpenAIExtractor(settings, self._observe)
+        self._extractor = cached(model, settings.cache, self._observe)
         self._sink = KafkaSink(settings, self._observe)
         self._source = KafkaSource(settings, self._observe, self._sink.transactions)
         self._pipeline = Pipeline(
