@@ -105,7 +105,7 @@ class CachedExtractor:
         self._tasks = asyncio.TaskGroup()
 
     async def start(self) -> None:
-        await self._tasks.__aenter__()
+        await self._tasks.__aenter__()  # left in `stop`: an app's life is no one block
         await self._inner.start()
         await self._store.start()
 
