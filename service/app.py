@@ -230,7 +230,8 @@ def bounds(settings: Settings) -> Bounds:
         window_bytes=settings.limits.window_bytes,
         ordering=delivery.ordering,
         attempts_max=extraction.attempts_max,
-        call_deadline_s=(1 + extraction.reasks_max) * extraction.call_timeout_s,
+        call_deadline_s=(1 + extraction.reasks_max) * extraction.call_timeout_s
+        + settings.cache.waits_s,
         commit_interval_s=delivery.commit_interval_s,
         drain_timeout_s=delivery.drain_timeout_s,
         rebalance_drain_s=delivery.rebalance_drain_s,

@@ -295,6 +295,11 @@ class CacheSettings(Section):
     """Seconds for one look or write, connecting included; what takes longer counts as a miss, and
     after three in a row the store is left alone for five seconds."""
 
+    @property
+    def waits_s(self) -> float:
+        """What a message may wait for the store beside its calls: a look and a write."""
+        return 2 * self.redis_timeout_s if self.mode == "redis" else 0.0
+
 
 class TelemetrySettings(Section):
     host: str = Field(default="0.0.0.0", min_length=1)  # probes come from other machines
