@@ -27,6 +27,7 @@ from service.core.status import Status
 from service.kafka.codecs import decoder
 from service.kafka.sink import KafkaSink
 from service.kafka.source import KafkaSource
+from service.llm.cache import cached
 from service.llm.extractor import OpenAIExtractor
 from service.pipeline import Bounds, Pipeline
 from service.settings import Settings, warnings
@@ -66,7 +67,8 @@ class _App:
     def __init__(self, settings: Settings, registry: CollectorRegistry, metrics: Metrics) -> None:
         self._settings, self._metrics = settings, metrics
         self._summary = _Summary()
-        self._extractor = OpenAIExtractor(settings, self._observe)
+        model = OpenAIExtractor(settings, self._observe)
+        self._extractor = cached(model, settings.cache, self._observe)
         self._sink = KafkaSink(settings, self._observe)
         self._source = KafkaSource(settings, self._observe, self._sink.transactions)
         self._pipeline = Pipeline(
@@ -228,7 +230,8 @@ def bounds(settings: Settings) -> Bounds:
         window_bytes=settings.limits.window_bytes,
         ordering=delivery.ordering,
         attempts_max=extraction.attempts_max,
-        call_deadline_s=(1 + extraction.reasks_max) * extraction.call_timeout_s,
+        call_deadline_s=(1 + extraction.reasks_max) * extraction.call_timeout_s
+        + settings.cache.waits_s,
         commit_interval_s=delivery.commit_interval_s,
         drain_timeout_s=delivery.drain_timeout_s,
         rebalance_drain_s=delivery.rebalance_drain_s,

@@ -21,6 +21,7 @@ from service.kafka.topics import (
 )
 from service.kafka.transactions import PREFIX, try_transactions
 from service.llm.extractor import OpenAIExtractor
+from service.llm.stores import look_at_store
 from service.settings import Settings, warnings
 
 SAMPLE = "Ada Lovelace was 36 years old."
@@ -50,6 +51,8 @@ async def _check(settings: Settings, call: bool, say: Say) -> int:
         for name, _ in in_kafka:
             say(f"- {name:<12} not looked at: no broker")
     await report.look("model", _call if call else _model, settings)
+    if settings.cache.mode != "off":
+        await report.look("cache", _cache, settings)
     return report.code
 
 
@@ -179,6 +182,13 @@ async def _call(settings: Settings) -> tuple[str, ...]:
         case Rejected(reason=reason):
             # The sample may have nothing that the record asks for: the way there is fine.
             return (f"answers; the sample {SAMPLE!r} was rejected as {reason.value}",)
+
+
+# --- the cache --------------------------------------------------------------------------------
+
+
+async def _cache(settings: Settings) -> tuple[str, ...]:
+    return await look_at_store(settings.cache)
 
 
 @asynccontextmanager

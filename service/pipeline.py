@@ -370,14 +370,21 @@ class Pipeline:
         await self._hand_over(entry.holding, entry.lane)
 
     def _succeeded(self, entry: Entry, outcome: Extracted | Rejected) -> None:
-        self._last_success_s = self._now_s()
-        self._admission.succeeded()
+        if outcome.provenance is not None and outcome.provenance.cached:
+            # Nobody asked the provider: it may be as dead as before, and another may look.
+            self._admission.circuit.cancelled()
+        else:
+            self._last_success_s = self._now_s()
+            self._admission.succeeded()
         self._answer(entry, outcome)
 
     def _failed(self, entry: Entry, failure: CallFailure) -> None:
         now_s = self._now_s()
         service = isinstance(failure, ServiceFailure)
-        self._admission.circuit.failed(now_s, _sentence(failure), service=service)
+        if failure.shared:
+            self._admission.circuit.cancelled()  # one call counts once, however many waited
+        else:
+            self._admission.circuit.failed(now_s, _sentence(failure), service=service)
         if failure.reason in OVERLOAD:
             self._admission.overloaded(now_s, entry.since_s, failure.retry_after_s)
         self._observe(Retried(failure.reason))

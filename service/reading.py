@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +100,11 @@ def _parsed(name: str, text: str) -> _File:
         loader.dispose()
     if not isinstance(values, dict):
         raise WrongSettings(f"{name}: holds no sections; it should start with one, as in kafka:")
-    if _take_password(values):
-        line = lines.get(("kafka", "security", "password"))
+    for place in filter(partial(_take_secret, values), SECRETS):
         wrong.append(
-            f"{name} line {line}: kafka.security.password is not taken from a file that may be "
-            f"copied and committed; set {PREFIX}KAFKA__SECURITY__PASSWORD, or "
-            "kafka.security.password_file to a file that holds it"
+            f"{name} line {lines.get(place)}: {dotted(place)} is not taken from a file that may be "
+            f"copied and committed; set {variable(place)}, or {dotted(place)}_file to a file that "
+            "holds it"
         )
     return _File(name, _tidied(values), lines, tuple(wrong))
 
@@ -127,14 +127,19 @@ def _walk(node: yaml.Node, path: Place, lines: dict[Place, int]) -> Iterator[str
         yield from _walk(value, here, lines)
 
 
-def _take_password(values: dict[Any, Any]) -> bool:
-    """Remove the password, so that nothing that follows can show it."""
-    match values:
-        case {"kafka": {"security": {"password": _} as security}}:
-            del security["password"]
-            return True
-        case _:
-            return False
+SECRETS: tuple[Place, ...] = (("kafka", "security", "password"), ("cache", "redis_url"))
+"""Each has a neighbour of the same name with _file behind it."""
+
+
+def _take_secret(values: Any, place: Place) -> bool:
+    """Remove a secret, so that nothing that follows can show it."""
+    *sections, name = place
+    for section in sections:
+        values = values.get(section) if isinstance(values, dict) else None
+    return isinstance(values, dict) and values.pop(name, _NOT_THERE) is not _NOT_THERE
+
+
+_NOT_THERE = object()
 
 
 def _tidied(values: Any, depth: int = 1) -> Any:

@@ -80,6 +80,19 @@ def _record(value: str) -> str:
     return value
 
 
+def _off(value: Any) -> Any:
+    """YAML reads the word off as false."""
+    return "off" if value is False else value
+
+
+def _redis_url(value: SecretStr | None) -> SecretStr | None:
+    """Not repeated where it is wrong: it may hold a password."""
+    schemes = ("redis://", "rediss://", "unix://")
+    if value is not None and not value.get_secret_value().startswith(schemes):
+        raise ValueError("it must start with redis://, rediss:// (TLS) or unix://")
+    return value
+
+
 Topic: TypeAlias = Annotated[str, AfterValidator(_topic)]
 Start: TypeAlias = Annotated[Literal["earliest", "latest"] | datetime, BeforeValidator(_start)]
 
@@ -261,6 +274,33 @@ class DeliverySettings(Section):
     """Seconds a rebalance waits for what is in flight: the whole group waits with it."""
 
 
+class CacheSettings(Section):
+    mode: Annotated[Literal["off", "memory", "redis"], BeforeValidator(_off)] = "off"
+    """Where answers are kept, so that a repeated text costs nothing: nowhere, in this process, or
+    in a Redis or Valkey that all workers share and that outlives them (a replay after a crash
+    then costs nothing). Values hold records in clear; keys are hashes."""
+    ttl_s: float = Field(default=86_400.0, ge=1, le=31_536_000)
+    """Seconds for which an answer is given again; it bounds how long personal data stays there."""
+    memory_max_bytes: int = Field(default=67_108_864, ge=4096)
+    """With `memory`: bytes; the least recently used answers go first. A Redis has a bound of its
+    own (maxmemory, with maxmemory-policy allkeys-lru)."""
+    redis_url: Annotated[SecretStr | None, AfterValidator(_redis_url)] = None
+    """With `redis`: redis://user:password@host:6379/0, rediss:// with TLS, or unix://; from the
+    environment only, never from the YAML file."""
+    redis_url_file: Path | None = None
+    """A file that holds the URL, instead of `redis_url`."""
+    redis_key_prefix: str = Field(default="sluice:", max_length=200)
+    """Before every key; another one starts with an empty cache."""
+    redis_timeout_s: float = Field(default=0.25, ge=0.01, le=5)
+    """Seconds for one look or write, connecting included; what takes longer counts as a miss, and
+    after three in a row the store is left alone for five seconds."""
+
+    @property
+    def waits_s(self) -> float:
+        """What a message may wait for the store beside its calls: a look and a write."""
+        return 2 * self.redis_timeout_s if self.mode == "redis" else 0.0
+
+
 class TelemetrySettings(Section):
     host: str = Field(default="0.0.0.0", min_length=1)  # probes come from other machines
     """Address of /metrics, /livez and /readyz."""
@@ -291,6 +331,7 @@ class Settings(BaseSettings):
     limits: LimitSettings = Field(default_factory=LimitSettings)
     delivery: DeliverySettings = Field(default_factory=DeliverySettings)
     telemetry: TelemetrySettings = Field(default_factory=TelemetrySettings)
+    cache: CacheSettings = Field(default_factory=CacheSettings)
 
     @property
     def window(self) -> int:
@@ -355,6 +396,7 @@ def _contradictions(settings: Settings) -> Iterator[Contradiction]:
     yield from _sasl_contradictions(settings.kafka.security)
     yield from _credential_contradictions(settings.kafka.security)
     yield from _tls_contradictions(settings.kafka.security)
+    yield from _cache_contradictions(settings.cache)
     if settings.input.tombstones == "pass" and settings.output.key_field is not None:
         yield Contradiction(
             ("input.tombstones", "output.key_field"),
@@ -453,6 +495,18 @@ def _tls_contradictions(security: SecuritySettings) -> Iterator[Contradiction]:
             f"{' and '.join(unused)} would not be used: protocol {security.protocol} does not "
             "encrypt; set SSL or SASL_SSL",
             *unused,
+        )
+
+
+def _cache_contradictions(cache: CacheSettings) -> Iterator[Contradiction]:
+    if cache.redis_url is not None and cache.redis_url_file is not None:
+        yield Contradiction(
+            ("cache.redis_url", "cache.redis_url_file"), "set redis_url or redis_url_file, not both"
+        )
+    if cache.mode == "redis" and cache.redis_url is None and cache.redis_url_file is None:
+        yield Contradiction(
+            ("cache.mode",),
+            f"redis needs its address: {PREFIX}CACHE__REDIS_URL or cache.redis_url_file",
         )
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from service.demo.broker import EmbeddedBroker
 from tests.support.kafka import Broker, KafkaUnavailable, RealKafka, find_broker
+from tests.support.redis import RealRedis, RedisUnavailable
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -18,6 +19,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if {"real_kafka", "real_broker", "own_broker"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.real_kafka)
+        if "redis" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.real_redis)
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +59,22 @@ def mock_kafka() -> Iterator[EmbeddedBroker]:
     """A fresh embedded broker, without topics."""
     with EmbeddedBroker() as broker:
         yield broker
+
+
+@pytest.fixture
+def redis() -> Iterator[RealRedis]:
+    """A real Redis or Valkey of one test's own; it starts within a few hundredths of a second."""
+    try:
+        server = RealRedis()
+    except RedisUnavailable as error:
+        if os.environ.get("TEST_REDIS") == "required":
+            pytest.fail(str(error), pytrace=False)
+        pytest.skip(str(error))
+    server.start()
+    try:
+        yield server
+    finally:
+        server.remove()
 
 
 def do_without(reason: str) -> None:

@@ -33,8 +33,11 @@ class CallFailure(Retry):
 
     `reason` is a short word for logs and a metric's label. `retry_after_s` is what the provider
     asked for, None where it asked for nothing. `progress` is what the extractor wants back at
-    the next attempt (answers already paid for); `provenance` what was spent so far.
+    the next attempt (answers already paid for); `provenance` what was spent so far. `shared`:
+    another message has told of this very call, so it says nothing new of the provider.
     """
+
+    shared = False
 
     def __init__(
         self,

@@ -30,6 +30,8 @@ CallResult: TypeAlias = Literal[
 ]
 
 Client: TypeAlias = Literal["consumer", "producer"]
+CacheLookup: TypeAlias = Literal["hit", "miss", "shared", "error", "damaged"]
+CacheWrite: TypeAlias = Literal["stored", "too_large", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,28 @@ class StopForced:
     client: Client
 
 
+@dataclass(frozen=True, slots=True)
+class CacheLooked:
+    """A message looked for an answer to its text; shared: it waits for another's call."""
+
+    result: CacheLookup
+
+
+@dataclass(frozen=True, slots=True)
+class CacheWritten:
+    """An answer was given to the result cache."""
+
+    result: CacheWrite
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSized:
+    """What the cache in this process holds now."""
+
+    entries: int
+    size_bytes: int
+
+
 Event: TypeAlias = (
     Taken
     | Dropped
@@ -166,5 +190,8 @@ Event: TypeAlias = (
     | OffsetsMissing
     | ClientReplaced
     | StopForced
+    | CacheLooked
+    | CacheWritten
+    | CacheSized
 )
 Observe: TypeAlias = Callable[[Event], None]

@@ -7,6 +7,7 @@ and the counting are ours, so that every call can be told, timed and taken up ag
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
 import uuid
@@ -103,6 +104,22 @@ class OpenAIExtractor:
             model=extraction.model,
             prompt_version=self._request.version,
             schema_version=self.record_type.schema_version,
+        )
+
+    @property
+    def identity(self) -> str:
+        """All that decides an answer beside the text: where it is the same, so is the answer's
+        worth. Settings of waits and of attempts play no part in it."""
+        waits = {"record", "reasks_max", "call_timeout_s", "attempts_max"}
+        return json.dumps(
+            [
+                self._place,
+                self._request.version,
+                self.record_type.schema_version,
+                self.record_type.code_version,
+                self.record_type.key_field,
+                self._extraction.model_dump(mode="json", exclude=waits),
+            ]
         )
 
     async def start(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import json
 import operator
 import sys
@@ -43,6 +44,17 @@ class RecordType:
     @property
     def many(self) -> bool:
         return self.answer is not self.model
+
+    @property
+    def code_version(self) -> str:
+        """A hash of the file that defines the model: its validators decide what is an answer.
+
+        What that file imports plays no part in it; empty where there is no file.
+        """
+        try:
+            return version_of(inspect.getsource(sys.modules[self.model.__module__]))
+        except (OSError, TypeError, KeyError):
+            return ""
 
     def records(self, answer: BaseModel) -> tuple[Record, ...]:
         """The records of a validated answer. Raises whatever the user's serializers raise."""

@@ -31,6 +31,11 @@ from prometheus_client.registry import Collector
 from service.core.events import (
     Abandoned,
     Admitted,
+    CacheLooked,
+    CacheLookup,
+    CacheSized,
+    CacheWrite,
+    CacheWritten,
     Called,
     CallResult,
     Client,
@@ -56,6 +61,8 @@ OUTCOMES = ("extracted", "rejected", "passed", "skipped")
 COMMITS = ("ok", "refused", "failed")
 CALL_RESULTS: tuple[CallResult, ...] = get_args(CallResult)
 CLIENTS: tuple[Client, ...] = get_args(Client)
+CACHE_LOOKUPS: tuple[CacheLookup, ...] = get_args(CacheLookup)
+CACHE_WRITES: tuple[CacheWrite, ...] = get_args(CacheWrite)
 
 ANSWERED = frozenset({"validated", "invalid", "refused", "filtered", "truncated", "user_code"})
 """Results for which the model did its work; the others end early or late for other reasons."""
@@ -92,6 +99,7 @@ class Metrics:
         self._declare_calls()
         self._declare_kafka()
         self._declare_process()
+        self._declare_cache()
         for model in models:
             self._of_model(model)
         self._by_type: dict[type, Callable[[Any], None]] = {
@@ -110,6 +118,9 @@ class Metrics:
             OffsetsMissing: self._offsets_missing,
             ClientReplaced: self._client_replaced,
             StopForced: self._stop_forced,
+            CacheLooked: self._cache_looked,
+            CacheWritten: self._cache_written,
+            CacheSized: self._cache_sized,
         }
 
     def observe(self, event: Event) -> None:
@@ -309,6 +320,32 @@ class Metrics:
         build = Info("sluice_build", "The version that runs.", registry=self._registry)
         build.info({"version": _version()})
 
+    def _declare_cache(self) -> None:
+        self._cache_lookups = self._counters(
+            "sluice_cache_lookups",
+            "Looks for an answer to a text; hit: nothing was paid, shared: another message's call "
+            "was waited for, error: the store failed or is left alone, damaged: what it had was "
+            "not usable; the last two are paid for as misses are.",
+            "result",
+            CACHE_LOOKUPS,
+        )
+        self._cache_writes = self._counters(
+            "sluice_cache_writes",
+            "Answers given to the result cache; error: it did not take them, look at the store.",
+            "result",
+            CACHE_WRITES,
+        )
+        self._cache_entries = Gauge(
+            "sluice_cache_entries",
+            "Answers that this process keeps (cache.mode memory), outdated ones included.",
+            registry=self._registry,
+        )
+        self._cache_bytes = Gauge(
+            "sluice_cache_bytes",
+            "Bytes that they take; at cache.memory_max_bytes the least recently used ones go.",
+            registry=self._registry,
+        )
+
     def _counter(self, name: str, meaning: str) -> Counter:
         return Counter(name, meaning, registry=self._registry)
 
@@ -387,6 +424,16 @@ class Metrics:
 
     def _stop_forced(self, event: StopForced) -> None:
         self._stops_forced[event.client].inc()
+
+    def _cache_looked(self, event: CacheLooked) -> None:
+        self._cache_lookups[event.result].inc()
+
+    def _cache_written(self, event: CacheWritten) -> None:
+        self._cache_writes[event.result].inc()
+
+    def _cache_sized(self, event: CacheSized) -> None:
+        self._cache_entries.set(event.entries)
+        self._cache_bytes.set(event.size_bytes)
 
 
 _LOG_LEVELS = ("warning", "error")

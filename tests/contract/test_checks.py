@@ -147,6 +147,19 @@ async def test_warnings_of_the_settings(mock_kafka: EmbeddedBroker, endpoint: En
     assert said["settings"][1].startswith("! delivery.drain_timeout_s is 1")
 
 
+async def test_the_cache_is_looked_at_where_there_is_one(
+    mock_kafka: EmbeddedBroker, endpoint: Endpoint, dead_servers: str
+) -> None:
+    """In memory it is well; a Redis that does not answer is a ✗ with the setting to look at."""
+    given = settings(mock_kafka.bootstrap_servers).model_dump()
+    _, said = await checked(Settings.model_validate({**given, "cache": {"mode": "memory"}}))
+    assert said["cache"][0].startswith("✓ in this process, up to 67108864 bytes")
+    redis = {"mode": "redis", "redis_url": f"redis://{dead_servers}"}
+    code, said = await checked(Settings.model_validate({**given, "cache": redis}))
+    assert code == 1
+    assert said["cache"][0].startswith("✗ no store answers at cache.redis_url")
+
+
 async def test_one_real_call(mock_kafka: EmbeddedBroker, endpoint: Endpoint) -> None:
     """--call makes one call and says what it cost."""
     _, said = await checked(settings(mock_kafka.bootstrap_servers), call=True)

@@ -14,6 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.core.events import (
     Abandoned,
     Admitted,
+    CacheLooked,
+    CacheSized,
+    CacheWritten,
     Called,
     CallResult,
     ClientReplaced,
@@ -225,6 +228,9 @@ MOVES: list[tuple[Event, dict[str, float]]] = [
     (OffsetsMissing(messages=9), {"sluice_messages_missing_total": 9}),
     (ClientReplaced("consumer"), {"sluice_clients_replaced_total client=consumer": 1}),
     (StopForced("producer"), {"sluice_stops_forced_total client=producer": 1}),
+    (CacheLooked("shared"), {"sluice_cache_lookups_total result=shared": 1}),
+    (CacheWritten("error"), {"sluice_cache_writes_total result=error": 1}),
+    (CacheSized(3, size_bytes=900), {"sluice_cache_entries": 3, "sluice_cache_bytes": 900}),
 ]
 
 

@@ -238,6 +238,40 @@ def test_password_in_the_file() -> None:
     assert CANARY not in line
 
 
+def test_redis_url_in_the_file() -> None:
+    """It can hold a password: refused without being shown."""
+    (line,) = refusal(text=f"cache:\n  redis_url: redis://:{CANARY}@host\n")
+    assert line.startswith("given.yaml line 2: cache.redis_url is not taken from a file")
+    assert "SLUICE_CACHE__REDIS_URL" in line
+    assert CANARY not in line
+
+
+def test_redis_url_that_is_none_is_not_shown() -> None:
+    """What somebody took for a URL can be the password itself."""
+    (line,) = refusal(variables(cache__redis_url=CANARY))
+    assert (
+        line == "SLUICE_CACHE__REDIS_URL: it must start with redis://, rediss:// (TLS) or unix://"
+    )
+
+
+def test_cache_needs_an_address_and_one_only() -> None:
+    """Redis without a URL, or with two, cannot stand."""
+    (line,) = refusal(variables(cache__mode="redis"))
+    assert "SLUICE_CACHE__REDIS_URL or cache.redis_url_file" in line
+    both = variables(cache__redis_url=f"redis://:{CANARY}@h", cache__redis_url_file="/f")
+    (line,) = refusal(both)
+    assert "redis_url or redis_url_file, not both" in line
+    assert CANARY not in line
+
+
+@pytest.mark.parametrize("word", ["off", "'off'", "memory"])
+def test_cache_mode_in_the_file(word: str) -> None:
+    """YAML takes the word off for false; here it is the word."""
+    file = Path("some.yaml")
+    file.write_text(f"cache: {{mode: {word}}}")
+    assert load(file, {}).cache.mode == word.strip("'")
+
+
 @pytest.mark.parametrize(
     "text", [f"kafka: {CANARY}", f"kafka: [{CANARY}]", f"kafka: {{security: {CANARY}}}"]
 )
