@@ -48,7 +48,7 @@ def run(settings: Settings, *, until_caught_up: bool = False) -> int:
     a person. What is unexpected is logged without texts of messages and gives 1.
     """
     registry = CollectorRegistry()
-    metrics = Metrics(registry, models=(settings.extraction.model,))
+    metrics = Metrics(registry, models=settings.extraction.model)
     expose_process(registry)
     with configured(settings.telemetry, metrics.log_line):
         try:
@@ -199,6 +199,7 @@ class _Summary:
     def __init__(self) -> None:
         self._outcomes: Counter[str] = Counter()
         self._records = self._calls = self._tokens_input = self._tokens_output = 0
+        self._cost_usd, self._unpriced = 0.0, 0
 
     @property
     def finished(self) -> int:
@@ -212,13 +213,22 @@ class _Summary:
             self._calls += 1
             self._tokens_input += event.tokens_input
             self._tokens_output += event.tokens_output
+            self._cost_usd += event.cost_usd or 0.0
+            self._unpriced += event.cost_usd is None
 
     def __str__(self) -> str:
         outcomes = ", ".join(f"{count} {word}" for word, count in self._outcomes.items())
         return (
             f"{self.finished} messages finished ({outcomes or 'none'}), {self._records} records, "
-            f"{self._calls} calls, {self._tokens_input} tokens in, {self._tokens_output} out"
+            f"{self._calls} calls, {self._tokens_input} tokens in, {self._tokens_output} out, "
+            f"{self._money()}"
         )
+
+    def _money(self) -> str:
+        spent = f"{self._cost_usd:.4f} USD"
+        if not self._unpriced:
+            return spent
+        return f"{spent} and {self._unpriced} calls whose price is not known (set prices)"
 
 
 def bounds(settings: Settings) -> Bounds:
@@ -230,8 +240,7 @@ def bounds(settings: Settings) -> Bounds:
         window_bytes=settings.limits.window_bytes,
         ordering=delivery.ordering,
         attempts_max=extraction.attempts_max,
-        call_deadline_s=(1 + extraction.reasks_max) * extraction.call_timeout_s
-        + settings.cache.waits_s,
+        call_deadline_s=extraction.calls_max * extraction.call_timeout_s + settings.cache.waits_s,
         commit_interval_s=delivery.commit_interval_s,
         drain_timeout_s=delivery.drain_timeout_s,
         rebalance_drain_s=delivery.rebalance_drain_s,

@@ -164,7 +164,9 @@ _ONCE: tuple[str, Look] = ("transactions", _transactions)
 async def _model(settings: Settings) -> tuple[str, ...]:
     async with _extractor(settings) as extractor:
         warning = await extractor.check()
-    well = f"the endpoint answers ({settings.extraction.model}; --call makes one real call)"
+    well = (
+        f"the endpoint answers ({', '.join(settings.extraction.model)}; --call makes one real call)"
+    )
     return (well,) if warning is None else (well, warning)
 
 
@@ -175,9 +177,10 @@ async def _call(settings: Settings) -> tuple[str, ...]:
     match outcome:
         case Extracted(records=records, provenance=spent):
             return (
-                f"{settings.extraction.model} made {len(records)} records of a sample in "
+                f"{spent.model} made {len(records)} records of a sample in "
                 f"{time.monotonic() - began_s:.1f} s: {spent.tokens_input} tokens in, "
-                f"{spent.tokens_output} out",
+                f"{spent.tokens_output} out, "
+                + ("price not known" if spent.calls_unpriced else f"{spent.cost_usd:.6f} USD"),
             )
         case Rejected(reason=reason):
             # The sample may have nothing that the record asks for: the way there is fine.

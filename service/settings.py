@@ -93,6 +93,21 @@ def _redis_url(value: SecretStr | None) -> SecretStr | None:
     return value
 
 
+def _names(value: Any) -> Any:
+    """One name or several, separated by commas."""
+    if isinstance(value, str):
+        return tuple(name.strip() for name in value.split(",") if name.strip())
+    return value
+
+
+def _distinct(names: tuple[str, ...], what: str) -> tuple[str, ...]:
+    if not names:
+        raise ValueError(f"no {what} is named")
+    if len(set(names)) != len(names):
+        raise ValueError(f"a {what} is named twice")
+    return names
+
+
 Topic: TypeAlias = Annotated[str, AfterValidator(_topic)]
 Start: TypeAlias = Annotated[Literal["earliest", "latest"] | datetime, BeforeValidator(_start)]
 
@@ -183,18 +198,12 @@ class InputSettings(Section):
     @field_validator("topics", mode="before")
     @classmethod
     def _names(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return tuple(name.strip() for name in value.split(",") if name.strip())
-        return value
+        return _names(value)
 
     @field_validator("topics")
     @classmethod
     def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not value:
-            raise ValueError("no topic is named")
-        if len(set(value)) != len(value):
-            raise ValueError("a topic is named twice")
-        return value
+        return _distinct(value, "topic")
 
 
 class OutputSettings(Section):
@@ -222,6 +231,23 @@ class Example(Section):
     """With cardinality one: the record (an object); with many: a list of them."""
 
 
+class ConfidenceSettings(Section):
+    field: str | None = Field(default=None, min_length=1)
+    """A field of the record, a number, in which the model says how sure it is; below `least` the
+    next model of `extraction.model` is asked. The last one's answer is taken as it is."""
+    least: float = Field(default=0.5, allow_inf_nan=False)
+    """The smallest value that is sure enough."""
+
+
+class Price(Section):
+    """US dollars for a million tokens."""
+
+    input: float = Field(ge=0, allow_inf_nan=False)
+    cached: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Of the input, what the provider read from its own cache; without it as `input`."""
+    output: float = Field(ge=0, allow_inf_nan=False)
+
+
 class ExtractionSettings(Section):
     record: Annotated[str, AfterValidator(_record)] = "service.demo.records:Person"
     """The record's type, a pydantic model: package.module:Model or path/to/file.py:Model."""
@@ -232,8 +258,11 @@ class ExtractionSettings(Section):
     `text` and `records`. Each costs its tokens in every call."""
     cardinality: Literal["one", "many"] = "one"
     """One record a message, or a list of any length."""
-    model: str = Field(default="gpt-4o-mini", min_length=1)
-    """The model's name at the endpoint."""
+    model: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], NoDecode] = ("gpt-4o-mini",)
+    """The model's name at the endpoint, or several (in the environment comma-separated): the next,
+    stronger one is asked only when the one before refuses, is cut off at its limit or cannot be
+    validated, or when a validator or `confidence` asks for it. Mode and limits are the same for
+    all."""
     mode: Literal["tools", "json_schema", "json"] = "json_schema"
     """How the schema is asked for; json_schema works with the most endpoints."""
     reasks_max: int = Field(default=2, ge=0, le=10)
@@ -246,6 +275,32 @@ class ExtractionSettings(Section):
     """Seconds for one call, from sending to the last byte of its answer."""
     attempts_max: int = Field(default=8, ge=1, le=1000)
     """A message that failed this often while others succeeded is rejected as `exhausted`."""
+    truncated: Literal["reject", "retry"] = "reject"
+    """An answer that reaches output_tokens_max: reject the message, or ask once more with twice as
+    many (a further call, paid for like any other)."""
+    too_long: Literal["reject", "cut_head", "cut_tail"] = "reject"
+    """A text over text_tokens_max or the model's context: reject it, or drop its beginning or its
+    end; the header `sluice.text.cut` says how much was kept."""
+    text_tokens_max: int | None = Field(default=None, ge=1, le=100_000_000)
+    """Tokens of a text that are sent at most, by an estimate (4 bytes each); without it only the
+    endpoint's refusal says that a text is too long, and then half is kept until it fits."""
+    confidence: ConfidenceSettings = Field(default_factory=ConfidenceSettings)
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _models(cls, value: Any) -> Any:
+        return _names(value)
+
+    @field_validator("model")
+    @classmethod
+    def _distinct_models(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return _distinct(value, "model")
+
+    @property
+    def calls_max(self) -> int:
+        """Calls that one message can take one after the other, each up to call_timeout_s; refusals
+        of its length, which come at once, are not counted."""
+        return len(self.model) * (1 + self.reasks_max + (self.truncated == "retry"))
 
 
 class LimitSettings(Section):
@@ -269,7 +324,8 @@ class DeliverySettings(Section):
     since the last one."""
     drain_timeout_s: float = Field(default=200.0, ge=0, le=3600)
     """Seconds a stop waits for what is in flight; should cover a message with its re-asks:
-    (1 + reasks_max) x call_timeout_s and 10 s for publishing."""
+    (1 + reasks_max) x call_timeout_s for each model (one call more with `truncated: retry`) and
+    10 s for publishing."""
     rebalance_drain_s: float = Field(default=10.0, ge=0, le=20)
     """Seconds a rebalance waits for what is in flight: the whole group waits with it."""
 
@@ -332,6 +388,10 @@ class Settings(BaseSettings):
     delivery: DeliverySettings = Field(default_factory=DeliverySettings)
     telemetry: TelemetrySettings = Field(default_factory=TelemetrySettings)
     cache: CacheSettings = Field(default_factory=CacheSettings)
+    prices: dict[str, Price] = Field(default_factory=dict)
+    """What models cost, by their names: {input, cached, output} in US dollars for a million
+    tokens; in the environment as JSON. They win over the prices that are known of public
+    endpoints."""
 
     @property
     def window(self) -> int:
@@ -373,11 +433,15 @@ def warnings(settings: Settings) -> tuple[str, ...]:
     """Sentences about settings that work, but probably not as meant."""
     found = []
     extraction, delivery = settings.extraction, settings.delivery
-    needed_s = (1 + extraction.reasks_max) * extraction.call_timeout_s + PUBLISH_MARGIN_S
+    needed_s = extraction.calls_max * extraction.call_timeout_s + PUBLISH_MARGIN_S
     if delivery.drain_timeout_s < needed_s:
         found.append(
             f"delivery.drain_timeout_s is {delivery.drain_timeout_s:g}, but a message with its "
             f"re-asks can take {needed_s:g} s: a stop may cut calls off that are paid for again"
+        )
+    if extraction.confidence.field is not None and len(extraction.model) == 1:
+        found.append(
+            "extraction.confidence asks for the next model, and extraction.model names one only"
         )
     security = settings.kafka.security
     if (security.protocol, security.sasl_mechanism) == ("SASL_PLAINTEXT", "PLAIN"):

@@ -17,7 +17,7 @@ from service.settings import PREFIX, Contradictions, Section, Settings
 Place: TypeAlias = tuple[str, ...]
 """A setting's: ("kafka", "group_id")."""
 
-SECTIONS = frozenset({*Settings.model_fields, "security"})
+SECTIONS = frozenset({*Settings.model_fields, "security", "confidence"})
 
 SHOWN_MAX = 60
 """Characters of a wrong value that a sentence repeats."""
@@ -164,6 +164,7 @@ def _allowed(node: Mapping[str, Any]) -> str:
 _WORDS = {
     "boolean": "true or false",
     "array": "a list",
+    "object": "a mapping",
     "path": "a path",
     "password": "a secret",
     "date-time": "a time such as 2026-01-31T08:00:00+00:00",

@@ -12,6 +12,7 @@ from service.core.messages import Reason
 
 CallResult: TypeAlias = Literal[
     "validated",
+    "unsure",
     "invalid",
     "refused",
     "filtered",
@@ -28,6 +29,10 @@ CallResult: TypeAlias = Literal[
     "service",
     "cancelled",
 ]
+
+Purpose: TypeAlias = Literal["first", "reask", "repeat", "longer", "shorter", "next_model"]
+"""What a call is made for: the message itself, an answer that did not validate, one that may have
+been charged and never came, one cut off at its limit, a text over the context, a stronger model."""
 
 Client: TypeAlias = Literal["consumer", "producer"]
 CacheLookup: TypeAlias = Literal["hit", "miss", "shared", "error", "damaged"]
@@ -65,7 +70,11 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True)
 class Called:
-    """One call ended (re-asks are calls too)."""
+    """One call ended (re-asks are calls too).
+
+    Cached tokens are part of the input's, those of reasoning of the output's. `cost_usd` is None
+    where nobody knows it, 0 where nothing was charged as far as the endpoint says.
+    """
 
     model: str
     result: CallResult
@@ -73,6 +82,10 @@ class Called:
     tokens_input: int = 0
     tokens_output: int = 0
     reask: bool = False
+    tokens_cached: int = 0
+    tokens_reasoning: int = 0
+    cost_usd: float | None = 0.0
+    purpose: Purpose = "first"
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,13 +87,26 @@ class Record:
     key: bytes | None = None
 
 
+class TextCut(NamedTuple):
+    """How much of a text, as UTF-8, the model was shown."""
+
+    kept_bytes: int
+    text_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.kept_bytes}/{self.text_bytes}"
+
+
 @dataclass(frozen=True, slots=True)
 class Provenance:
     """Where an answer came from and what it cost, over all calls made for one message.
 
+    `model` is the one that answered, or the last one asked.
+
     Of the input tokens `tokens_cached` were read from the provider's own cache, of the output
-    tokens `tokens_reasoning` were thought and not said. `cost_usd` counts what has a known price.
-    `cached`: the answer is one that was paid for before.
+    tokens `tokens_reasoning` were thought and not said. `cost_usd` counts what has a known price,
+    `calls_unpriced` the calls whose cost is not in it. `cached`: the answer is one that was paid
+    for before. `text_cut` is set where the model was not shown the whole text.
     """
 
     model: str
@@ -106,6 +119,8 @@ class Provenance:
     tokens_reasoning: int = 0
     cost_usd: float = 0.0
     cached: bool = False
+    calls_unpriced: int = 0
+    text_cut: TextCut | None = None
 
 
 class Reason(StrEnum):

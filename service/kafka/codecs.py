@@ -14,6 +14,7 @@ from service.core.messages import (
     Headers,
     Message,
     Passed,
+    Provenance,
     Reason,
     Rejected,
     Skipped,
@@ -127,13 +128,33 @@ def record_headers(message: Message, extracted: Extracted, index: int) -> Header
     headers += (
         ("sluice.record.index", b"%d" % index),
         ("sluice.record.count", b"%d" % len(extracted.records)),
+        *provenance_headers(provenance),
+    )
+    return headers
+
+
+def provenance_headers(provenance: Provenance) -> HeaderList:
+    """Where an answer came from and what it cost; the cost only where all of it is known."""
+    headers: HeaderList = [
         ("sluice.model", provenance.model.encode()),
         ("sluice.prompt.version", provenance.prompt_version.encode()),
         ("sluice.schema.version", provenance.schema_version.encode()),
         ("sluice.tokens.input", b"%d" % provenance.tokens_input),
         ("sluice.tokens.output", b"%d" % provenance.tokens_output),
-    )
+        ("sluice.tokens.cached", b"%d" % provenance.tokens_cached),
+        ("sluice.tokens.reasoning", b"%d" % provenance.tokens_reasoning),
+        ("sluice.cached", b"true" if provenance.cached else b"false"),
+    ]
+    if not provenance.calls_unpriced:
+        headers.append(("sluice.cost.usd", _dollars(provenance.cost_usd)))
+    if provenance.text_cut is not None:
+        headers.append(("sluice.text.cut", str(provenance.text_cut).encode()))
     return headers
+
+
+def _dollars(cost_usd: float) -> bytes:
+    """Without an exponent: a single cheap token costs about a hundred millionth."""
+    return f"{cost_usd:.10f}".rstrip("0").rstrip(".").encode()
 
 
 def tombstone_headers(message: Message) -> HeaderList:

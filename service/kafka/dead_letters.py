@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from service.core.messages import Headers, Message, Reason, Rejected
-from service.kafka.codecs import ID_HEADER, HeaderList, origin
+from service.kafka.codecs import ID_HEADER, HeaderList, origin, provenance_headers
 
 ANSWER_MAX_BYTES = 32_768
 """The longest answer kept: enough to see what the model did, far below a topic's limit."""
@@ -106,13 +106,7 @@ def _our_headers(message: Message, rejected: Rejected, now_ms: int) -> HeaderLis
         ),
     ]
     if (provenance := rejected.provenance) is not None:
-        headers += (
-            ("sluice.model", provenance.model.encode()),
-            ("sluice.prompt.version", provenance.prompt_version.encode()),
-            ("sluice.schema.version", provenance.schema_version.encode()),
-            ("sluice.tokens.input", b"%d" % provenance.tokens_input),
-            ("sluice.tokens.output", b"%d" % provenance.tokens_output),
-        )
+        headers += provenance_headers(provenance)
     if rejected.answer is not None:
         headers.append(("sluice.answer", _capped(rejected.answer, ANSWER_MAX_BYTES)))
     return headers

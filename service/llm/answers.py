@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from pydantic_core import from_json, to_json
 
+from service.llm.prices import Tokens
+
 Mode = Literal["tools", "json_schema", "json"]
 
 
@@ -34,8 +36,7 @@ class Completion:
     text: str | None = field(repr=False)
     refusal: str | None = field(repr=False)
     finish_reason: str | None
-    tokens_input: int
-    tokens_output: int
+    tokens: Tokens
 
 
 def read_completion(body: bytes, mode: Mode) -> Completion:
@@ -56,8 +57,7 @@ def read_completion(body: bytes, mode: Mode) -> Completion:
         text=_arguments(message) if mode == "tools" else _content(message),
         refusal=_text_or_none(message.get("refusal")),
         finish_reason=_text_or_none(choice.get("finish_reason")),
-        tokens_input=_count(usage, "prompt_tokens"),
-        tokens_output=_count(usage, "completion_tokens"),
+        tokens=read_usage(usage),
     )
 
 
@@ -94,6 +94,27 @@ def _is_call(call: object) -> bool:
 
 def _text_or_none(value: object) -> str | None:
     return value if isinstance(value, str) and value else None
+
+
+def read_usage(usage: object) -> Tokens:
+    """Tokens by kind, however the endpoint says it.
+
+    Most leave the tokens of reasoning within the completion's; where the total is larger than
+    prompt and completion (xAI, Gemini), they stand beside them, and are charged as output.
+    """
+    if not isinstance(usage, Mapping):
+        return Tokens()
+    prompt, completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
+    beside = max(0, _count(usage, "total_tokens") - prompt - completion)
+    told = _count(usage.get("completion_tokens_details"), "reasoning_tokens")
+    cached = _count(usage.get("prompt_tokens_details"), "cached_tokens")
+    return Tokens(
+        input=prompt,
+        output=completion + beside,
+        # DeepSeek has its own name for it.
+        cached=min(prompt, cached or _count(usage, "prompt_cache_hit_tokens")),
+        reasoning=min(completion + beside, max(told, beside)),
+    )
 
 
 def _count(usage: object, name: str) -> int:

@@ -1,10 +1,5 @@
 """What a failed call means: one table from statuses and error bodies to what is done about it.
 
-    connection, timeout, 408, 409, 425, 429, 5xx, a broken answer   wait and try again
-    401, 402, 403, 404, 405, other 4xx, no quota left, a setting
-    that the provider refuses                                       nobody can call until mended
-    400, 413, 422                                                   this message is rejected
-
 Rules of this file: no texts of the provider in what is raised or logged (they can repeat the
 request); they go into a verdict's `detail`, which only a dead letter shows.
 """
@@ -16,6 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from enum import StrEnum
 from typing import Any, TypeAlias
 
 from service.core.events import CallResult
@@ -49,6 +45,68 @@ class Refused:
 
 Failure: TypeAlias = Transient | Unserviceable | Refused
 
+
+class FailureClass(StrEnum):
+    """What is done about a failure."""
+
+    TRANSIENT = "transient"  # wait and try again; a message that fails alone: `exhausted`
+    MESSAGE = "this message"  # a dead letter
+    SERVICE = "service"  # intake stops until somebody mends it and a probe succeeds
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A failure in words, its class, and its label: of `sluice_calls_total` and
+    `sluice_retries_total` while it passes, of the dead letter where it is for good."""
+
+    failure: str
+    kind: FailureClass
+    label: str
+
+
+_T, _M, _S = FailureClass
+
+TABLE: tuple[Row, ...] = (
+    Row("no connection, or it is cut", _T, "connection"),
+    Row("no answer within `call_timeout_s`, 408", _T, "timeout"),
+    Row("429", _T, "rate_limited"),
+    Row("503, 529, overloaded", _T, "overloaded"),
+    Row("409, 425, other 5xx", _T, "server_error"),
+    Row("200 without a completion", _T, "broken_answer"),
+    Row("the answer does not validate, re-asks included", _M, "invalid"),
+    Row("the model declines", _M, "refused"),
+    Row("the provider's filter, on text or answer", _M, "filtered"),
+    Row("the answer reaches `output_tokens_max`", _M, "truncated"),
+    Row("over the model's context or `text_tokens_max`, 413", _M, "too_long"),
+    Row("the text cannot be sent (half a character)", _M, "undecodable"),
+    Row("400, 422 that names the input, or nothing", _M, "bad_request"),
+    Row("the user's code raises", _M, "user_code"),
+    Row("401", _S, "credentials"),
+    Row("403", _S, "permission"),
+    Row("402, quota used up (a 429 or 403 that says so)", _S, "quota"),
+    Row("unknown model (404 or 400 that says so)", _S, "model"),
+    Row("endpoint not found: 404, 405", _S, "endpoint"),
+    Row("400, 422 that names a setting of ours", _S, "setting"),
+    Row("any other 4xx", _S, "refused"),
+)
+"""Every failure of a call. The README shows it, with the test of each row beside it."""
+
+REMEDIES = {
+    "credentials": "{url} refuses the credentials: set OPENAI_API_KEY to a key that it knows.",
+    "permission": (
+        "{url} forbids these calls: give the key of OPENAI_API_KEY access to the model {model!r}."
+    ),
+    "quota": "The account behind OPENAI_API_KEY has no quota left: add credit or raise it.",
+    "model": "{url} has no model {model!r}: set extraction.model to one it has.",
+    "endpoint": (
+        "{url} answers {status} to chat completions: check OPENAI_BASE_URL (many endpoints want "
+        "/v1 at its end) and extraction.model ({model!r})."
+    ),
+    "setting": "The model endpoint refuses a setting of ours: look at {setting}.",
+    "refused": "{url} answers {status} to every call: check OPENAI_BASE_URL.",
+}
+"""What readiness and the start tell a person to do, by the label of a service failure."""
+
 _QUOTA = frozenset(
     {
         "insufficient_quota",
@@ -57,6 +115,7 @@ _QUOTA = frozenset(
         "access_terminated",
     }
 )
+_NO_MODEL = frozenset({"model_not_found", "notfounderror", "invalid_model"})
 _FILTERED = frozenset(
     {
         "content_filter",
@@ -87,14 +146,15 @@ def from_status(
     status: int, headers: Mapping[str, str], error: object, *, model: str, base_url: str
 ) -> Failure:
     """What an answer with an error status means; `error` is its body's error, if it has one."""
+    known = {"model": model, "url": base_url, "status": status}
     body = error if isinstance(error, Mapping) else {}
     words = {str(body.get("code")).lower(), str(body.get("type")).lower()} | _inner_codes(body)
     detail = f"{status}: {_text(error)}"
     match status:
         case _ if words & _FILTERED or _is_flagged(body):
             return Refused(Reason.FILTERED, "filtered", detail)
-        case 402 | 429 if status == 402 or words & _QUOTA:
-            return _quota()
+        case _ if status == 402 or words & _QUOTA:
+            return _unserviceable("quota", known)
         case 408:
             return Transient("timeout", retry_after_s(headers))
         case 429:
@@ -104,57 +164,38 @@ def from_status(
         case _ if status in (409, 425) or status >= 500:
             return Transient("server_error", retry_after_s(headers))
         case 400 | 413 | 422:
-            return _about_the_message(status, body, words, detail)
+            return _about_the_message(status, body, words, detail, known)
+        case 401:
+            return _unserviceable("credentials", known)
+        case 403:
+            return _unserviceable("permission", known)
+        case 404 if words & _NO_MODEL:
+            return _unserviceable("model", known)
+        case 404 | 405:
+            return _unserviceable("endpoint", known)
         case _:
-            return _unserviceable(status, words, model, base_url)
+            return _unserviceable("refused", known)
 
 
 def _about_the_message(
-    status: int, body: Mapping[str, Any], words: set[str], detail: str
+    status: int,
+    body: Mapping[str, Any],
+    words: set[str],
+    detail: str,
+    known: Mapping[str, object],
 ) -> Failure:
+    if words & _NO_MODEL:
+        return _unserviceable("model", known)
     if status == 413 or any(_TOO_LONG.search(word) for word in (*words, _text(body))):
         return Refused(Reason.TOO_LONG, "too_long", detail)
     # Else every message of a whole topic would be rejected for a setting of ours.
     if setting := _SETTING_OF.get(str(body.get("param")).split(".")[0].split("[")[0]):
-        return Unserviceable(
-            "setting", f"The model endpoint refuses a setting of ours: look at {setting}."
-        )
+        return _unserviceable("setting", {"setting": setting})
     return Refused(Reason.BAD_REQUEST, "bad_request", detail)
 
 
-def _unserviceable(status: int, words: set[str], model: str, base_url: str) -> Unserviceable:
-    match status:
-        case 401:
-            return Unserviceable(
-                "credentials",
-                f"{base_url} refuses the credentials: set OPENAI_API_KEY to a key that it knows.",
-            )
-        case 403:
-            return Unserviceable(
-                "permission",
-                f"{base_url} forbids these calls: give the key of OPENAI_API_KEY access to the "
-                f"model {model!r}.",
-            )
-        case 404 if "model_not_found" in words or "notfounderror" in words:
-            return Unserviceable(
-                "model", f"{base_url} has no model {model!r}: set extraction.model to one it has."
-            )
-        case 404 | 405:
-            return Unserviceable(
-                "endpoint",
-                f"{base_url} answers {status} to chat completions: check OPENAI_BASE_URL (many "
-                f"endpoints want /v1 at its end) and extraction.model ({model!r}).",
-            )
-        case _:
-            return Unserviceable(
-                "refused", f"{base_url} answers {status} to every call: check OPENAI_BASE_URL."
-            )
-
-
-def _quota() -> Unserviceable:
-    return Unserviceable(
-        "quota", "The account behind OPENAI_API_KEY has no quota left: add credit or raise it."
-    )
+def _unserviceable(label: str, known: Mapping[str, object]) -> Unserviceable:
+    return Unserviceable(label, REMEDIES[label].format_map(known))
 
 
 def _inner_codes(body: Mapping[str, Any]) -> set[str]:

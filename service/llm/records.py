@@ -10,7 +10,7 @@ import json
 import operator
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +58,11 @@ class RecordType:
 
     def records(self, answer: BaseModel) -> tuple[Record, ...]:
         """The records of a validated answer. Raises whatever the user's serializers raise."""
-        values = answer.records if self.many else (answer,)  # type: ignore[attr-defined]
-        return tuple(self._record(value) for value in values)
+        return tuple(self._record(value) for value in self.values(answer))
+
+    def values(self, answer: BaseModel) -> Iterable[BaseModel]:
+        """The user's own values within an answer."""
+        return answer.records if self.many else (answer,)  # type: ignore[attr-defined]
 
     def _record(self, value: BaseModel) -> Record:
         # A serializer's warning would quote the value on stderr.
@@ -77,16 +80,16 @@ def _key(value: BaseModel, field: str) -> bytes | None:
 
 
 def load_record_type(
-    reference: str, cardinality: Literal["one", "many"] = "one", key_field: str | None = None
+    reference: str,
+    cardinality: Literal["one", "many"] = "one",
+    key_field: str | None = None,
+    confidence_field: str | None = None,
 ) -> RecordType:
     """The type that `extraction.record` names; raises `WrongSettings` with a sentence."""
     model = _model(reference)
     schema = _schema(model, reference)
-    if key_field is not None and key_field not in model.model_fields:
-        known = ", ".join(model.model_fields) or "none"
-        raise WrongSettings(
-            f"output.key_field: {model.__name__} has no field {key_field!r}; its fields: {known}."
-        )
+    _has_field(model, key_field, "output.key_field")
+    _has_field(model, confidence_field, "extraction.confidence.field")
     return RecordType(
         model=model,
         answer=model if cardinality == "one" else _list_of(model),
@@ -94,6 +97,14 @@ def load_record_type(
         schema=schema,
         schema_version=version_of(schema),
     )
+
+
+def _has_field(model: type[BaseModel], field: str | None, setting: str) -> None:
+    if field is not None and field not in model.model_fields:
+        known = ", ".join(model.model_fields) or "none"
+        raise WrongSettings(
+            f"{setting}: {model.__name__} has no field {field!r}; its fields: {known}."
+        )
 
 
 def version_of(value: object) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -39,6 +39,8 @@ class RequestTemplate:
     head: bytes
     foot: bytes
     version: str
+    _rest: Mapping[str, Any]
+    _limit_name: str
     _reask: Callable[..., dict[str, Any]]
 
     @staticmethod
@@ -48,7 +50,7 @@ class RequestTemplate:
         handlers = mode_registry.get_handlers(Provider.OPENAI, _MODES[extraction.mode])
         _, prepared = handlers.request_handler(
             response_model=prepare_response_model(answer),
-            kwargs=_arguments(prompt, extraction, base_url),
+            kwargs=_arguments(prompt, extraction, extraction.model[0], base_url),
         )
         *stable, last = prepared.pop("messages")
         assert last == {"role": "user", "content": delimited(_ANY_TEXT)}
@@ -58,8 +60,16 @@ class RequestTemplate:
             head=b'{"messages":' + _json(stable)[:-1] + b',{"role":"user","content":',
             foot=b"]," + _json(rest)[1:],
             version=version_of([stable, last, unnamed]),
+            _rest=rest,
+            _limit_name=_limit_name(base_url),
             _reask=handlers.reask_handler,
         )
+
+    def to(self, model: str, output_tokens_max: int) -> RequestTemplate:
+        """The same for another model, or with another limit of the answer; of the same version,
+        as it asks the same."""
+        rest = {**self._rest, "model": model, self._limit_name: output_tokens_max}
+        return replace(self, foot=b"]," + _json(rest)[1:])
 
     def opening(self, text: str) -> bytes:
         """The text as its message's content. Raises `UnicodeEncodeError` for half a character."""
@@ -76,10 +86,12 @@ class RequestTemplate:
         return b"," + _json(said["messages"])[1:-1]
 
 
-def _arguments(prompt: Prompt, extraction: ExtractionSettings, base_url: str) -> dict[str, Any]:
+def _arguments(
+    prompt: Prompt, extraction: ExtractionSettings, model: str, base_url: str
+) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "messages": prompt.ask(_ANY_TEXT),
-        "model": extraction.model,
+        "model": model,
         _limit_name(base_url): extraction.output_tokens_max,
     }
     if extraction.temperature is not None:

@@ -47,6 +47,7 @@ from service.core.events import (
     ForeignMetadata,
     OffsetsMissing,
     PublishRetried,
+    Purpose,
     Rebalanced,
     Retried,
     Spared,
@@ -63,8 +64,11 @@ CALL_RESULTS: tuple[CallResult, ...] = get_args(CallResult)
 CLIENTS: tuple[Client, ...] = get_args(Client)
 CACHE_LOOKUPS: tuple[CacheLookup, ...] = get_args(CacheLookup)
 CACHE_WRITES: tuple[CacheWrite, ...] = get_args(CacheWrite)
+PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
-ANSWERED = frozenset({"validated", "invalid", "refused", "filtered", "truncated", "user_code"})
+ANSWERED = frozenset(
+    {"validated", "unsure", "invalid", "refused", "filtered", "truncated", "user_code"}
+)
 """Results for which the model did its work; the others end early or late for other reasons."""
 
 RETRY_REASONS = (
@@ -222,8 +226,25 @@ class Metrics:
         )
         self._tokens = Counter(
             "sluice_tokens",
-            "Tokens as the endpoint counts them, failed calls included where it says so.",
+            "Tokens as the endpoint counts them, failed calls included where it says so; cached "
+            "ones are part of the input's and those of reasoning of the output's.",
             ("model", "type"),
+            registry=self._registry,
+        )
+        self._cost = Counter(
+            "sluice_cost_usd",
+            "US dollars that calls cost, by what each was made for: the message itself (first), an "
+            "answer that did not validate (reask), one that may have been charged and never came "
+            "(repeat), one cut off at its limit (longer), a text over the context (shorter), a "
+            "stronger model (next_model).",
+            ("model", "purpose"),
+            registry=self._registry,
+        )
+        self._cost_unknown = Counter(
+            "sluice_cost_unknown_calls",
+            "Calls that are not in sluice_cost_usd_total: no price is known for the model, set it "
+            "in prices; or the endpoint did not say the tokens.",
+            ("model",),
             registry=self._registry,
         )
         self._call_duration = Histogram(
@@ -362,7 +383,13 @@ class Metrics:
     def _of_model(self, model: str) -> _ModelMetrics:
         if model not in self._models:
             self._models[model] = _ModelMetrics(
-                model, self._calls, self._reasks, self._tokens, self._call_duration
+                model,
+                self._calls,
+                self._reasks,
+                self._tokens,
+                self._call_duration,
+                self._cost,
+                self._cost_unknown,
             )
         return self._models[model]
 
@@ -443,12 +470,23 @@ class _ModelMetrics:
     """The series of one model, bound once."""
 
     def __init__(
-        self, model: str, calls: Counter, reasks: Counter, tokens: Counter, duration: Histogram
+        self,
+        model: str,
+        calls: Counter,
+        reasks: Counter,
+        tokens: Counter,
+        duration: Histogram,
+        cost: Counter,
+        cost_unknown: Counter,
     ) -> None:
         self._calls = {result: calls.labels(model, result) for result in CALL_RESULTS}
         self._reasks = reasks.labels(model)
         self._tokens_input = tokens.labels(model, "input")
         self._tokens_output = tokens.labels(model, "output")
+        self._tokens_cached = tokens.labels(model, "cached")
+        self._tokens_reasoning = tokens.labels(model, "reasoning")
+        self._cost = {purpose: cost.labels(model, purpose) for purpose in PURPOSES}
+        self._cost_unknown = cost_unknown.labels(model)
         self._answered = duration.labels(model, "true")
         self._failed = duration.labels(model, "false")
 
@@ -456,6 +494,12 @@ class _ModelMetrics:
         self._calls[event.result].inc()
         self._tokens_input.inc(event.tokens_input)
         self._tokens_output.inc(event.tokens_output)
+        self._tokens_cached.inc(event.tokens_cached)
+        self._tokens_reasoning.inc(event.tokens_reasoning)
+        if event.cost_usd is None:
+            self._cost_unknown.inc()
+        else:
+            self._cost[event.purpose].inc(event.cost_usd)
         if event.reask:
             self._reasks.inc()
         duration = self._answered if event.result in ANSWERED else self._failed

@@ -55,9 +55,9 @@ def imports(tree: ast.AST) -> Iterator[str]:
             assert node.level == 0, "imports are absolute"
             assert node.module is not None
             yield node.module
-            # `from service import pipeline` imports a module too.
+            # `from service import pipeline` imports a module too; a class is none.
             if node.module == "service":
-                yield from (f"service.{alias.name}" for alias in node.names)
+                yield from (f"service.{one.name}" for one in node.names if one.name.islower())
 
 
 def wrong_imports(module: str, source: str) -> list[str]:

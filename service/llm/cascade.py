@@ -1,0 +1,271 @@
+"""What an answer means for its message: an outcome, one more call, a stronger model, a failure.
+
+The steps are the models of `extraction.model`, in their order. A message goes to the next one
+when the present one has refused, was cut off at its limit or could not be validated, or when a
+validator or a confidence field asks for it. What passes by itself stays on its step.
+
+Rules of this file: no I/O; `Conversation` holds all state.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from typing import TypeAlias
+
+from instructor.v2.core.errors import ResponseParsingError
+from pydantic import BaseModel, ValidationError
+
+from service import NextModel
+from service.core.errors import CallFailure, ServiceFailure, TransientFailure
+from service.core.events import CallResult
+from service.core.messages import Extracted, Provenance, Reason, Rejected
+from service.llm.answers import Completion
+from service.llm.conversation import Conversation
+from service.llm.failures import Failure, Refused, Transient, Unserviceable
+from service.llm.prices import Bill, Cost, bill
+from service.llm.records import RecordType
+from service.llm.request import RequestTemplate
+from service.settings import ExtractionSettings
+
+ANSWER_MAX_CHARS = 16_384
+"""What a dead letter shows of the model's last answer."""
+DETAIL_MAX_CHARS = 4_096
+"""What a dead letter shows of the reason."""
+SAID_MAX_CHARS = 500
+"""What a dead letter shows of each model that was asked before the last one."""
+BYTES_PER_TOKEN = 4
+"""An estimate that needs no tokenizer: English has about 4, other scripts about 3."""
+LONGER_FACTOR = 2
+"""How much more an answer may take that was cut off at its limit."""
+CUTS_MAX = 8
+"""Halvings of a text that is over the context: what is left is 1/256 of it."""
+MAYBE_CHARGED = frozenset({"timeout", "connection", "broken_answer"})
+"""Failures after which the same call is made again although the first may have been charged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One model, and how it is asked and charged."""
+
+    model: str
+    request: RequestTemplate
+    longer: RequestTemplate
+    cost: Cost | None
+
+    def body(self, talk: Conversation) -> bytes:
+        request = self.longer if talk.longer else self.request
+        return request.body(request.opening(talk.text), talk.tail)
+
+    def bill(self, answer: Completion | Failure) -> Bill:
+        """What a call cost: only answers are charged, as far as endpoints tell."""
+        return bill(answer.tokens, self.cost) if isinstance(answer, Completion) else Bill()
+
+
+Next: TypeAlias = Extracted | Rejected | Conversation | CallFailure
+"""An outcome, a further call, or a failure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one call came to, and what follows."""
+
+    result: CallResult
+    then: Next
+
+
+class Cascade:
+    """The steps, and what leads from one call to the next."""
+
+    def __init__(
+        self, steps: Sequence[Step], record_type: RecordType, extraction: ExtractionSettings
+    ) -> None:
+        self._steps = steps
+        self._record_type = record_type
+        self._extraction = extraction
+        self._text_max_bytes = (extraction.text_tokens_max or 0) * BYTES_PER_TOKEN
+        self.unspent = Provenance(
+            model=steps[0].model,
+            prompt_version=steps[0].request.version,
+            schema_version=record_type.schema_version,
+        )
+
+    def begin(self, text: str) -> Conversation | Rejected:
+        """Before the first call. Raises `UnicodeEncodeError` for half a character."""
+        talk = Conversation(self.unspent, whole=text, text=text)
+        size_bytes = len(text.encode())
+        if self._extraction.too_long == "reject" and 0 < self._text_max_bytes < size_bytes:
+            return Rejected(
+                Reason.TOO_LONG,
+                f"the text has about {-(-size_bytes // BYTES_PER_TOKEN)} tokens, "
+                f"extraction.text_tokens_max is {self._extraction.text_tokens_max}",
+                self.unspent,
+            )
+        return self._fitting(talk)
+
+    def step(self, talk: Conversation) -> Step:
+        return self._steps[talk.step]
+
+    def judge(self, answer: Completion | Failure, talk: Conversation) -> Verdict:
+        """What follows from an answer; `talk` has it paid already."""
+        match answer:
+            case Transient(result, after_s):
+                progress = replace(talk, purpose="repeat") if result in MAYBE_CHARGED else talk
+                failure = TransientFailure(
+                    result, retry_after_s=after_s, progress=progress, provenance=talk.spent
+                )
+                return Verdict(result, failure)
+            case Unserviceable(reason, remedy):
+                lasting = ServiceFailure(
+                    reason, remedy=remedy, progress=talk, provenance=talk.spent
+                )
+                return Verdict("service", lasting)
+            case Refused(Reason.TOO_LONG, _, detail):
+                return self._too_long(detail, talk)
+            case Refused(why, result, detail):
+                return _rejected(result, why, detail, talk)
+            case Completion():
+                return self._judge_completion(answer, talk)
+
+    # --- what fails -----------------------------------------------------------------------------
+
+    def _judge_completion(self, answer: Completion, talk: Conversation) -> Verdict:
+        if answer.refusal is not None:
+            return self._gave_up("refused", Reason.REFUSED, answer.refusal, talk, answer)
+        match answer.finish_reason:
+            case "content_filter":
+                detail = "the provider's content filter cut the answer"
+                return _rejected("filtered", Reason.FILTERED, detail, talk, answer)
+            case "length":
+                return self._truncated(answer, talk)
+            case _:
+                return self._validated(answer, talk)
+
+    def _truncated(self, answer: Completion, talk: Conversation) -> Verdict:
+        if self._extraction.truncated == "retry" and not talk.longer:
+            return Verdict("truncated", replace(talk, longer=True, purpose="longer"))
+        limit = self._extraction.output_tokens_max * (LONGER_FACTOR if talk.longer else 1)
+        detail = f"the answer is longer than {limit} tokens"
+        return self._gave_up("truncated", Reason.TRUNCATED, detail, talk, answer)
+
+    def _too_long(self, detail: str, talk: Conversation) -> Verdict:
+        """Half of what was sent, where a part may stand for the whole."""
+        side, kept_bytes = self._extraction.too_long, len(talk.text.encode()) // 2
+        if side == "reject" or talk.cuts >= CUTS_MAX or kept_bytes < BYTES_PER_TOKEN:
+            return _rejected("too_long", Reason.TOO_LONG, detail, talk)
+        cut = talk.shortened(side, kept_bytes)
+        return Verdict("too_long", replace(cut, cuts=talk.cuts + 1, purpose="shorter"))
+
+    def _gave_up(
+        self,
+        result: CallResult,
+        reason: Reason,
+        detail: str,
+        talk: Conversation,
+        answer: Completion,
+    ) -> Verdict:
+        """The next model's turn; after the last one the message is rejected."""
+        if not self._has_next(talk):
+            return _rejected(result, reason, detail, talk, answer)
+        said = _said(talk.spent.model, reason, detail[:SAID_MAX_CHARS])
+        spent = replace(talk.spent, model=self._steps[talk.step + 1].model, text_cut=None)
+        after = Conversation(
+            spent,
+            whole=talk.whole,
+            text=talk.whole,
+            purpose="next_model",
+            step=talk.step + 1,
+            said=(*talk.said, said),
+        )
+        return Verdict(result, self._fitting(after))
+
+    def _has_next(self, talk: Conversation) -> bool:
+        return talk.step + 1 < len(self._steps)
+
+    def _fitting(self, talk: Conversation) -> Conversation:
+        """Cut to the setting's bound, where it is longer and there is one."""
+        side, kept_max = self._extraction.too_long, self._text_max_bytes
+        if side == "reject" or not 0 < kept_max < len(talk.whole.encode()):
+            return talk
+        return talk.shortened(side, kept_max)
+
+    # --- what answers ---------------------------------------------------------------------------
+
+    def _validated(self, answer: Completion, talk: Conversation) -> Verdict:
+        try:
+            value = self._parsed(answer)
+            if self._has_next(talk) and (doubt := self._doubt(value)):
+                return self._gave_up("unsure", Reason.INVALID, doubt, talk, answer)
+            records = self._record_type.records(value)
+        except (ValidationError, ResponseParsingError) as error:
+            return self._invalid(answer, talk, error)
+        except NextModel as wish:
+            return self._gave_up("unsure", Reason.INVALID, _described(wish), talk, answer)
+        # The user's validators and serializers: what else they raise concerns this message alone.
+        except Exception as error:
+            return _rejected("user_code", Reason.USER_CODE, _described(error), talk, answer)
+        return Verdict("validated", Extracted(records, talk.spent, uuid.uuid4().hex))
+
+    def _parsed(self, answer: Completion) -> BaseModel:
+        """Strict, as instructor is: "30" is no age. Raises what validation raises."""
+        if answer.text is None:
+            raise ResponseParsingError(
+                "No tool calls or function call found in response", mode="TOOLS"
+            )
+        return self._record_type.answer.model_validate_json(answer.text, strict=True)
+
+    def _doubt(self, value: BaseModel) -> str | None:
+        """What the confidence field has against this answer."""
+        name, least = self._extraction.confidence.field, self._extraction.confidence.least
+        if name is None:
+            return None
+        for one in self._record_type.values(value):
+            sure = getattr(one, name)
+            # None, a word and not-a-number are no confidence either.
+            if not (isinstance(sure, int | float | Decimal) and sure >= least):
+                return f"{name} is below {least:g}"
+        return None
+
+    def _invalid(
+        self, answer: Completion, talk: Conversation, error: ValidationError | ResponseParsingError
+    ) -> Verdict:
+        if talk.reasks >= self._extraction.reasks_max:
+            return self._gave_up("invalid", Reason.INVALID, str(error), talk, answer)
+        tail = talk.tail + self.step(talk).request.reask(answer.message, error)
+        again = replace(talk, tail=tail, reasks=talk.reasks + 1, purpose="reask")
+        return Verdict("invalid", again)
+
+
+def _rejected(
+    result: CallResult,
+    reason: Reason,
+    detail: str,
+    talk: Conversation,
+    answer: Completion | None = None,
+) -> Verdict:
+    text = answer.text if answer else None
+    if talk.said:
+        detail = "\n".join((*talk.said, _said(talk.spent.model, reason, detail)))
+    return Verdict(
+        result,
+        Rejected(
+            reason,
+            detail[:DETAIL_MAX_CHARS],
+            provenance=talk.spent,
+            answer=text[:ANSWER_MAX_CHARS] if text else None,
+        ),
+    )
+
+
+def _said(model: str, reason: Reason, detail: str) -> str:
+    return f"{model}: {reason}: {detail}"
+
+
+def _described(error: Exception) -> str:
+    """Type and text of an exception of the user's, whose text may fail as well."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
