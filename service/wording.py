@@ -131,10 +131,15 @@ def _shown(error: ErrorDetails) -> str:
     if error["type"] == "missing":
         return "is missing"
     # Where a section is expected, a secret may stand by mistake.
-    if names[-1] in SECTIONS or not isinstance(given, str | int | float | bool):
+    if _is_section(names) or not isinstance(given, str | int | float | bool):
         return "is not allowed"
     text = repr(given) if isinstance(given, str) else str(given)
     return f"{text if len(text) <= SHOWN_MAX else text[:SHOWN_MAX] + '…'} is not allowed"
+
+
+def _is_section(loc: tuple[str | int, ...]) -> bool:
+    """By its place, not its name: a price has an `input` too."""
+    return any(place[: len(loc)] == loc and len(place) > len(loc) for place in every_setting())
 
 
 def _expected(error: ErrorDetails) -> str:
@@ -142,7 +147,7 @@ def _expected(error: ErrorDetails) -> str:
     node = every_setting().get(tuple(str(part) for part in loc))
     if node is not None:
         return f"allowed: {_allowed(node)}"
-    if loc and loc[-1] in SECTIONS:
+    if _is_section(loc):
         return "allowed: a section with settings below it"
     return error["msg"][:1].lower() + error["msg"][1:]
 

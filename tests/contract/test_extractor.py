@@ -6,8 +6,7 @@ import asyncio
 import functools
 import logging
 import traceback
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx2
@@ -22,7 +21,7 @@ from service.core.errors import (
     TransientFailure,
     WrongSettings,
 )
-from service.core.events import Called, Event
+from service.core.events import Called
 from service.core.messages import Extracted, Reason, Rejected
 from service.llm.extractor import OpenAIExtractor
 from service.llm.prompt import build_prompt, delimited
@@ -30,15 +29,14 @@ from service.llm.records import load_record_type
 from service.llm.request import shows_schema
 from service.settings import Settings
 from tests.support.endpoint import MODEL, Endpoint, Step
+from tests.support.extractors import ADA, Events, calls, settings, started
 
 MODES = ("json_schema", "tools", "json")
-ADA = "Ada Lovelace is 36"
 INSTRUCTOR_MODES = {
     "json_schema": instructor.Mode.JSON_SCHEMA,
     "tools": instructor.Mode.TOOLS,
     "json": instructor.Mode.JSON,
 }
-Events = list[Event]
 
 
 @pytest.fixture(autouse=True)
@@ -58,25 +56,8 @@ async def endpoint(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Endpoint]:
         yield serving
 
 
-def settings(**extraction: Any) -> Settings:
-    return Settings(extraction={"model": MODEL, "call_timeout_s": 5, **extraction})
-
-
-@asynccontextmanager
-async def started(
-    events: Events | None = None, given: Settings | None = None, **extraction: Any
-) -> AsyncIterator[OpenAIExtractor]:
-    observe: Callable[[Event], None] = [].append if events is None else events.append
-    extractor = OpenAIExtractor(given or settings(**extraction), observe)
-    await extractor.start()
-    try:
-        yield extractor
-    finally:
-        await extractor.stop()
-
-
 def called(events: Events) -> list[tuple[str, bool]]:
-    return [(event.result, event.reask) for event in events if isinstance(event, Called)]
+    return [(event.result, event.reask) for event in calls(events)]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -31,7 +31,11 @@ Steps:
     no_usage       an answer that does not say what it cost
     400 … 599      that status, with an error body that repeats the message (as some servers do)
 Options: xN (N calls), after_ms=N, retry_after=S (seconds), retry_after_date=S (as an HTTP date
-S seconds from now), retry_after_ms=N.
+S seconds from now), retry_after_ms=N, cached=N and reasoning=N (tokens that the usage names).
+
+A script may say what each model does; each then counts its own calls:
+
+    Ada Lovelace is 36 [[small: refuse; large: invalid, answer]]
 
 Tests in the same process may pass a function of their own instead (`script=`).
 
@@ -80,15 +84,21 @@ class Step:
     headers: tuple[tuple[str, str], ...] = ()
     content: str | None = None
     """With `answer`: this instead of what the schema asks for."""
+    cached: int | None = None
+    """Of the prompt's tokens, those that the usage calls cached; None: it does not say."""
+    reasoning: int | None = None
+    """Of the completion's tokens, likewise."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One call as it arrived. `call` counts from 1 for each text."""
+    """One call as it arrived. `call` counts from 1 for each text, `model_call` for each text
+    and model."""
 
     text: str
     call: int
     body: Mapping[str, Any]
+    model_call: int = 1
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,13 @@ Script = Callable[[Asked], Step]
 def script_in_text(asked: Asked) -> Step:
     """What the text itself says about this call."""
     found = _SCRIPT.search(asked.text)
-    return Step() if found is None else _steps(found.group(1), time_of_use=asked.call)
+    if found is None:
+        return Step()
+    if ":" not in found.group(1):
+        return _steps(found.group(1), time_of_use=asked.call)
+    parts = (part.partition(":") for part in found.group(1).split(";"))
+    by_model = {name.strip(): steps for name, _, steps in parts}
+    return _steps(by_model[asked.body["model"]], time_of_use=asked.model_call)
 
 
 def _steps(script: str, time_of_use: int) -> Step:
@@ -129,6 +145,7 @@ def _expand(part: str) -> list[str]:
 def _step(text: str) -> Step:
     kind, *options = text.split()
     after_s, headers = 0.0, []
+    usage: dict[str, int] = {}
     for option in options:
         name, _, value = option.partition("=")
         match name:
@@ -142,9 +159,11 @@ def _step(text: str) -> Step:
                 # Dates have whole seconds: round up, so that a test can rely on "at least".
                 date = formatdate(math.ceil(time.time() + float(value)), usegmt=True)
                 headers.append(("retry-after", date))
+            case "cached" | "reasoning":
+                usage[name] = int(value)
             case _:
                 raise ValueError(f"no such option: {option!r}")
-    return Step(kind, after_s, tuple(headers))
+    return Step(kind, after_s, tuple(headers), **usage)
 
 
 @dataclass(frozen=True)
@@ -200,8 +219,12 @@ class Endpoint:
     fault: Fault | None = None
     down_until_s: float = 0.0
     """Monotonic: until then every connection is reset."""
+    context_chars: int | None = None
+    """Where set, a text of more characters is over the context."""
     calls: Counter[str] = field(default_factory=Counter)
     """Calls by text."""
+    model_calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Calls by text and model."""
     requests: list[Request] = field(default_factory=list)
     """Chat requests as they arrived."""
     spans: list[tuple[float, float]] = field(default_factory=list)
@@ -241,6 +264,8 @@ class Endpoint:
             connection.close()
 
     def step_of(self, asked: Asked) -> Step:
+        if self.context_chars is not None and len(asked.text) > self.context_chars:
+            return Step("too_long")
         step, fault = self.script(asked), self.fault
         return fault.of(step) if fault is not None and fault.hits(asked) else step
 
@@ -363,9 +388,10 @@ class _Connection(asyncio.Protocol):
         endpoint.in_flight += 1
         endpoint.in_flight_max = max(endpoint.in_flight_max, endpoint.in_flight)
         endpoint.calls[text] += 1
+        endpoint.model_calls[text, body["model"]] += 1
         if endpoint.record:
             endpoint.requests.append(request)
-        asked = Asked(text, endpoint.calls[text], body)
+        asked = Asked(text, endpoint.calls[text], body, endpoint.model_calls[text, body["model"]])
         key = request.headers.get("authorization", "").removeprefix("Bearer ")
         self._call = _Call(time.time(), key, text)
         step = endpoint.step_of(asked)
@@ -462,6 +488,16 @@ def text_of(messages: list[Mapping[str, Any]]) -> str:
 
 def reply_to(step: Step, asked: Asked) -> tuple[int, object]:
     """Status and body of the answer."""
+    status, reply = _reply_to(step, asked)
+    if isinstance(reply, dict) and reply.get("usage"):
+        if step.cached is not None:
+            reply["usage"]["prompt_tokens_details"] = {"cached_tokens": step.cached}
+        if step.reasoning is not None:
+            reply["usage"]["completion_tokens_details"] = {"reasoning_tokens": step.reasoning}
+    return status, reply
+
+
+def _reply_to(step: Step, asked: Asked) -> tuple[int, object]:
     match step.kind:
         case "answer" | "cut":
             return 200, _completion(asked, step.content or answer_to(asked))

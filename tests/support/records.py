@@ -7,6 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator
 
+from service import NextModel
+
 
 class ClosedPerson(BaseModel):
     """Closed and without defaults: may be sent with `strict: true`."""
@@ -89,3 +91,24 @@ class Node(BaseModel):
 
     name: str
     next: Node | None
+
+
+class AsksForTheNext(BaseModel):
+    """Wants a stronger model for whoever is older than 30."""
+
+    name: str
+    age: int
+
+    @field_validator("age")
+    @classmethod
+    def _young(cls, value: int) -> int:
+        if value > 30:
+            raise NextModel("too old for this one")
+        return value
+
+
+class Sure(BaseModel):
+    """Says how sure the model is of it."""
+
+    name: str
+    sure: float | None

@@ -1,6 +1,7 @@
 """From a Kafka record to a text, and from an outcome to an output's headers."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -17,8 +18,15 @@ from service.core.messages import (
     Record,
     Rejected,
     Skipped,
+    TextCut,
 )
-from service.kafka.codecs import decoder, origin, record_headers, tombstone_headers
+from service.kafka.codecs import (
+    decoder,
+    origin,
+    provenance_headers,
+    record_headers,
+    tombstone_headers,
+)
 from service.settings import InputSettings
 
 CANARY = "canary"
@@ -148,7 +156,31 @@ def test_an_outputs_headers_stand_in_their_order() -> None:
         ("sluice.schema.version", b"s1"),
         ("sluice.tokens.input", b"10"),
         ("sluice.tokens.output", b"4"),
+        ("sluice.tokens.cached", b"0"),
+        ("sluice.tokens.reasoning", b"0"),
+        ("sluice.cached", b"false"),
+        ("sluice.cost.usd", b"0"),
     ]
+
+
+def test_headers_say_what_is_known_of_the_cost() -> None:
+    """Dollars without an exponent; none where a call's price is not known; what was cut."""
+    spent = replace(
+        EXTRACTED.provenance,
+        tokens_cached=3,
+        tokens_reasoning=2,
+        cost_usd=0.00000015,
+        cached=True,
+        text_cut=TextCut(4096, 10_000),
+    )
+    assert provenance_headers(spent)[5:] == [
+        ("sluice.tokens.cached", b"3"),
+        ("sluice.tokens.reasoning", b"2"),
+        ("sluice.cached", b"true"),
+        ("sluice.cost.usd", b"0.00000015"),
+        ("sluice.text.cut", b"4096/10000"),
+    ]
+    assert "sluice.cost.usd" not in dict(provenance_headers(replace(spent, calls_unpriced=1)))
 
 
 def test_a_tombstones_headers_name_no_model() -> None:

@@ -52,6 +52,10 @@ def test_headers_stand_in_their_order() -> None:
         ("sluice.schema.version", b"s1"),
         ("sluice.tokens.input", b"10"),
         ("sluice.tokens.output", b"4"),
+        ("sluice.tokens.cached", b"0"),
+        ("sluice.tokens.reasoning", b"0"),
+        ("sluice.cached", b"false"),
+        ("sluice.cost.usd", b"0"),
         ("sluice.answer", b'{"age": "old"}'),
     ]
 

@@ -50,6 +50,8 @@ def test_what_passes_is_tried_again(status: int, result: str) -> None:
         (404, {"code": "model_not_found"}, "model"),
         (404, {"type": "NotFoundError", "code": 404}, "model"),
         (404, "page not found", "endpoint"),
+        (400, {"code": "model_not_found"}, "model"),
+        (403, {"code": "insufficient_quota"}, "quota"),
         (405, None, "endpoint"),
         (418, {}, "refused"),
         (429, {"code": "insufficient_quota"}, "quota"),

@@ -93,6 +93,15 @@ def test_topics_from_a_variable(text: str, topics: tuple[str, ...]) -> None:
     assert load(None, variables(input__topics=text)).input.topics == topics
 
 
+def test_models_and_prices_from_variables() -> None:
+    """Models in their order, separated by commas; prices as JSON."""
+    prices = '{"large": {"input": 2, "cached": 1, "output": 8}, "a/b.c": {"input": 0, "output": 0}}'
+    loaded = load(None, variables(extraction__model="small, large", prices=prices))
+    assert loaded.extraction.model == ("small", "large")
+    assert loaded.prices["large"].output == 8
+    assert loaded.prices["a/b.c"].cached is None
+
+
 @pytest.mark.parametrize("yaml", ["[a, b]", "'a, b'"])
 def test_topics_from_the_file(yaml: str) -> None:
     """The file takes a list, and the same text as the variable."""
@@ -328,6 +337,11 @@ WRONG = [
     ("input__start", "1769839200", "neither earliest, latest nor a time"),
     ("input__topics", "a b", "no legal topic name"),
     ("input__topics", "a,a", "a topic is named twice"),
+    ("extraction__model", "a, a", "a model is named twice"),
+    ("extraction__model", ",", "no model is named"),
+    ("prices", '{"gpt": {"input": 1}}', "SLUICE_PRICES.gpt.output: is missing"),
+    ("prices", '{"gpt": {"input": -1, "output": 1}}', "greater than or equal to 0"),
+    ("prices", "cheap", "allowed: a mapping"),
     ("input__topics", ",", "no topic is named"),
     ("output__topic", "..", "no legal topic name"),
     ("dead_letters__topic", "x" * 250, "no legal topic name"),
@@ -444,6 +458,9 @@ def test_what_stands_together(settings: dict[str, str]) -> None:
     [
         ({"delivery__drain_timeout_s": "189"}, "delivery.drain_timeout_s is 189"),
         ({"extraction__reasks_max": "3"}, "can take 250 s"),
+        ({"extraction__truncated": "retry"}, "can take 250 s"),
+        ({"extraction__model": "small,large"}, "can take 370 s"),
+        ({"extraction__confidence__field": "sure"}, "names one only"),
         ({**SASL, "kafka__security__protocol": "SASL_PLAINTEXT"}, "sends the password in clear"),
     ],
 )
