@@ -567,6 +567,13 @@ MUTATIONS = (
         (SUPERVISION + "a_mark_in_doubt_is_fenced_before_it_is_made_again",),
     ),
     Mutation(
+        "30 a worker that is fenced in a revoke fences back",
+        HOLDINGS,
+        "if held is None or not self.restored.is_set():",
+        "if held is None:",
+        (UNIT_HOLDINGS + "whoever_is_fenced_in_a_revoke_does_not_fence_back",),
+    ),
+    Mutation(
         "31 a reader that is not asked counts as silent",
         WATCHDOG,
         "elif partition in asked:",

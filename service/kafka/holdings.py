@@ -174,8 +174,9 @@ class Holdings:
     def fenced(self, partition: Partition) -> None:
         """Somebody has taken its producer's place. Either the group has given the partition to
         him, and tells us in a moment, or it is still ours and is restored anew."""
-        if self.held.pop(partition, None) is None:
-            return
+        held = self.held.pop(partition, None)
+        if held is None or not self.restored.is_set():
+            return  # in a rebalance it is the next assignment that says; who fences back, duels
         if self._given is None:
             everything = frozenset((*self.held, *self._held_out, partition))
             self._given = _Given(everything, *self._held_as)

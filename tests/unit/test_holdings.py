@@ -58,8 +58,10 @@ class Offsets(GroupOffsets):
         self._group = group
         self.gate = asyncio.Event()
         self.gate.set()
+        self.asked = 0
 
     async def stored(self) -> dict[Partition, Stored | None]:
+        self.asked += 1
         await self.gate.wait()
         return {P: self._group.stored.get(P)}
 
@@ -264,3 +266,31 @@ async def test_a_restore_that_is_overtaken_by_a_revoke_holds_nothing(worker: Wor
     assert worker.holdings.held == {}
     assert not worker.holdings.restored.is_set()
     assert worker.group.stored == stored
+
+
+async def test_whoever_is_fenced_in_a_revoke_does_not_fence_back(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The group has given the partition to another by then; two that fence each other stand still.
+
+    Where it is held and nothing is being rebalanced, it is restored, beginning with a fence.
+    """
+    monkeypatch.setattr("service.kafka.holdings.FENCED_AGAIN_S", 0.0)
+
+    async def fenced() -> int:
+        before = worker.offsets.asked
+        worker.holdings.fenced(P)
+        await worker.holdings.see_to_the_rest()
+        return worker.offsets.asked - before
+
+    asked: list[int] = []
+
+    async def in_the_revoke() -> None:
+        asked.append(await fenced())
+
+    worker.pipeline.when_revoked = in_the_revoke
+    await worker.holdings.on_revoked()
+    assert asked == [0]
+    worker.group.generation += 1
+    await worker.given()
+    assert await fenced() == 1
