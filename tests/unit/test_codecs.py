@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.core.history import origin
 from service.core.messages import (
     Extracted,
     Headers,
@@ -18,7 +19,7 @@ from service.core.messages import (
     Rejected,
     Skipped,
 )
-from service.kafka.codecs import decoder, origin, record_headers, tombstone_headers
+from service.kafka.codecs import decoder, record_headers, tombstone_headers
 from service.settings import InputSettings
 
 CANARY = "canary"
