@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from service.core.errors import CannotRun, NotReachable, Stop
 from service.core.events import Called, Event, Finished
+from service.core.guard import GuardBounds
 from service.core.messages import Partition
 from service.core.status import Status
 from service.kafka.codecs import decoder
@@ -29,8 +30,8 @@ from service.kafka.sink import KafkaSink
 from service.kafka.source import KafkaSource
 from service.llm.cache import cached
 from service.llm.extractor import OpenAIExtractor
-from service.pipeline import Bounds, Pipeline
-from service.settings import Settings, warnings
+from service.pipeline import Bounds, Later, Pipeline
+from service.settings import RetrySettings, Settings, warnings
 from service.telemetry.logs import configured
 from service.telemetry.metrics import Metrics, StatusGauges, expose_process
 from service.telemetry.probes import Patience, Probes
@@ -115,7 +116,7 @@ class _App:
                 log.info("stopped by a signal before it had started")
                 return 0
         log.info("stopped: %s", self._summary)
-        problem = self._source.group().problem
+        problem = self._source.group().problem or self._pipeline.problem
         if until_caught_up and problem is not None:
             raise CannotRun(problem)
         return 0 if committed else 1
@@ -244,7 +245,13 @@ def bounds(settings: Settings) -> Bounds:
         commit_interval_s=delivery.commit_interval_s,
         drain_timeout_s=delivery.drain_timeout_s,
         rebalance_drain_s=delivery.rebalance_drain_s,
+        guard=GuardBounds(**settings.dead_letters.guard.model_dump()),
+        later=_later(settings.retries),
     )
+
+
+def _later(retries: RetrySettings) -> Later | None:
+    return None if retries.topic is None else Later(retries.delay_s, retries.attempts_max)
 
 
 def _stop_in(error: BaseException) -> Stop | None:

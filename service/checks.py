@@ -118,6 +118,8 @@ async def _permissions(settings: Settings) -> tuple[str, ...]:
     topics = await look_at_topics(settings.kafka, _names(settings))
     wanted: list[tuple[str, Operation]] = [(name, "READ") for name in settings.input.topics]
     wanted += [(settings.output.topic, "WRITE"), (settings.dead_letters.topic, "WRITE")]
+    if (retries := settings.retries.topic) is not None:
+        wanted += [(retries, "READ"), (retries, "WRITE")]
     denied = [f"{need} on {name}" for name, need in wanted if not topics[name].allows(need)]
     if denied:
         raise CannotRun(f"missing: {', '.join(denied)}. Let an administrator grant them")
@@ -147,7 +149,7 @@ async def _transactions(settings: Settings) -> tuple[str, ...]:
 
 
 def _names(settings: Settings) -> tuple[str, ...]:
-    return (*settings.input.topics, settings.output.topic, settings.dead_letters.topic)
+    return (*settings.topics_read, settings.output.topic, settings.dead_letters.topic)
 
 
 _IN_KAFKA: tuple[tuple[str, Look], ...] = (

@@ -36,6 +36,8 @@ from service.core.events import (
     Spared,
     Taken,
 )
+from service.core.guard import NEVER, Guard, GuardBounds
+from service.core.history import lived_on
 from service.core.lanes import Lane, Ordering
 from service.core.limits import Admission, Circuit, CircuitState
 from service.core.messages import (
@@ -45,6 +47,7 @@ from service.core.messages import (
     Outcome,
     Partition,
     Passed,
+    Postponed,
     Reason,
     Rejected,
     Skipped,
@@ -149,6 +152,14 @@ class Sink(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Later:
+    """Messages that are exhausted wait in the retry topic: how long, and how often."""
+
+    delay_s: float
+    attempts_max: int
+
+
+@dataclass(frozen=True, slots=True)
 class Bounds:
     """What the pipeline may take and how long it may wait; messages, bytes, seconds."""
 
@@ -161,6 +172,8 @@ class Bounds:
     commit_interval_s: float
     drain_timeout_s: float
     rebalance_drain_s: float
+    guard: GuardBounds = NEVER
+    later: Later | None = None  # None: exhausted messages are rejected at once
 
 
 class Pipeline:
@@ -183,6 +196,7 @@ class Pipeline:
         self._uniform, self._wall_clock = uniform, wall_clock
         self._backoff = Backoff()
         self._admission = Admission(bounds.concurrency, Circuit(uniform))
+        self._guard = Guard(bounds.guard)
         self._window = Window(bounds.ordering, suspects=bounds.concurrency)
         self._tasks: asyncio.TaskGroup | None = None  # only while work may be started
         self._working: dict[asyncio.Task[None], Holding] = {}
@@ -227,6 +241,11 @@ class Pipeline:
     def stopping(self) -> bool:
         return self._stopping
 
+    @property
+    def problem(self) -> str | None:
+        """Why it takes no more although it could: a sentence for a person."""
+        return self._guard.problem
+
     def stop(self) -> None:
         """Take no more, finish what is in flight, commit, return from `run`."""
         self._stopping = True
@@ -267,8 +286,8 @@ class Pipeline:
                 # it. Nor do positions count any more, which step over what is not taken here.
                 continue
             self._take(batch)
-            if until is not None and self._reached(until):
-                self.stop()
+            if until is not None and (self._reached(until) or self._guard.tripped):
+                self.stop()  # what is to end by itself does not wait for somebody to come
 
     def _room(self) -> int:
         """How many messages to poll for; 0 while it isn't worth it, or not allowed."""
@@ -280,6 +299,8 @@ class Pipeline:
         if self._admission.circuit.state is not CircuitState.CLOSED:
             # Only a success closes it, and those that have failed may fail for ever.
             return 0 if self._window.untried else min(room, 1)
+        if (tries := self._guard.room(self._window.messages, self._now_s())) is not None:
+            return min(room, tries)
         return room if room >= max(1, self._bounds.window // POLL_SHARE) else 0
 
     def _take(self, batch: Batch) -> None:
@@ -335,6 +356,9 @@ class Pipeline:
         while (entry := self._window.next_queued()) is not None:
             if self._alone is not None or (entry.alone and self._window.calling):
                 break  # the end of a call goes on with it
+            if (held_s := self._guard.wait_s(now_s)) > 0.0:
+                ask_again_s = min(now_s + held_s, ask_again_s or now_s + held_s)
+                break
             wait_s = self._admission.wait_s(now_s)
             if wait_s != 0.0:
                 if wait_s is not None:
@@ -343,6 +367,7 @@ class Pipeline:
             self._observe(Admitted(now_s - entry.since_s))
             self._window.call_next(now_s)
             self._admission.admit()
+            self._guard.began(now_s)
             if entry.alone:
                 self._alone = entry
             self._start(entry.holding, self._call, entry)
@@ -396,12 +421,21 @@ class Pipeline:
         if exhausted(
             entry.attempts_that_count, self._bounds.attempts_max, now_s, self._last_success_s
         ):
-            self._answer(entry, _exhausted(entry, failure))
+            self._answer(entry, self._postponed(entry) or _exhausted(entry, failure))
             return
         delay_s = self._backoff.delay_s(entry.attempts, self._uniform, failure.retry_after_s)
         self._window.retry(entry, now_s, now_s + delay_s)
         if self._draining:
             self._window.let_go()
+
+    def _postponed(self, entry: Entry) -> Postponed | None:
+        """An exhausted message goes to the retry topic, where there is one, so and so often."""
+        later, now_ms = self._bounds.later, self._wall_ms()
+        history = lived_on(entry.message, entry.attempts, entry.first_failed_at_ms or now_ms)
+        if later is None or history.retries >= later.attempts_max:
+            return None
+        due_ms = now_ms + int(later.delay_s * 1000)
+        return Postponed(replace(history, retries=history.retries + 1, due_ms=due_ms).headers)
 
     def _answer(self, entry: Entry, outcome: Outcome) -> None:
         """The message has its outcome; a rejected one is told how it came to it."""
@@ -499,12 +533,27 @@ class Pipeline:
         )
         if reopened:
             self._rest(entry, self._backoff.delay_s(1, self._uniform))
+        self._tell_the_guard(entry.outcome)
         self._moved_on()
+
+    def _tell_the_guard(self, outcome: Outcome) -> None:
+        if not isinstance(outcome, Extracted | Rejected):
+            return
+        before = self._guard.tripped
+        reason = outcome.reason if isinstance(outcome, Rejected) else None
+        self._guard.finished(reason, self._now_s())
+        if self._guard.tripped and not before:
+            log.error("%s", self._guard.problem)
+        elif before and not self._guard.tripped:
+            log.info("messages are not rejected any more: it goes on")
+            self._wake_at(self._now_s())
 
     def _not_published(self, entry: Entry, failure: OutputTooLarge | PublishFailed) -> None:
         """The lane stops; once all it had handed over is settled, it starts again in order."""
         rest_s = 0.0
-        if isinstance(failure, OutputTooLarge) and isinstance(entry.outcome, Extracted | Passed):
+        if isinstance(failure, OutputTooLarge) and isinstance(
+            entry.outcome, Extracted | Passed | Postponed
+        ):
             entry.outcome = _too_large(entry.outcome)
         else:
             entry.publish_attempts += 1
@@ -631,6 +680,7 @@ class Pipeline:
             not_ready=self._not_ready(group),
             group=group,
             partitions=partitions,
+            reject_guard_tripped=self._guard.tripped,
         )
 
     def _state(self, group: GroupStatus, now_s: float, stages: Counter[Stage], lag: int) -> State:
@@ -644,6 +694,8 @@ class Pipeline:
             return State.REBALANCING
         if self._admission.circuit.state is not CircuitState.CLOSED:
             return State.WAITING_FOR_PROVIDER
+        if self._guard.tripped:
+            return State.GUARDED
         if self._window.calling:
             return State.RUNNING
         if stages[Stage.RETRYING] or self._admission.cooldown_until_s > now_s:
@@ -667,6 +719,8 @@ class Pipeline:
             sentences.append(group.problem)
         if self._admission.circuit.reason is not None:
             sentences.append(self._admission.circuit.reason)
+        if self._guard.problem is not None:
+            sentences.append(self._guard.problem)
         return tuple(sentences)
 
     # --- time and tasks --------------------------------------------------------------------------
@@ -758,7 +812,9 @@ def _exhausted(entry: Entry, failure: CallFailure) -> Rejected:
     )
 
 
-def _too_large(outcome: Extracted | Passed) -> Rejected:
+def _too_large(outcome: Extracted | Passed | Postponed) -> Rejected:
+    if isinstance(outcome, Postponed):
+        return Rejected(Reason.EXHAUSTED, "the retry topic takes no message of this size")
     if isinstance(outcome, Passed):
         return Rejected(Reason.OUTPUT_TOO_LARGE, "the output topic takes no tombstone of this size")
     largest = max((len(record.json) for record in outcome.records), default=0)
@@ -769,7 +825,9 @@ def _too_large(outcome: Extracted | Passed) -> Rejected:
     )
 
 
-def _word(outcome: Outcome) -> Literal["extracted", "rejected", "passed", "skipped"]:
+def _word(
+    outcome: Outcome,
+) -> Literal["extracted", "rejected", "passed", "skipped", "postponed"]:
     match outcome:
         case Extracted():
             return "extracted"
@@ -779,5 +837,7 @@ def _word(outcome: Outcome) -> Literal["extracted", "rejected", "passed", "skipp
             return "passed"
         case Skipped():
             return "skipped"
+        case Postponed():
+            return "postponed"
         case _:
             assert_never(outcome)

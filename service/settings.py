@@ -108,6 +108,9 @@ def _distinct(names: tuple[str, ...], what: str) -> tuple[str, ...]:
     return names
 
 
+OrNull = BeforeValidator(lambda value: None if value == "null" else value)
+"""In the environment an empty variable counts as not set, so that the word has to say it."""
+
 Topic: TypeAlias = Annotated[str, AfterValidator(_topic)]
 Start: TypeAlias = Annotated[Literal["earliest", "latest"] | datetime, BeforeValidator(_start)]
 
@@ -218,9 +221,25 @@ class OutputSettings(Section):
     use."""
 
 
+class GuardSettings(Section):
+    share_max: Annotated[float | None, OrNull] = Field(default=0.5, gt=0, lt=1)
+    """Intake stops when more than this share of the last outcomes are rejections: then it is
+    hardly the messages' fault. null: it never stops for this."""
+    window: int = Field(default=200, ge=1, le=100_000)
+    """Outcomes of which the share is taken."""
+    outcomes_min: int = Field(default=50, ge=1, le=100_000)
+    """Below so many outcomes a share says nothing."""
+    in_a_row_max: Annotated[int | None, OrNull] = Field(default=100, ge=1, le=1_000_000)
+    """Intake stops after so many rejections without anything else between. null: never for this."""
+
+
 class DeadLetterSettings(Section):
     topic: Topic = "dead-letters"
     """Where messages go that fail for good."""
+    connect_headers: bool = False
+    """Write the headers of Kafka Connect's dead letter queues (`__connect.errors.…`) besides, for
+    tools that know those."""
+    guard: GuardSettings = Field(default_factory=GuardSettings)
 
 
 class Example(Section):
@@ -357,6 +376,17 @@ class CacheSettings(Section):
         return 2 * self.redis_timeout_s if self.mode == "redis" else 0.0
 
 
+class RetrySettings(Section):
+    topic: Topic | None = None
+    """Where a message waits that would be rejected as `exhausted`: it is sent there and finished,
+    and read again by this group alone once it is due. Only with ordering none. Without it such a
+    message is rejected at once."""
+    delay_s: float = Field(default=300.0, ge=1, le=604_800)
+    """Seconds until it is due; the topic must keep its messages for longer."""
+    attempts_max: int = Field(default=5, ge=1, le=1000)
+    """So often it goes there; then it is rejected as `exhausted`."""
+
+
 class TelemetrySettings(Section):
     host: str = Field(default="0.0.0.0", min_length=1)  # probes come from other machines
     """Address of /metrics, /livez and /readyz."""
@@ -392,6 +422,7 @@ class Settings(BaseSettings):
     """What models cost, by their names: {input, cached, output} in US dollars for a million
     tokens; in the environment as JSON. They win over the prices that are known of public
     endpoints."""
+    retries: RetrySettings = Field(default_factory=RetrySettings)
 
     @property
     def window(self) -> int:
@@ -400,6 +431,12 @@ class Settings(BaseSettings):
             return self.limits.window
         factor = 16 if self.delivery.ordering == "partition" else 4
         return factor * self.limits.concurrency
+
+    @property
+    def topics_read(self) -> tuple[str, ...]:
+        """What the group reads: the input, and messages that wait to be tried again."""
+        retries = self.retries.topic
+        return self.input.topics if retries is None else (*self.input.topics, retries)
 
     @property
     def rebalance_timeout_s(self) -> float:
@@ -467,6 +504,13 @@ def _contradictions(settings: Settings) -> Iterator[Contradiction]:
             "tombstones cannot be passed on with a key_field: without a value there is no record "
             "whose field could be the key; set tombstones to skip, or leave key_field out",
         )
+    guard = settings.dead_letters.guard
+    if guard.share_max is not None and guard.outcomes_min > guard.window:
+        yield Contradiction(
+            ("dead_letters.guard.outcomes_min", "dead_letters.guard.window"),
+            f"{guard.outcomes_min} outcomes never stand in a window of {guard.window}, so that no "
+            "share would be taken; the window must be at least as large",
+        )
     window = settings.limits.window
     if window is not None and window < settings.limits.concurrency:
         yield Contradiction(
@@ -492,12 +536,37 @@ def _loops(settings: Settings) -> Iterator[Contradiction]:
             f"{letters!r} is input and dead letter topic: each dead letter would be read again "
             "and paid for again, without end; give dead letters a topic of their own",
         )
+    yield from _retry_contradictions(settings)
     if output == letters:
         yield Contradiction(
             ("output.topic", "dead_letters.topic"),
             f"{output!r} is output and dead letter topic: readers of records would get dead "
             "letters; give dead letters a topic of their own",
         )
+
+
+def _retry_contradictions(settings: Settings) -> Iterator[Contradiction]:
+    topic = settings.retries.topic
+    if topic is None:
+        return
+    if settings.delivery.ordering != "none":
+        yield Contradiction(
+            ("retries.topic", "delivery.ordering"),
+            "a message that waits in a topic of its own is overtaken by those behind it; set "
+            "delivery.ordering to none, or leave retries.topic out",
+        )
+    others = {
+        "output.topic": (settings.output.topic,),
+        "dead_letters.topic": (settings.dead_letters.topic,),
+        "input.topics": settings.input.topics,
+    }
+    for name, topics in others.items():
+        if topic in topics:
+            yield Contradiction(
+                ("retries.topic", name),
+                f"{topic!r} stands for both: messages that wait would be taken for others, or "
+                "others for them; give retries a topic of their own",
+            )
 
 
 def _sasl_contradictions(security: SecuritySettings) -> Iterator[Contradiction]:

@@ -17,7 +17,7 @@ from service.settings import PREFIX, Contradictions, Section, Settings
 Place: TypeAlias = tuple[str, ...]
 """A setting's: ("kafka", "group_id")."""
 
-SECTIONS = frozenset({*Settings.model_fields, "security", "confidence"})
+SECTIONS = frozenset({*Settings.model_fields, "security", "confidence", "guard"})
 
 SHOWN_MAX = 60
 """Characters of a wrong value that a sentence repeats."""

@@ -108,7 +108,7 @@ class Finished:
     message's own timestamp.
     """
 
-    outcome: Literal["extracted", "rejected", "passed", "skipped"]
+    outcome: Literal["extracted", "rejected", "passed", "skipped", "postponed"]
     reason: Reason | None
     records: int
     publish_s: float

@@ -174,4 +174,12 @@ class Skipped:
     """A deliberate nothing: finished without a publish."""
 
 
-Outcome: TypeAlias = Extracted | Rejected | Passed | Skipped
+@dataclass(frozen=True, slots=True)
+class Postponed:
+    """Finished here, to be tried again later: goes to the retry topic with these headers behind
+    its own (core/history.py)."""
+
+    carries: Headers
+
+
+Outcome: TypeAlias = Extracted | Rejected | Passed | Skipped | Postponed

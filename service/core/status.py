@@ -16,6 +16,7 @@ class State(StrEnum):
     WAITING_FOR_PROVIDER = "waiting_for_provider"  # the circuit is open, or all wait to retry
     WAITING_FOR_KAFKA = "waiting_for_kafka"  # brokers don't answer, or sends are not acknowledged
     REBALANCING = "rebalancing"
+    GUARDED = "guarded"  # too many messages were rejected: intake stands still
     DRAINING = "draining"
     STALLED = "stalled"  # there is work and nothing moves, for no reason that we know of
 
@@ -68,3 +69,4 @@ class Status:
     not_ready: tuple[str, ...]  # sentences; empty means ready
     group: GroupStatus = field(default_factory=GroupStatus)
     partitions: Mapping[Partition, PartitionStatus] = field(default_factory=dict)
+    reject_guard_tripped: bool = False

@@ -3,12 +3,12 @@
 Nothing here quotes a message: a detail says what is wrong and where, never what stood there.
 """
 
-import re
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from pydantic_core import from_json
 
+from service.core.history import ID_HEADER, first_timestamp_ms, origin
 from service.core.messages import (
     Extracted,
     Headers,
@@ -27,10 +27,6 @@ HeaderList: TypeAlias = list[tuple[str, bytes | None]]
 
 OUR_PREFIXES = ("sluice.", "__dlq.errors.")
 """Header names that are ours to write; an input's own are not carried into outputs."""
-ID_HEADER = "sluice.id"
-"""On an output `topic:partition:offset:index`, on a message sent again `topic:partition:offset`."""
-
-_ORIGIN = re.compile(rb"[a-zA-Z0-9._-]{1,249}:[0-9]{1,10}:[0-9]{1,19}")
 
 
 def decoder(settings: InputSettings) -> Decoder:
@@ -103,23 +99,6 @@ def _too_long(size: int, size_max: int) -> Rejected:
     )
 
 
-def origin(message: Message) -> bytes:
-    """`topic:partition:offset` under which a message first came in.
-
-    A message that is sent again (redrive, retry) carries it as `sluice.id`, so that its outputs
-    keep their ids. Only that well-formed shape is taken over: an output of another Sluice has
-    four parts, and two records of one message there must not end under one id here. Whoever may
-    write the input topic can claim an origin; that is no more than they can do anyway.
-    """
-    for name, value in reversed(message.headers):
-        if name == ID_HEADER:
-            if value is not None and _ORIGIN.fullmatch(value):
-                return value
-            break
-    at = message.coordinates
-    return f"{at.topic}:{at.partition}:{at.offset}".encode()
-
-
 def record_headers(message: Message, extracted: Extracted, index: int) -> HeaderList:
     """The headers of record `index` of a message: the input's own, then where it came from."""
     provenance = extracted.provenance
@@ -169,7 +148,7 @@ def _source_headers(message: Message, index: int) -> HeaderList:
         ("sluice.source.topic", message.partition.topic.encode()),
         ("sluice.source.partition", b"%d" % message.partition.partition),
         ("sluice.source.offset", b"%d" % message.offset),
-        ("sluice.source.timestamp", b"%d" % message.timestamp_ms),
+        ("sluice.source.timestamp", b"%d" % first_timestamp_ms(message)),
     ]
 
 

@@ -8,8 +8,9 @@ where it carried headers of these names itself. Readers take the last header of 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from service.core.history import ID_HEADER, lived_on
 from service.core.messages import Headers, Message, Reason, Rejected
-from service.kafka.codecs import ID_HEADER, HeaderList, origin, provenance_headers
+from service.kafka.codecs import HeaderList, provenance_headers
 
 ANSWER_MAX_BYTES = 32_768
 """The longest answer kept: enough to see what the model did, far below a topic's limit."""
@@ -33,6 +34,12 @@ SENTENCES: dict[Reason, str] = {
 }
 """Generic on purpose: tools show `__dlq.errors.message` anywhere, so it quotes nothing."""
 
+STAGES: dict[Reason, str] = {
+    Reason.UNDECODABLE: "VALUE_CONVERTER",
+    Reason.OUTPUT_TOO_LARGE: "TASK_PUT",
+}
+"""Kafka Connect's word for where it went wrong; for all others `TRANSFORMATION`."""
+
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
@@ -43,8 +50,13 @@ class DeadLetter:
     headers: HeaderList
 
 
-def dead_letter(message: Message, rejected: Rejected, group: str, now_ms: int) -> DeadLetter:
+def dead_letter(
+    message: Message, rejected: Rejected, group: str, now_ms: int, *, connect: bool = False
+) -> DeadLetter:
     """The message and why it was rejected; `now_ms` stands in where no earlier failure is known.
+
+    Attempts and the first failure are those of all its lives, also before a redrive or a retry.
+    With `connect` there are the headers besides that Kafka Connect's own reporter writes.
 
     `sluice.answer` and `sluice.error.detail` may quote the message or the model: they belong to
     whoever may read the dead letter topic.
@@ -52,23 +64,26 @@ def dead_letter(message: Message, rejected: Rejected, group: str, now_ms: int) -
     headers = [
         *message.headers,
         *_broker_headers(message, rejected, group),
+        *(_connect_headers(message, rejected, group) if connect else ()),
         *_our_headers(message, rejected, now_ms),
     ]
     return DeadLetter(message.key, message.value, headers)
 
 
-def smaller(message: Message, rejected: Rejected, group: str, now_ms: int) -> Iterator[DeadLetter]:
+def smaller(
+    message: Message, rejected: Rejected, group: str, now_ms: int, *, connect: bool = False
+) -> Iterator[DeadLetter]:
     """The same dead letter, from whole to smallest: without the answer, without the detail too.
 
     Key, value and original headers are never cut: where the last one is too large as well, the
     topic has to take larger messages.
     """
-    yield dead_letter(message, rejected, group, now_ms)
+    yield dead_letter(message, rejected, group, now_ms, connect=connect)
     if rejected.answer is not None:
         rejected = replace(rejected, answer=None)
-        yield dead_letter(message, rejected, group, now_ms)
+        yield dead_letter(message, rejected, group, now_ms, connect=connect)
     if rejected.detail:
-        yield dead_letter(message, replace(rejected, detail=""), group, now_ms)
+        yield dead_letter(message, replace(rejected, detail=""), group, now_ms, connect=connect)
 
 
 def original_headers(headers: Headers) -> Headers:
@@ -92,18 +107,34 @@ def _broker_headers(message: Message, rejected: Rejected, group: str) -> HeaderL
     ]
 
 
+def _connect_headers(message: Message, rejected: Rejected, group: str) -> HeaderList:
+    """As Kafka Connect's dead letter queue writes its context, numbers as text. No stack trace:
+    nothing was thrown."""
+    at = message.coordinates
+    context = {
+        "topic": at.topic,
+        "partition": str(at.partition),
+        "offset": str(at.offset),
+        "connector.name": group,
+        "task.id": "0",
+        "stage": STAGES.get(rejected.reason, "TRANSFORMATION"),
+        "class.name": "sluice",
+        "exception.class.name": f"sluice.{rejected.reason.value}",
+        "exception.message": SENTENCES[rejected.reason],
+    }
+    return [(f"__connect.errors.{name}", text.encode()) for name, text in context.items()]
+
+
 def _our_headers(message: Message, rejected: Rejected, now_ms: int) -> HeaderList:
     failed_ms = now_ms if rejected.first_failed_at_ms is None else rejected.first_failed_at_ms
+    history = lived_on(message, rejected.attempts, failed_ms)
     headers: HeaderList = [
-        (ID_HEADER, origin(message)),
-        ("sluice.source.timestamp", b"%d" % message.timestamp_ms),
+        (ID_HEADER, history.origin),
+        ("sluice.source.timestamp", b"%d" % history.timestamp_ms),
         ("sluice.error.reason", rejected.reason.value.encode()),
         ("sluice.error.detail", _capped(rejected.detail, DETAIL_MAX_BYTES)),
-        ("sluice.attempts", b"%d" % rejected.attempts),
-        (
-            "sluice.first.failed.at",
-            b"%d" % failed_ms,
-        ),
+        ("sluice.attempts", b"%d" % history.attempts),
+        ("sluice.first.failed.at", b"%d" % history.first_failed_at_ms),
     ]
     if (provenance := rejected.provenance) is not None:
         headers += provenance_headers(provenance)

@@ -450,7 +450,7 @@ class Holdings:
         topic_ids: Mapping[str, str],
     ) -> dict[Partition, int | HeldOut]:
         if self._known and not any(stored.values()):
-            problem = all_gone(self._settings.input.topics, self._kafka.group_id)
+            problem = all_gone(self._settings.topics_read, self._kafka.group_id)
             return {each: HeldOut(problem) for each in fresh}
         for partition in fresh:
             found = stored[partition]

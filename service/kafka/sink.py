@@ -18,11 +18,13 @@ from aiokafka.partitioner import DefaultPartitioner
 
 from service.core.errors import OutputTooLarge, PublishFailed, SluiceError
 from service.core.events import Observe
+from service.core.history import first_timestamp_ms, own_part
 from service.core.messages import (
     Extracted,
     Message,
     Outcome,
     Passed,
+    Postponed,
     Rejected,
     Skipped,
 )
@@ -177,6 +179,8 @@ class KafkaSink:
                 return await self._fitting([self._output(message, message.key, None, headers)])
             case Rejected():
                 return [await self._dead_letter(message, outcome)]
+            case Postponed():
+                return await self._fitting([self._postponed(message, outcome)])
             case Skipped():
                 return []
             case _:
@@ -199,16 +203,28 @@ class KafkaSink:
         size = size_alone(key, value, headers)
         return Output(self._output_topic, key, value, headers, self._timestamp_ms(message), size)
 
+    def _postponed(self, message: Message, postponed: Postponed) -> Output:
+        """The message as it first came in, and what it has been through; its own timestamp is
+        now, so that retention does not delete it before it is due."""
+        topic = self._settings.retries.topic
+        assert topic is not None, "the settings see to it"
+        headers = [*own_part(message.headers), *postponed.carries]
+        size = size_alone(message.key, message.value, headers)
+        return Output(topic, message.key, message.value, headers, None, size)
+
     def _timestamp_ms(self, message: Message) -> int | None:
         """The input's, where it has one (-1 says that it has none) that brokers will take."""
         now = self._settings.output.timestamp == "now"
-        known = 0 <= message.timestamp_ms <= _now_ms() + FUTURE_MAX_MS
-        return message.timestamp_ms if known and not now else None
+        first_ms = first_timestamp_ms(message)
+        known = 0 <= first_ms <= _now_ms() + FUTURE_MAX_MS
+        return first_ms if known and not now else None
 
     async def _fitting(self, outputs: list[Output]) -> list[Output]:
         """All of them or none: a message is not published in part where sizes are known."""
-        largest = max((each.size_bytes for each in outputs), default=0)
-        topic = self._output_topic
+        if not outputs:
+            return outputs
+        largest = max(each.size_bytes for each in outputs)
+        topic = outputs[0].topic
         own_max = self._settings.output.message_max_bytes
         if largest > own_max:
             raise OutputTooLarge(
@@ -228,7 +244,8 @@ class KafkaSink:
         topic = self._dead_letter_topic
         group = self._settings.kafka.group_id
         size = 0
-        for letter in smaller(message, rejected, group, _now_ms()):
+        connect = self._settings.dead_letters.connect_headers
+        for letter in smaller(message, rejected, group, _now_ms(), connect=connect):
             size = size_alone(letter.key, letter.value, letter.headers)
             if size <= self._sizes.known(topic) or size <= await self._sizes.fresh(topic):
                 return Output(
@@ -277,7 +294,8 @@ class KafkaSink:
             producer = await self._producers.open()
         except PublishFailed as error:
             raise stop_for(error.__cause__ or error, kafka) from error
-        for topic in dict.fromkeys((self._output_topic, self._dead_letter_topic)):
+        written = (self._output_topic, self._dead_letter_topic, self._settings.retries.topic)
+        for topic in dict.fromkeys(filter(None, written)):
             try:
                 await within(DISCOVERY_TIMEOUT_S, producer.discover(topic))
             except TimeoutError as error:

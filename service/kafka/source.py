@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -44,6 +45,7 @@ from service.kafka.connection import (
     stop_for,
     within,
 )
+from service.kafka.due import DueTimes
 from service.kafka.holdings import Holding, Holdings, Listener
 from service.kafka.membership import STOP_S, Membership, briefly
 from service.kafka.offsets import GroupOffsets
@@ -116,6 +118,7 @@ class KafkaSource:
         self._holdings: Holdings | None = None
         self._failure: tuple[list[TopicPartition], Exception] | None = None  # of the last fetch
         self._failing_since_s: float | None = None
+        self._due = DueTimes(settings.retries.topic, lambda: int(time.time() * 1000))
         self._clock = SettlingClock()
         self._supervision = Supervision(self._kafka, {})
         self._replacements = Replacements()
@@ -242,7 +245,11 @@ class KafkaSource:
         if self._membership.reassigning or not holdings.restored.is_set():
             await self._wait_for_the_restore(holdings, limit)
             return Batch()
-        open_ = [partition for partition in holdings.readable if partition not in closed]
+        open_ = [
+            partition
+            for partition in holdings.readable
+            if partition not in closed and self._due.open(partition)
+        ]
         messages = await self._take(open_, limit)
         # No wait from here on: positions belong to these messages.
         return Batch(tuple(messages), self._positions(holdings), self._ends(holdings))
@@ -294,7 +301,14 @@ class KafkaSource:
         holding = self._started.held.get(partition)
         if holding is None:  # fetched before its restore, which seeks
             return []
-        holding.next = records[-1].offset + 1
+        if (wait := self._due.first_not_due(partition, records)) is not None:
+            # Buffered it would come next, whatever else is due by then.
+            holding.next = records[wait].offset
+            self._rewind([TopicPartition(*partition)])
+            self._supervision.excuse([partition])
+            records = records[:wait]
+        else:
+            holding.next = records[-1].offset + 1
         return [
             Message(
                 partition=partition,
@@ -567,7 +581,7 @@ class KafkaSource:
 
     @property
     def _topics(self) -> tuple[str, ...]:
-        return self._settings.input.topics
+        return self._settings.topics_read
 
 
 def _commit_failed(error: KafkaError) -> CommitFailed:

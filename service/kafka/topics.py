@@ -60,6 +60,9 @@ DEAD_LETTER_ROOM_BYTES = 131_072
 """What a dead letter is larger than its message: 16,384 characters of the model's answer and
 4,096 of the reason, at most four bytes each, and the other headers, rounded up."""
 
+HISTORY_ROOM_BYTES = 1_024
+"""What a message that is sent again is larger than it was: the headers of core/history.py."""
+
 _BITS: dict[Operation, int] = {"READ": 1 << 3, "WRITE": 1 << 4, "DESCRIBE": 1 << 8}
 """Codes of operations in Kafka's access control, as bits of `authorized_operations`."""
 
@@ -144,8 +147,9 @@ async def create_topics(
     larger than what that topic takes. Raises `Stop` with what stands in the way.
     """
     kafka, inputs = settings.kafka, settings.input.topics
-    output, letters = settings.output.topic, settings.dead_letters.topic
-    topics = await look_at_topics(kafka, (*inputs, output, letters))
+    output, letters, retries = _written(settings)
+    names = (*inputs, output, letters, *filter(None, (retries,)))
+    topics = await look_at_topics(kafka, names)
     for name in inputs:
         numbers = (partitions or INPUT_PARTITIONS, replication or BROKERS_CHOICE)
         yield await _made(kafka, topics[name], numbers)
@@ -154,6 +158,12 @@ async def create_topics(
     yield await _made(kafka, topics[output], numbers)
     size = await record_max_bytes(kafka, model.name)
     yield await _made(kafka, topics[letters], numbers, size and size + DEAD_LETTER_ROOM_BYTES)
+    if retries is not None:
+        yield await _made(kafka, topics[retries], numbers, size and size + HISTORY_ROOM_BYTES)
+
+
+def _written(settings: Settings) -> tuple[str, str, str | None]:
+    return settings.output.topic, settings.dead_letters.topic, settings.retries.topic
 
 
 async def _told(kafka: KafkaSettings, name: str) -> Topic:

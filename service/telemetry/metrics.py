@@ -58,7 +58,7 @@ from service.core.messages import Reason
 from service.core.status import PartitionStatus, State, Status
 from service.pipeline import POLL_SHARE
 
-OUTCOMES = ("extracted", "rejected", "passed", "skipped")
+OUTCOMES = ("extracted", "rejected", "passed", "skipped", "postponed")
 COMMITS = ("ok", "refused", "failed")
 CALL_RESULTS: tuple[CallResult, ...] = get_args(CallResult)
 CLIENTS: tuple[Client, ...] = get_args(Client)
@@ -181,7 +181,8 @@ class Metrics:
         )
         self._messages_finished = self._counters(
             "sluice_messages_finished",
-            "Messages whose outcome Kafka has acknowledged (skipped: that needed none).",
+            "Messages whose outcome Kafka has acknowledged (skipped: that needed none; "
+            "postponed: they wait in the retry topic).",
             "outcome",
             OUTCOMES,
         )
@@ -580,6 +581,12 @@ def _figures(status: Status) -> tuple[tuple[str, str, float], ...]:
             "Since the watchdog last looked at topics and progress; /livez fails far above its "
             "usual ten seconds.",
             group.look_age_s,
+        ),
+        (
+            "sluice_reject_guard_tripped",
+            "1 while intake stands still because too many messages are rejected; /readyz says why "
+            "and how to go on.",
+            status.reject_guard_tripped,
         ),
     )
 

@@ -24,6 +24,7 @@ from service.core.messages import (
     Outcome,
     Partition,
     Passed,
+    Postponed,
     Provenance,
     Record,
     Rejected,
@@ -465,7 +466,7 @@ def _has_output(outcome: Outcome) -> bool:
     match outcome:
         case Extracted():
             return bool(outcome.records)
-        case Passed() | Rejected():
+        case Passed() | Rejected() | Postponed():
             return True
         case _:
             return False

@@ -17,7 +17,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import NotLeaderForPartitionError
 
 from service.core.events import Event
-from service.core.messages import Extracted, Message, Outcome, Passed, Rejected, Skipped
+from service.core.messages import Extracted, Message, Outcome, Passed, Postponed, Rejected, Skipped
 from service.kafka import sink as sink_module
 from service.kafka.sink import KafkaSink
 from service.settings import Settings
@@ -144,7 +144,7 @@ def _outputs(message: Message, outcome: Outcome) -> list[tuple[bytes | None, byt
             return [(message.key if key is None else key, value) for key, value in own]
         case Passed():
             return [(message.key, None)]
-        case Rejected() | Skipped():
+        case Rejected() | Skipped() | Postponed():
             return []
 
 

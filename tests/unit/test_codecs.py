@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.core.history import origin
 from service.core.messages import (
     Extracted,
     Headers,
@@ -22,7 +23,6 @@ from service.core.messages import (
 )
 from service.kafka.codecs import (
     decoder,
-    origin,
     provenance_headers,
     record_headers,
     tombstone_headers,

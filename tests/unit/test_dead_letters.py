@@ -3,6 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.core.history import History
 from service.core.messages import Headers, Message, Partition, Provenance, Reason, Rejected
 from service.kafka.dead_letters import (
     ANSWER_MAX_BYTES,
@@ -130,3 +131,37 @@ def test_it_shrinks_in_three_steps() -> None:
     assert dict(least.headers)["sluice.error.detail"] == b""
     assert dict(least.headers)["sluice.error.reason"] == b"invalid"
     assert dict(least.headers)["sluice.tokens.input"] == b"10"
+
+
+def test_lives_before_a_redrive_count() -> None:
+    """Attempts go on from those before it was sent again, and the first failure stays the first."""
+    history = History(b"notes:0:5", 17, attempts=8, first_failed_at_ms=23, redrives=1)
+    again = message((("a", b"\xff"), *history.headers))
+    headers = dict(dead_letter(again, REJECTED, "group", NOW_MS).headers)
+    assert headers["sluice.id"] == b"notes:0:5"
+    assert headers["sluice.source.timestamp"] == b"17"
+    assert headers["sluice.attempts"] == b"11"
+    assert headers["sluice.first.failed.at"] == b"23"
+    assert headers["sluice.redrive.count"] == b"1"
+
+
+def test_kafka_connects_names_by_choice() -> None:
+    """`connect` adds what Kafka Connect's own reporter writes, behind the message's own headers."""
+    plain = dead_letter(message((("a", b"1"),)), REJECTED, "group", NOW_MS).headers
+    letter = dead_letter(message((("a", b"1"),)), REJECTED, "group", NOW_MS, connect=True)
+    added = [header for header in letter.headers if header not in plain]
+    assert added == [
+        ("__connect.errors.topic", b"notes"),
+        ("__connect.errors.partition", b"3"),
+        ("__connect.errors.offset", b"41"),
+        ("__connect.errors.connector.name", b"group"),
+        ("__connect.errors.task.id", b"0"),
+        ("__connect.errors.stage", b"TRANSFORMATION"),
+        ("__connect.errors.class.name", b"sluice"),
+        ("__connect.errors.exception.class.name", b"sluice.invalid"),
+        (
+            "__connect.errors.exception.message",
+            b"The model's answer did not validate, re-asks included.",
+        ),
+    ]
+    assert original_headers(tuple(letter.headers)) == (("a", b"1"),)

@@ -483,3 +483,35 @@ def test_every_setting_has_a_meaning() -> None:
     rows = table().splitlines()[2:]
     assert len(rows) > 45
     assert all(len(row.split(" | ")[-1].removesuffix(" |")) > 10 for row in rows)
+
+
+# --- retries and the reject guard ---
+
+
+def test_retries_need_no_order() -> None:
+    """A retry topic with an order to keep is refused, with what to do."""
+    [line] = refusal(variables(retries__topic="later"))
+    assert line.startswith("SLUICE_RETRIES__TOPIC and delivery.ordering: ")
+    assert "set delivery.ordering to none" in line
+    settings = load(None, variables(retries__topic="later", delivery__ordering="none"))
+    assert settings.topics_read == ("messages", "later")
+
+
+@pytest.mark.parametrize("other", ["records", "dead-letters", "messages"])
+def test_retries_have_a_topic_of_their_own(other: str) -> None:
+    """The retry topic is none of the others."""
+    [line] = refusal(variables(retries__topic=other, delivery__ordering="none"))
+    assert "give retries a topic of their own" in line
+
+
+def test_the_guard_is_turned_off_by_null() -> None:
+    """null, in the file as in a variable, turns a rule of the guard off."""
+    Path("sluice.yaml").write_text("dead_letters: {guard: {share_max: null}}\n")
+    guard = load(None, variables(dead_letters__guard__in_a_row_max="null")).dead_letters.guard
+    assert (guard.share_max, guard.in_a_row_max) == (None, None)
+
+
+def test_a_guard_that_could_never_trip_is_refused() -> None:
+    """More outcomes than its window holds would never be there."""
+    [line] = refusal(variables(dead_letters__guard__window="20"))
+    assert "50 outcomes never stand in a window of 20" in line
