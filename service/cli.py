@@ -8,7 +8,10 @@ that needs them, so that `--help` does not wait for Kafka's and OpenAI's clients
 from __future__ import annotations
 
 import os
+import re
 import sys
+from collections.abc import Iterable
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
@@ -16,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 import typer
 
 if TYPE_CHECKING:
+    from service.kafka.letters import Selection
     from service.settings import Settings
 
 FAILED, WRONG = 1, 2
@@ -35,6 +39,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # they show local variables, messages among them
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+dead_letters = typer.Typer(help="Messages that failed for good.", no_args_is_help=True)
+app.add_typer(dead_letters, name="dead-letters")
 topics = typer.Typer(help="The input, output and dead letter topics.", no_args_is_help=True)
 app.add_typer(topics, name="topics")
 
@@ -177,6 +183,147 @@ async def _create(settings: Settings, partitions: int | None, replication: int |
 
     async for line in create_topics(settings, partitions, replication):
         print(line)
+
+
+# --- dead letters ------------------------------------------------------------------------------
+
+Reasons = Annotated[
+    list[str] | None,
+    typer.Option("--reason", help="Rejected for this; may be given several times."),
+]
+Since = Annotated[
+    str | None, typer.Option(metavar="TIME", help="Written at or after this (ISO 8601, else UTC).")
+]
+Until = Annotated[
+    str | None, typer.Option(metavar="TIME", help="Written before this (ISO 8601, else UTC).")
+]
+PartitionOfOrigin = Annotated[
+    int | None, typer.Option("--partition", min=0, help="Came in through this partition.")
+]
+TopicOfOrigin = Annotated[str | None, typer.Option("--topic", help="Came in through this topic.")]
+TextInValue = Annotated[
+    str | None, typer.Option("--text", help="The value holds this text, as it stands here.")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="At most so many.")]
+AsJson = Annotated[bool, typer.Option("--json", help="A JSON object a line, for scripts.")]
+
+
+@dead_letters.command("list")
+def list_(
+    config: Config = None,
+    reason: Reasons = None,
+    since: Since = None,
+    until: Until = None,
+    partition: PartitionOfOrigin = None,
+    topic: TopicOfOrigin = None,
+    text: TextInValue = None,
+    limit: Limit = None,
+    count: Annotated[bool, typer.Option("--count", help="Only count.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Which there are, why, and which were sent again; counts by reason."""
+    settings = _settings(config)
+    _quiet()
+    selection = _selection((), reason, since, until, partition, topic, text)
+    from service.dead_letters import list_letters
+
+    raise typer.Exit(list_letters(settings, selection, limit, count=count, as_json=as_json))
+
+
+@dead_letters.command("show")
+def show_(
+    letter: Annotated[str, typer.Argument(help="PARTITION:OFFSET, as in the list.")],
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """Everything of one dead letter: the message, why, the model's answer, what it cost."""
+    settings = _settings(config)
+    _quiet()
+    from service.dead_letters import show_letter
+
+    raise typer.Exit(show_letter(settings, _place(letter), as_json=as_json))
+
+
+@dead_letters.command("redrive")
+def redrive_(
+    letters: Annotated[
+        list[str] | None, typer.Argument(help="PARTITION:OFFSET, as in the list; without: all.")
+    ] = None,
+    config: Config = None,
+    reason: Reasons = None,
+    since: Since = None,
+    until: Until = None,
+    partition: PartitionOfOrigin = None,
+    topic: TopicOfOrigin = None,
+    text: TextInValue = None,
+    limit: Limit = None,
+    attempts_max: Annotated[
+        int, typer.Option(min=1, help="A message that came back so often is left.")
+    ] = 3,
+    again: Annotated[
+        bool, typer.Option("--again", help="Also those that were sent again before.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be sent.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
+) -> None:
+    """Send messages to the input again, byte for byte, each once."""
+    settings = _settings(config)
+    _quiet()
+    selection = _selection(letters or (), reason, since, until, partition, topic, text)
+    from service.dead_letters import redrive_letters
+    from service.kafka.redrive import Wish
+
+    wish = Wish(selection, again, attempts_max, limit)
+    raise typer.Exit(redrive_letters(settings, wish, dry_run=dry_run, yes=yes))
+
+
+def _selection(
+    letters: Iterable[str],
+    reasons: Iterable[str] | None,
+    since: str | None,
+    until: str | None,
+    partition: int | None,
+    topic: str | None,
+    text: str | None,
+) -> Selection:
+    from service.core.messages import Reason
+    from service.kafka.letters import Selection
+
+    unknown = set(reasons or ()) - {each.value for each in Reason}
+    if unknown:
+        known = ", ".join(each.value for each in Reason)
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))} is no reason; there are {known}")
+    return Selection(
+        at=frozenset(map(_place, letters)),
+        reasons=frozenset(reasons or ()),
+        since_ms=_epoch_ms(since),
+        until_ms=_epoch_ms(until),
+        partition=partition,
+        topic=topic,
+        text=text,
+    )
+
+
+def _place(letter: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,10}):(\d{1,19})", letter)
+    if found is None:
+        raise typer.BadParameter(f"{letter!r} is no PARTITION:OFFSET, such as 0:41")
+    return int(found[1]), int(found[2])
+
+
+def _epoch_ms(text: str | None) -> int | None:
+    """A time without an offset is UTC's, as in the list."""
+    if text is None:
+        return None
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is no time such as 2026-01-31 or 2026-01-31T08:00:00+00:00"
+        ) from None
+    return int((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp() * 1000)
 
 
 def _quiet() -> None:
