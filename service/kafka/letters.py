@@ -248,7 +248,8 @@ async def opened(settings: Settings) -> AsyncIterator[Reader]:
         await within(kafka.request_timeout_s, consumer.start())
         consumer.assign(partitions)
         ends = await within(kafka.request_timeout_s, consumer.end_offsets(partitions))
-        yield Reader(consumer, ends, kafka.request_timeout_s)
+        in_order = {each: ends[each] for each in partitions}
+        yield Reader(consumer, in_order, kafka.request_timeout_s)
     except (KafkaError, OSError, TimeoutError) as error:
         raise stop_for(error, kafka, topic) from error
     finally:

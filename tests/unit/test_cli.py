@@ -42,7 +42,13 @@ def sluice(
     return run
 
 
-@pytest.mark.parametrize("command", [["run"], ["check"], ["schema"], ["topics", "create"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(["run"], ["check"], ["schema"], ["topics", "create"]),
+        *(["dead-letters", "list"], ["dead-letters", "show", "0:1"], ["dead-letters", "redrive"]),
+    ],
+)
 def test_wrong_settings_are_sentences(sluice: Run, command: list[str]) -> None:
     """Every command that needs settings ends with 2 and a sentence each on stderr, before it does
     anything."""
@@ -129,6 +135,23 @@ def test_bounds_of_options(sluice: Run, bad: str) -> None:
     """Numbers that make no sense are refused before anything is started."""
     assert sluice("demo", "--messages", bad)[0] == 2
     assert sluice("topics", "create", "--partitions", bad)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["list", "--reason", "bad"], "bad is no reason"),
+        (["list", "--since", "yesterday"], "'yesterday' is no time"),
+        (["show", "notes"], "'notes' is no PARTITION:OFFSET"),
+        (["redrive", "1"], "'1' is no PARTITION:OFFSET"),
+        (["redrive", "--attempts-max", "0"], "greater than or equal to 1"),
+    ],
+)
+def test_wrong_choices_of_dead_letters(sluice: Run, arguments: list[str], said: str) -> None:
+    """What selects nothing that could be there is refused before anything is asked of a broker."""
+    code, _, err = sluice("dead-letters", *arguments)
+    assert code == 2
+    assert said in " ".join(err.replace("│", " ").split())
 
 
 def test_version(sluice: Run) -> None:
