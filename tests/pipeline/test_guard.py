@@ -6,6 +6,7 @@ from dataclasses import replace
 from service.core.guard import TRIES, TRY_EVERY_S, GuardBounds
 from service.core.messages import Reason, Rejected
 from service.core.status import State
+from service.pipeline import Bounds
 from tests.pipeline.test_way import BOUNDS, SETTLED, Stage
 from tests.support.fakes import partition
 
@@ -14,9 +15,9 @@ GUARDED = replace(
 )
 
 
-def spoilt(messages: int = 200) -> Stage:
+def spoilt(messages: int = 200, bounds: Bounds = GUARDED) -> Stage:
     """A stage where the model's answers don't validate, for whatever reason."""
-    stage = Stage(bounds=GUARDED)
+    stage = Stage(bounds=bounds)
     for n in range(messages):
         stage.broker.append(f"t{n}")
         stage.extractor.scripts[f"t{n}"] = [Rejected(Reason.INVALID, "")]
@@ -106,3 +107,16 @@ def test_a_stop_while_it_is_tripped() -> None:
 
     stage.show(stop)
     assert stage.broker.committed[partition()] == len(stage.rejected())
+
+
+def test_a_full_window_goes_on_as_well() -> None:
+    """With too little room for a poll, those that wait are called as soon as it goes on."""
+    stage = spoilt(400, replace(GUARDED, window=200))
+
+    async def mended() -> None:
+        await asyncio.sleep(TRY_EVERY_S / 2)
+        stage.extractor.scripts.clear()
+        await asyncio.sleep(TRY_EVERY_S)
+        assert stage.broker.committed == {partition(): 400}
+
+    stage.show(mended)

@@ -1,5 +1,6 @@
 """A dead letter, read back and shown."""
 
+import io
 import sys
 
 import pytest
@@ -160,7 +161,7 @@ def test_without_anybody_to_ask_nothing_is_sent(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In a script a redrive needs --yes; what would be left is said first."""
-    monkeypatch.setattr(sys, "stdin", open("/dev/null"))
-    with sys.stdin, pytest.raises(CannotRun, match="add --yes"):
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    with pytest.raises(CannotRun, match="add --yes"):
         _confirmed(Plan(sent=2, left={Left.ALREADY: [letter()]}))
     assert "1 were sent again before; --again sends them once more (2:5)" in capsys.readouterr().out

@@ -311,6 +311,7 @@ def test_gauges_show_the_status() -> None:
         if not sample.labels
     }
     assert shown == {
+        "sluice_reject_guard_tripped": 0,
         "sluice_ready": 1,
         "sluice_slots": 50,
         "sluice_slots_busy": 49,
