@@ -546,7 +546,10 @@ class Pipeline:
             log.error("%s", self._guard.problem)
         elif before and not self._guard.tripped:
             log.info("messages are not rejected any more: it goes on")
+<<<<<<< HEAD
             self._wake_at(self._now_s())
+=======
+>>>>>>> letters
 
     def _not_published(self, entry: Entry, failure: OutputTooLarge | PublishFailed) -> None:
         """The lane stops; once all it had handed over is settled, it starts again in order."""
