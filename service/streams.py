@@ -12,6 +12,7 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeAlias
 
 from service.core.errors import OutputTooLarge, PublishFailed
@@ -106,7 +107,9 @@ class RecordStream:
 
     async def _hand_over(self, piece: Piece) -> None:
         with self._waiting():
-            self._unacknowledged.append((piece, await self._send(piece)))
+            future = await self._send(piece)
+        future.add_done_callback(partial(self._acknowledged, piece))
+        self._unacknowledged.append((piece, future))
 
     async def _settle(self, left_max: int) -> None:
         """Hear what the sink has said, and wait until at most so many pieces are left."""
@@ -134,7 +137,7 @@ class RecordStream:
             await asyncio.wait((future,))
         match PublishFailed() if future.cancelled() else future.exception():
             case None:
-                self._acknowledged(piece)
+                pass
             case OutputTooLarge() as refused:
                 self._refused = refused
             case PublishFailed():
@@ -143,7 +146,10 @@ class RecordStream:
                 raise failure
         return True
 
-    def _acknowledged(self, piece: Piece) -> None:
+    def _acknowledged(self, piece: Piece, future: asyncio.Future[None]) -> None:
+        """Counted when it is, not when somebody looks: the next record may be long in coming."""
+        if future.cancelled() or future.exception() is not None:
+            return
         self._failures = 0
         if isinstance(piece, Aborted):
             return

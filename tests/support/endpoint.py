@@ -426,24 +426,27 @@ class _Connection(asyncio.Protocol):
             self._endpoint.note(call.began_s, call.key, how, call.text)
 
     def _act(self, step: Step, asked: Asked, began: float) -> None:
-        status, reply = reply_to(step, asked)
-        if asked.body.get("stream") and isinstance(reply, dict) and reply.get("choices"):
-            self._transport.write(_STREAM_HEAD)
-            pieces = iter(_pieces(reply, step))
-            self._stream(pieces, step, began)
-            return
-        self._land(_how(step))
-        if self._endpoint.record:
-            self._endpoint.spans.append((began, self._loop.time()))
         if step.kind == "cut_at_once":
+            self._end(step, began)
             self._transport.abort()
             return
+        status, reply = reply_to(step, asked)
+        if _streams(asked.body) and isinstance(reply, dict) and reply.get("choices"):
+            self._transport.write(_STREAM_HEAD)
+            self._stream(_pieces(reply, step), step, began)
+            return
+        self._end(step, began)
         if step.kind == "cut":
             whole = _http(status, reply, step.headers)
             self._transport.write(whole[: len(whole) // 2])
             self._transport.close()
             return
         self._reply(status, reply, step.headers)
+
+    def _end(self, step: Step, began: float) -> None:
+        self._land(_how(step))
+        if self._endpoint.record:
+            self._endpoint.spans.append((began, self._loop.time()))
 
     def _stream(self, pieces: Iterator[bytes], step: Step, began: float) -> None:
         """The next piece, and so on until there is none."""
@@ -455,9 +458,7 @@ class _Connection(asyncio.Protocol):
                 return
         if step.kind == "stall":
             return
-        self._land(_how(step))
-        if self._endpoint.record:
-            self._endpoint.spans.append((began, self._loop.time()))
+        self._end(step, began)
         if step.kind == "cut":
             self._transport.close()
             return
@@ -490,6 +491,10 @@ _STREAM_HEAD = (
 )
 _PIECE_CHARS = 4
 _HALF_WAY = ("cut", "stall", "cut_list", "late_error")
+
+
+def _streams(body: Mapping[str, Any]) -> bool:
+    return bool(body.get("stream"))
 
 
 def _pieces(reply: dict[str, Any], step: Step) -> Iterator[bytes]:
