@@ -138,6 +138,15 @@ def test_a_failure_half_way_closes_the_set_and_tries_anew(stage: Streaming) -> N
     assert stage.rejected() == []
 
 
+def test_a_marker_counts_what_has_landed(stage: Streaming) -> None:
+    """Where acknowledgements take longer than the model, the marker waits for them."""
+    stage.broker.append("a")
+    stage.sink.ack_s = 7.0
+    stage.streams.breaks = [(2, TransientFailure("connection"))]
+    stage.show()
+    assert stage.kinds()[:3] == ["0", "1", "aborted 2"]
+
+
 def test_a_failure_before_the_first_record_needs_no_marker(stage: Streaming) -> None:
     """Nothing is closed that was never begun."""
     stage.broker.append("a")
