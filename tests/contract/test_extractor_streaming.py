@@ -268,3 +268,17 @@ async def test_what_publish_raises_ends_the_call(endpoint: Endpoint) -> None:
             while endpoint.in_flight:
                 await asyncio.sleep(0.01)
     assert reader.results == ["cancelled"]
+
+
+async def test_the_next_model_answers_under_an_id_of_its_own(endpoint: Endpoint) -> None:
+    """What the first model had published belongs to no set that is completed; each record says
+    whose it is."""
+    reader = Reader()
+    async with started(reader, model=["small", "large"], reasks_max=0) as extractor:
+        text = f"{PEOPLE} [[small: bad_element at=2; large: answer]]"
+        outcome = await extractor.stream(text, None, reader.publish)
+    assert isinstance(outcome, Extracted)
+    assert [part.provenance.model for part in reader.parts] == ["small"] * 2 + ["large"] * 3
+    assert outcome.provenance.model == "large"
+    assert outcome.answer_id not in {part.answer_id for part in reader.parts[:2]}
+    assert reader.results == ["invalid", "validated"]

@@ -409,6 +409,8 @@ CONTRADICTIONS = [
     ),
     (STREAMING | {"extraction__cardinality": "one"}, "there is nothing to stream"),
     (STREAMING | {"delivery__mode": "exactly_once"}, "a transaction is published as a whole"),
+    (STREAMING | {"cache__mode": "memory"}, "the cache holds whole answers"),
+    (STREAMING | {"extraction__confidence__field": "sure"}, "a doubt is about the whole answer"),
     (STREAMING | {"delivery__ordering": "key"}, "don't wait for the messages before theirs"),
     ({"kafka__security__username": "ann"}, "username would not be used"),
     ({"kafka__security__ca_file": "/ca.pem"}, "ca_file would not be used"),
