@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from service.core.errors import CannotRun, NotReachable, Stop
-from service.core.events import Called, Event, Finished
+from service.core.events import Called, Event, Finished, Streamed
 from service.core.guard import GuardBounds
 from service.core.messages import Partition
 from service.core.status import Status
@@ -81,6 +81,7 @@ class _App:
             observe=self._observe,
             uniform=random.uniform,
             wall_clock=time.time,
+            streams=model if settings.extraction.streaming else None,
         )
         registry.register(StatusGauges(self.status))
         self._probes = Probes(
@@ -209,6 +210,8 @@ class _Summary:
     def observe(self, event: Event) -> None:
         if isinstance(event, Finished):
             self._outcomes[event.outcome] += 1
+            self._records += event.records
+        elif isinstance(event, Streamed):
             self._records += event.records
         elif isinstance(event, Called):
             self._calls += 1

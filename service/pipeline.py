@@ -34,6 +34,7 @@ from service.core.events import (
     PublishRetried,
     Retried,
     Spared,
+    Streamed,
     Taken,
 )
 from service.core.guard import NEVER, Guard, GuardBounds
@@ -48,6 +49,7 @@ from service.core.messages import (
     Partition,
     Passed,
     Postponed,
+    Publishable,
     Reason,
     Rejected,
     Skipped,
@@ -56,6 +58,7 @@ from service.core.offsets import UNCLEAN_ENDS_MAX, Given, Progress
 from service.core.retry import NEVER_THE_MESSAGE, OVERLOAD, Backoff, Uniform, exhausted
 from service.core.status import GroupStatus, State, Status
 from service.core.window import Entry, Holding, Stage, Window
+from service.streams import Piece, Publish, RecordStream
 
 log = logging.getLogger(__name__)
 
@@ -139,10 +142,19 @@ class Extractor(Protocol):
         """
 
 
+class Streams(Protocol):
+    """An extractor that lets go of a record while the model writes the next one."""
+
+    async def stream(
+        self, text: str, progress: object | None, publish: Publish
+    ) -> Extracted | Rejected:
+        """As `Extractor.call`; the outcome holds the records that did not go out before."""
+
+
 class Sink(Protocol):
     """Where outcomes go."""
 
-    async def publish(self, message: Message, outcome: Outcome) -> asyncio.Future[None]:
+    async def publish(self, message: Message, outcome: Publishable) -> asyncio.Future[None]:
         """Hand an outcome over; the order of these calls is the order in the log.
 
         Returns once it is in the producer's hands; the future ends with the acknowledgement
@@ -190,10 +202,14 @@ class Pipeline:
         observe: Observe,
         uniform: Uniform,
         wall_clock: Callable[[], float],
+        streams: Streams | None = None,
     ) -> None:
+        """With `streams`, records are published while the model still writes."""
         self._source, self._extractor, self._sink = source, extractor, sink
         self._decode, self._bounds, self._observe = decode, bounds, observe
         self._uniform, self._wall_clock = uniform, wall_clock
+        self._streams = streams
+        self._streaming: dict[Entry, RecordStream] = {}  # of the calls that run
         self._backoff = Backoff()
         self._admission = Admission(bounds.concurrency, Circuit(uniform))
         self._guard = Guard(bounds.guard)
@@ -447,12 +463,17 @@ class Pipeline:
             )
             calls = outcome.provenance.calls if outcome.provenance else 0
             outcome = replace(
-                outcome, attempts=max(calls, entry.attempts), first_failed_at_ms=first_ms
+                outcome,
+                attempts=max(calls, entry.attempts),
+                first_failed_at_ms=first_ms,
+                records_out=entry.records_out,
             )
         self._window.answered(entry, outcome, self._now_s())
 
     async def _ask(self, entry: Entry) -> Extracted | Rejected | CallFailure:
         try:
+            if self._streams is not None:
+                return await self._stream(entry, self._streams)
             return await self._extractor.call(entry.text, entry.progress)
         except CallFailure as failure:
             return failure
@@ -474,6 +495,54 @@ class Pipeline:
             if await self._commit():
                 return
             await asyncio.sleep(self._bounds.commit_interval_s)
+
+    # --- publishing while the model writes -------------------------------------------------------
+
+    async def _stream(self, entry: Entry, streams: Streams) -> Extracted | Rejected:
+        """One attempt; over when all that it published is acknowledged."""
+        stream = RecordStream(
+            partial(self._send, entry), self._before_sending_again, partial(self._streamed, entry)
+        )
+        self._streaming[entry] = stream
+        try:
+            result = await self._streamed_whole(entry, stream, streams)
+        finally:
+            entry.records_out += stream.aborted_records
+            del self._streaming[entry]
+        return result
+
+    async def _streamed_whole(
+        self, entry: Entry, stream: RecordStream, streams: Streams
+    ) -> Extracted | Rejected:
+        """The outcome without its records, which are out; an answer that fails is closed."""
+        try:
+            result = await streams.stream(entry.text, entry.progress, stream.publish)
+            if isinstance(result, Extracted):
+                await stream.complete(result)
+                return replace(result, records=(), earlier=result.earlier + len(result.records))
+        except CallFailure:
+            await stream.close()
+            raise
+        except OutputTooLarge as failure:
+            result = Rejected(Reason.OUTPUT_TOO_LARGE, str(failure), stream.provenance)
+        await stream.close()
+        return result
+
+    async def _send(self, entry: Entry, piece: Piece) -> asyncio.Future[None]:
+        """Not between a revoke and an assignment: one that is lost by it is called off here."""
+        await self._until(lambda: not self._held_out)
+        acknowledged = await self._sink.publish(entry.message, piece)
+        self._sent[acknowledged] = entry.holding
+        acknowledged.add_done_callback(self._sent.pop)
+        return acknowledged
+
+    async def _before_sending_again(self, attempts: int) -> None:
+        self._observe(PublishRetried())
+        await asyncio.sleep(self._backoff.delay_s(attempts, self._uniform))
+
+    def _streamed(self, entry: Entry, records: int, first: bool) -> None:
+        self._observe(Streamed(records, self._now_s() - entry.since_s if first else None))
+        self._moved_on()
 
     # --- publishing ------------------------------------------------------------------------------
 
@@ -546,10 +615,6 @@ class Pipeline:
             log.error("%s", self._guard.problem)
         elif before and not self._guard.tripped:
             log.info("messages are not rejected any more: it goes on")
-<<<<<<< HEAD
-            self._wake_at(self._now_s())
-=======
->>>>>>> letters
 
     def _not_published(self, entry: Entry, failure: OutputTooLarge | PublishFailed) -> None:
         """The lane stops; once all it had handed over is settled, it starts again in order."""
@@ -662,8 +727,7 @@ class Pipeline:
         """A snapshot; walks the window, so it is for scrapes and probes, not for the hot path."""
         now_s = self._now_s()
         stages = Counter(entry.stage for entry in self._window.entries())
-        oldest_call = next(iter(self._window.calling), None)
-        overdue_s = 0.0 if oldest_call is None else now_s - oldest_call.since_s
+        overdue_s = max((self._call_s(each, now_s) for each in self._window.calling), default=0.0)
         between = self._reassigning or self._held_out
         partitions = {each: holding.status() for each, holding in self._window.held.items()}
         lag = sum(one.lag or 0 for one in partitions.values())
@@ -709,7 +773,13 @@ class Pipeline:
 
     def _slowest_publish_s(self, now_s: float) -> float:
         handed = (e.since_s for e in self._window.entries() if e.stage is Stage.HANDED)
-        return now_s - min(handed, default=now_s)
+        streams = (stream.waits_s(now_s) for stream in self._streaming.values())
+        return max(now_s - min(handed, default=now_s), *streams, 0.0)
+
+    def _call_s(self, entry: Entry, now_s: float) -> float:
+        """How long a call has been running, without the time in which it waited for Kafka."""
+        stream = self._streaming.get(entry)
+        return now_s - entry.since_s - (0.0 if stream is None else stream.waited_s(now_s))
 
     def _not_ready(self, group: GroupStatus) -> tuple[str, ...]:
         """Sentences for a person; none: ready. A spare member of a settled group is ready."""

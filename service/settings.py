@@ -304,6 +304,9 @@ class ExtractionSettings(Section):
     """Tokens of a text that are sent at most, by an estimate (4 bytes each); without it only the
     endpoint's refusal says that a text is too long, and then half is kept until it fits."""
     confidence: ConfidenceSettings = Field(default_factory=ConfidenceSettings)
+    streaming: bool = False
+    """With cardinality many: publish each record as soon as the model has written it. Readers have
+    to drop sets that are never completed; only with at_least_once and ordering none."""
 
     @field_validator("model", mode="before")
     @classmethod
@@ -517,6 +520,41 @@ def _contradictions(settings: Settings) -> Iterator[Contradiction]:
             ("limits.window", "limits.concurrency"),
             f"a window of {window} cannot fill {settings.limits.concurrency} slots; the window "
             "must be at least limits.concurrency (4 times it keeps slots busy)",
+        )
+    if settings.extraction.streaming:
+        yield from _streaming_contradictions(settings)
+
+
+def _streaming_contradictions(settings: Settings) -> Iterator[Contradiction]:
+    if settings.extraction.cardinality != "many":
+        yield Contradiction(
+            ("extraction.streaming", "extraction.cardinality"),
+            "one record is published when its answer has ended: there is nothing to stream; set "
+            "cardinality to many, or streaming to false",
+        )
+    if settings.delivery.mode != "at_least_once":
+        yield Contradiction(
+            ("extraction.streaming", "delivery.mode"),
+            "a transaction is published as a whole, and records that are streamed are not; set "
+            "mode to at_least_once, or streaming to false",
+        )
+    if settings.delivery.ordering != "none":
+        yield Contradiction(
+            ("extraction.streaming", "delivery.ordering"),
+            "records that are streamed don't wait for the messages before theirs; set ordering to "
+            "none, or streaming to false",
+        )
+    if settings.cache.mode != "off":
+        yield Contradiction(
+            ("extraction.streaming", "cache.mode"),
+            "the cache holds whole answers and shares calls that end as a whole; set mode to off, "
+            "or streaming to false",
+        )
+    if settings.extraction.confidence.field is not None:
+        yield Contradiction(
+            ("extraction.streaming", "extraction.confidence.field"),
+            "a doubt is about the whole answer, and most of it would be published by then; leave "
+            "the field out, or set streaming to false",
         )
 
 

@@ -187,6 +187,17 @@ class CacheSized:
     size_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """Kafka has acknowledged `records` of an answer that had not ended, or its last ones.
+
+    `first_after_s`: seconds from the call's beginning, where these are the first of the call.
+    """
+
+    records: int
+    first_after_s: float | None = None
+
+
 Event: TypeAlias = (
     Taken
     | Dropped
@@ -206,5 +217,6 @@ Event: TypeAlias = (
     | CacheLooked
     | CacheWritten
     | CacheSized
+    | Streamed
 )
 Observe: TypeAlias = Callable[[Event], None]

@@ -141,11 +141,16 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Extracted:
-    """The records of one message; an empty tuple is an answer too."""
+    """The records of one message; an empty tuple is an answer too.
+
+    `earlier` is how many records of the same answer went out while it was being written, as
+    `Part`s: these are the ones behind them.
+    """
 
     records: tuple[Record, ...]
     provenance: Provenance
     answer_id: str
+    earlier: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +167,8 @@ class Rejected:
     attempts: int = 0
     first_failed_at_ms: int | None = None
     answer: str | None = None
+    records_out: int = 0
+    """How many records of its unfinished answers stand in the output, which readers drop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,3 +190,28 @@ class Postponed:
 
 
 Outcome: TypeAlias = Extracted | Rejected | Passed | Skipped | Postponed
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One record of an answer that is still being written, and that is not its last one.
+
+    Of the provenance it is known what the answer comes from, not yet what it costs.
+    """
+
+    record: Record
+    index: int
+    answer_id: str
+    provenance: Provenance
+
+
+@dataclass(frozen=True, slots=True)
+class Aborted:
+    """An answer of which `records` went out, and which will never be completed."""
+
+    answer_id: str
+    records: int
+    provenance: Provenance
+
+
+Publishable: TypeAlias = Outcome | Part | Aborted

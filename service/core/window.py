@@ -58,6 +58,7 @@ class Entry:
         "outcome",
         "progress",
         "publish_attempts",
+        "records_out",
         "since_s",
         "stage",
         "text",
@@ -77,6 +78,7 @@ class Entry:
         self.progress: object | None = None  # what the extractor wants back
         self.first_failed_at_ms: int | None = None
         self.publish_attempts = 0  # failed ones
+        self.records_out = 0  # published of answers that were not completed
         self.alone = holding.next_is_suspect()  # it runs by itself
 
 

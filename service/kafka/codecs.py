@@ -10,9 +10,11 @@ from pydantic_core import from_json
 
 from service.core.history import ID_HEADER, first_timestamp_ms, origin
 from service.core.messages import (
+    Aborted,
     Extracted,
     Headers,
     Message,
+    Part,
     Passed,
     Provenance,
     Reason,
@@ -27,6 +29,8 @@ HeaderList: TypeAlias = list[tuple[str, bytes | None]]
 
 OUR_PREFIXES = ("sluice.", "__dlq.errors.")
 """Header names that are ours to write; an input's own are not carried into outputs."""
+AT_THE_END = ("sluice.record.count", "sluice.tokens", "sluice.cost")
+"""How header names begin that are known once an answer has ended."""
 
 
 def decoder(settings: InputSettings) -> Decoder:
@@ -102,11 +106,11 @@ def _too_long(size: int, size_max: int) -> Rejected:
 def record_headers(message: Message, extracted: Extracted, index: int) -> HeaderList:
     """The headers of record `index` of a message: the input's own, then where it came from."""
     provenance = extracted.provenance
-    headers = _source_headers(message, index)
+    headers = _source_headers(message, extracted.earlier + index)
     headers.insert(-4, ("sluice.answer.id", extracted.answer_id.encode()))
     headers += (
-        ("sluice.record.index", b"%d" % index),
-        ("sluice.record.count", b"%d" % len(extracted.records)),
+        ("sluice.record.index", b"%d" % (extracted.earlier + index)),
+        ("sluice.record.count", b"%d" % (extracted.earlier + len(extracted.records))),
         *provenance_headers(provenance),
     )
     return headers
@@ -134,6 +138,25 @@ def provenance_headers(provenance: Provenance) -> HeaderList:
 def _dollars(cost_usd: float) -> bytes:
     """Without an exponent: a single cheap token costs about a hundred millionth."""
     return f"{cost_usd:.10f}".rstrip("0").rstrip(".").encode()
+
+
+def part_headers(message: Message, part: Part) -> HeaderList:
+    """As `record_headers`, without what only the end of the answer tells: it makes the last
+    record the one with a count."""
+    alone = Extracted((part.record,), part.provenance, part.answer_id, earlier=part.index)
+    headers = record_headers(message, alone, 0)
+    return [header for header in headers if not header[0].startswith(AT_THE_END)]
+
+
+def aborted_headers(message: Message, aborted: Aborted) -> HeaderList:
+    """The headers of a closing marker: `sluice.record.aborted` says how many records went out."""
+    source = [header for header in _source_headers(message, 0) if header[0] != ID_HEADER]
+    return [
+        *source,
+        (ID_HEADER, origin(message) + b":aborted"),
+        ("sluice.answer.id", aborted.answer_id.encode()),
+        ("sluice.record.aborted", b"%d" % aborted.records),
+    ]
 
 
 def tombstone_headers(message: Message) -> HeaderList:

@@ -138,6 +138,8 @@ def _our_headers(message: Message, rejected: Rejected, now_ms: int) -> HeaderLis
     ]
     if (provenance := rejected.provenance) is not None:
         headers += provenance_headers(provenance)
+    if rejected.records_out:
+        headers.append(("sluice.records.out", b"%d" % rejected.records_out))
     if rejected.answer is not None:
         headers.append(("sluice.answer", _capped(rejected.answer, ANSWER_MAX_BYTES)))
     return headers

@@ -20,15 +20,24 @@ from service.core.errors import OutputTooLarge, PublishFailed, SluiceError
 from service.core.events import Observe
 from service.core.history import first_timestamp_ms, own_part
 from service.core.messages import (
+    Aborted,
     Extracted,
     Message,
-    Outcome,
+    Part,
     Passed,
     Postponed,
+    Publishable,
+    Record,
     Rejected,
     Skipped,
 )
-from service.kafka.codecs import HeaderList, record_headers, tombstone_headers
+from service.kafka.codecs import (
+    HeaderList,
+    aborted_headers,
+    part_headers,
+    record_headers,
+    tombstone_headers,
+)
 from service.kafka.connection import client_options, reach, stop_for, within
 from service.kafka.dead_letters import smaller
 from service.kafka.lane_failures import LaneFailures
@@ -133,7 +142,7 @@ class KafkaSink:
         await self._producers.close(flush=flushed)
         await self._group.__aexit__(None, None, None)
 
-    async def publish(self, message: Message, outcome: Outcome) -> asyncio.Future[None]:
+    async def publish(self, message: Message, outcome: Publishable) -> asyncio.Future[None]:
         """Hand an outcome over; waits only where a size has to be looked up.
 
         The future raises `PublishFailed` (nothing of this lane that was handed over later
@@ -149,7 +158,12 @@ class KafkaSink:
             if not outputs:
                 return _settled(None)
             self._failures.let_pass(message)
-            placed = [(self._place(message, each), each) for each in outputs]
+            # A marker goes where the records of its message go that have the message's key.
+            of_message = isinstance(outcome, Aborted)
+            placed = [
+                (self._place(message, each.topic, message.key if of_message else each.key), each)
+                for each in outputs
+            ]
         except PublishFailed as error:
             self._failures.add(message)
             return _settled(error)
@@ -170,10 +184,19 @@ class KafkaSink:
             return self._sending.hand_over(placed, on_failure)
         return self.transactions.hand_over(message.partition, message.offset, placed, on_failure)
 
-    async def _outputs(self, message: Message, outcome: Outcome) -> list[Output]:
+    async def _outputs(self, message: Message, outcome: Publishable) -> list[Output]:
         match outcome:
             case Extracted():
                 return await self._fitting(self._records(message, outcome))
+            case Part(record=record):
+                headers = part_headers(message, outcome)
+                return await self._fitting([self._record(message, record, headers)])
+            case Aborted():
+                # Without a value, as it is no record; under a key that nothing else has, so that
+                # in a compacted topic it deletes nothing and goes away by itself.
+                key = b"sluice.aborted:" + outcome.answer_id.encode()
+                headers = aborted_headers(message, outcome)
+                return await self._fitting([self._output(message, key, None, headers)])
             case Passed():
                 headers = tombstone_headers(message)
                 return await self._fitting([self._output(message, message.key, None, headers)])
@@ -188,14 +211,13 @@ class KafkaSink:
 
     def _records(self, message: Message, extracted: Extracted) -> list[Output]:
         return [
-            self._output(
-                message,
-                message.key if record.key is None else record.key,
-                record.json,
-                record_headers(message, extracted, index),
-            )
+            self._record(message, record, record_headers(message, extracted, index))
             for index, record in enumerate(extracted.records)
         ]
+
+    def _record(self, message: Message, record: Record, headers: HeaderList) -> Output:
+        key = message.key if record.key is None else record.key
+        return self._output(message, key, record.json, headers)
 
     def _output(
         self, message: Message, key: bytes | None, value: bytes | None, headers: HeaderList
@@ -267,17 +289,17 @@ class KafkaSink:
                 self._sizes.known(self._dead_letter_topic),
             )
 
-    def _place(self, message: Message, output: Output) -> int:
+    def _place(self, message: Message, topic: str, key: bytes | None) -> int:
         """The output partition: by key as Java's producers choose it, else spread evenly.
 
         Without a key, `ordering: partition` keeps an input partition together. The choice
         depends on the message alone, so that a repetition goes where it went before.
         """
-        partitions = self._producers.partitions(output.topic)
+        partitions = self._producers.partitions(topic)
         if not partitions:
-            raise PublishFailed(f"the partitions of topic {output.topic} are not known now")
-        if output.key is not None:
-            chosen: int = self._partitioner(output.key, partitions, partitions)
+            raise PublishFailed(f"the partitions of topic {topic} are not known now")
+        if key is not None:
+            chosen: int = self._partitioner(key, partitions, partitions)
             return chosen
         spread = message.partition.partition
         if self._settings.delivery.ordering != "partition":

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic_core import from_json, to_json
 
 from service.llm.prices import Tokens
+
+if TYPE_CHECKING:
+    from service.llm.streaming import StreamedAnswer
 
 Mode = Literal["tools", "json_schema", "json"]
 
@@ -37,6 +40,8 @@ class Completion:
     refusal: str | None = field(repr=False)
     finish_reason: str | None
     tokens: Tokens
+    streamed: StreamedAnswer | None = None
+    """Where it was read while it was written: what has become of its records."""
 
 
 def read_completion(body: bytes, mode: Mode) -> Completion:

@@ -195,6 +195,8 @@ class Cascade:
 
     def _validated(self, answer: Completion, talk: Conversation) -> Verdict:
         try:
+            if answer.streamed is not None and answer.text is not None:
+                return Verdict("validated", answer.streamed.ended(answer.text, talk.spent))
             value = self._parsed(answer)
             if self._has_next(talk) and (doubt := self._doubt(value)):
                 return self._gave_up("unsure", Reason.INVALID, doubt, talk, answer)

@@ -25,7 +25,9 @@ from service.llm.prices import Bill, cost_of
 from service.llm.prompt import build_prompt
 from service.llm.records import load_record_type
 from service.llm.request import RequestTemplate, shows_schema
+from service.llm.streaming import BrokenStream, Streaming
 from service.settings import Settings
+from service.streams import Publish
 
 CONNECT_TIMEOUT_S = 15.0
 """A new connection, TLS included; a burst of hundreds at the start takes more than the SDK's 5."""
@@ -67,6 +69,7 @@ class OpenAIExtractor:
         self._request = RequestTemplate.build(prompt, answer, extraction, self._base_url)
         steps = [self._step(model, settings) for model in extraction.model]
         self._cascade = Cascade(steps, self.record_type, extraction)
+        self._streaming = Streaming(self.record_type, extraction.mode, extraction.call_timeout_s)
 
     def _step(self, model: str, settings: Settings) -> Step:
         limit = settings.extraction.output_tokens_max
@@ -132,7 +135,19 @@ class OpenAIExtractor:
             ) from None
         return missing_models(self._place, self._extraction.model, response)
 
-    async def call(self, text: str, progress: object | None) -> Extracted | Rejected:
+    async def stream(
+        self, text: str, progress: object | None, publish: Publish
+    ) -> Extracted | Rejected:
+        """As `call`, but records go out through `publish` while the model writes the next ones.
+
+        The outcome holds those that have not. Each answer has an id of its own: after a re-ask
+        the records of the one before belong to no set that is ever complete.
+        """
+        return await self.call(text, progress, publish)
+
+    async def call(
+        self, text: str, progress: object | None, publish: Publish | None = None
+    ) -> Extracted | Rejected:
         """One call and its re-asks, from where `progress` left off.
 
         Raises `TransientFailure` or `ServiceFailure` with the progress to hand back; their
@@ -142,7 +157,7 @@ class OpenAIExtractor:
         while True:
             match then:
                 case Conversation():
-                    then = await self._turn(then)
+                    then = await self._turn(then, publish)
                 case CallFailure():
                     raise then
                 case _:
@@ -155,14 +170,17 @@ class OpenAIExtractor:
             detail = "the text holds half a character"
             return Rejected(Reason.UNDECODABLE, detail, self._cascade.unspent)
 
-    async def _turn(self, talk: Conversation) -> Next:
+    async def _turn(self, talk: Conversation, publish: Publish | None) -> Next:
         """One call from sending to verdict, told to whoever observes."""
         step = self._cascade.step(talk)
         began = time.monotonic()
         result: CallResult = "cancelled"
         bill = Bill()
         try:
-            answer = await self._send(step, talk)
+            if publish is None:
+                answer = await self._send(step, talk)
+            else:
+                answer = await self._send_streaming(step, talk, publish)
             bill = step.bill(answer)
             verdict = self._cascade.judge(answer, talk.paid(bill))
             result = verdict.result
@@ -205,6 +223,21 @@ class OpenAIExtractor:
             return read_completion(response.content, self._extraction.mode)
         except BrokenAnswer as broken:
             return self._broken(step, broken.error, response)
+
+    async def _send_streaming(
+        self, step: Step, talk: Conversation, publish: Publish
+    ) -> Completion | Failure:
+        """As `_send`, and what `publish` raises is none of the model's doing: it passes through."""
+        try:
+            return await self._streaming.ask(self._client, step.body(talk), publish, talk.spent)
+        except TimeoutError:
+            return Transient("timeout")
+        except openai.APIStatusError as error:
+            return self._classified(step, error.status_code, error.response, error.body)
+        except (openai.APIConnectionError, httpx2.HTTPError):
+            return Transient("connection")
+        except BrokenStream as broken:
+            return self._broken(step, broken.error, broken.response)
 
     def _broken(self, step: Step, error: object, response: httpx2.Response) -> Failure:
         """A 200 without a completion: some gateways wrap an error and its status into it."""

@@ -138,6 +138,8 @@ _SETTING_OF = {
     "temperature": "extraction.temperature",
     "max_tokens": "extraction.output_tokens_max",
     "max_completion_tokens": "extraction.output_tokens_max",
+    "stream": "extraction.streaming",
+    "stream_options": "extraction.streaming",
 }
 """What we send that is the same for every message, by the provider's name for it."""
 

@@ -64,6 +64,10 @@ class RecordType:
         """The user's own values within an answer."""
         return answer.records if self.many else (answer,)  # type: ignore[attr-defined]
 
+    def element(self, text: str) -> Record:
+        """One record of a list, from its JSON. Raises what validation raises, and their code."""
+        return self._record(self.model.model_validate_json(text, strict=True))
+
     def _record(self, value: BaseModel) -> Record:
         # A serializer's warning would quote the value on stderr.
         text = value.model_dump_json(warnings="none").encode()

@@ -55,12 +55,13 @@ class RequestTemplate:
         *stable, last = prepared.pop("messages")
         assert last == {"role": "user", "content": delimited(_ANY_TEXT)}
         rest = _with_strict(prepared)
+        sent = rest | _streamed(extraction)
         unnamed = {key: value for key, value in rest.items() if key != "model"}
         return RequestTemplate(
             head=b'{"messages":' + _json(stable)[:-1] + b',{"role":"user","content":',
-            foot=b"]," + _json(rest)[1:],
+            foot=b"]," + _json(sent)[1:],
             version=version_of([stable, last, unnamed]),
-            _rest=rest,
+            _rest=sent,
             _limit_name=_limit_name(base_url),
             _reask=handlers.reask_handler,
         )
@@ -97,6 +98,13 @@ def _arguments(
     if extraction.temperature is not None:
         arguments["temperature"] = extraction.temperature
     return arguments
+
+
+def _streamed(extraction: ExtractionSettings) -> dict[str, Any]:
+    """Asked for as a stream, the prompt is the same. Its cost is said only on demand."""
+    if not extraction.streaming:
+        return {}
+    return {"stream": True, "stream_options": {"include_usage": True}}
 
 
 def shows_schema(mode: str, base_url: str) -> bool:

@@ -52,6 +52,7 @@ from service.core.events import (
     Retried,
     Spared,
     StopForced,
+    Streamed,
     Taken,
 )
 from service.core.messages import Reason
@@ -125,6 +126,7 @@ class Metrics:
             CacheLooked: self._cache_looked,
             CacheWritten: self._cache_written,
             CacheSized: self._cache_sized,
+            Streamed: self._streamed,
         }
 
     def observe(self, event: Event) -> None:
@@ -204,6 +206,12 @@ class Metrics:
             "sluice_queue_wait_seconds",
             "From the poll that took a message to its slot; grows when slots or limits are short.",
             QUEUE_EDGES_S,
+        )
+        self._first_record = self._histogram(
+            "sluice_first_record_seconds",
+            "With extraction.streaming: from the beginning of an attempt to the acknowledgement of "
+            "its first record.",
+            CALL_EDGES_S,
         )
         self._end_to_end = self._histogram(
             "sluice_end_to_end_seconds",
@@ -462,6 +470,11 @@ class Metrics:
     def _cache_sized(self, event: CacheSized) -> None:
         self._cache_entries.set(event.entries)
         self._cache_bytes.set(event.size_bytes)
+
+    def _streamed(self, event: Streamed) -> None:
+        self._records_published.inc(event.records)
+        if event.first_after_s is not None:
+            self._first_record.observe(event.first_after_s)
 
 
 _LOG_LEVELS = ("warning", "error")

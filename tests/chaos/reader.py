@@ -20,18 +20,26 @@ def first_complete_sets(records: Iterable[R]) -> Iterator[list[R]]:
     """For each message the records of one answer of the model: the first that is there whole.
 
     After a crash a message may be asked again, and another answer may hold other records. All
-    records of one answer carry its `sluice.answer.id` and say how many they are. `records` come
-    in the order of their partition; sets come out in the order in which they were complete.
+    records of one answer carry its `sluice.answer.id` and say how many they are; of an answer
+    that was published while it was written, only the last one does. An answer that was given up
+    is closed by a marker, or by nothing: it is never whole. `records` come in the order of their
+    partition; sets come out in the order in which they were complete.
     """
     waiting: dict[str, dict[int, R]] = {}
+    counts: dict[str, int] = {}
     seen: set[str] = set()
     for record in records:
         header = record.header
-        message = header["sluice.id"].rpartition(":")[0]
+        message, answer = header["sluice.id"].rpartition(":")[0], header["sluice.answer.id"]
         if message in seen:
             continue
-        answer = waiting.setdefault(header["sluice.answer.id"], {})
-        answer[int(header["sluice.record.index"])] = record
-        if len(answer) == int(header["sluice.record.count"]):
+        if "sluice.record.aborted" in header:
+            waiting.pop(answer, None)
+            continue
+        found = waiting.setdefault(answer, {})
+        found[int(header["sluice.record.index"])] = record
+        if "sluice.record.count" in header:
+            counts[answer] = int(header["sluice.record.count"])
+        if len(found) == counts.get(answer):
             seen.add(message)
-            yield [answer[index] for index in sorted(answer)]
+            yield [found[index] for index in sorted(found)]

@@ -2,21 +2,15 @@
 read."""
 
 import time
-<<<<<<< HEAD
-=======
 from collections.abc import Iterable
 
 import pytest
 from aiokafka import TopicPartition
->>>>>>> letters
 
 from service.core.history import History
 from service.core.messages import Message, Partition, Postponed
 from service.demo.broker import EmbeddedBroker
-<<<<<<< HEAD
-=======
 from service.kafka.source import KafkaSource
->>>>>>> letters
 from tests.support.sinks import Kafka as Outputs
 from tests.support.sources import Kafka as Inputs
 from tests.support.sources import member
@@ -46,11 +40,6 @@ async def test_a_message_waits_as_it_came(mock_kafka: EmbeddedBroker) -> None:
     assert waiting.timestamp_ms >= began_ms - 1000, "retention would delete it at once"
 
 
-<<<<<<< HEAD
-async def test_it_comes_when_it_is_due_and_holds_nobody_up(mock_kafka: EmbeddedBroker) -> None:
-    """Until the first one that is not due is due, its partition gives nothing and others go on;
-    what comes then is complete and in order."""
-=======
 async def test_it_comes_when_it_is_due_and_holds_nobody_up(
     mock_kafka: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,7 +53,6 @@ async def test_it_comes_when_it_is_due_and_holds_nobody_up(
         rewind(source, partitions)
 
     monkeypatch.setattr(KafkaSource, "_rewind", counted)
->>>>>>> letters
     kafka = Inputs(mock_kafka.bootstrap_servers, mock_kafka)
     topic, later = await kafka.topic(), await kafka.topic()
     due_ms = int(time.time() * 1000) + 6_000
@@ -82,8 +70,5 @@ async def test_it_comes_when_it_is_due_and_holds_nobody_up(
         assert one.positions[Partition(later, 0)] == 1
         await one.until(lambda: len(one.messages) == 4)
         assert time.time() * 1000 >= due_ms
-<<<<<<< HEAD
-=======
         assert len(rewinds) <= 2, "it was fetched in vain again and again"
->>>>>>> letters
         assert [each.value for each in one.messages[2:]] == [b"waits", b"behind"]

@@ -20,9 +20,11 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from service.core.errors import CannotRun, OutputTooLarge, PublishFailed
 from service.core.events import ClientReplaced, StopForced
 from service.core.messages import (
+    Aborted,
     Extracted,
     Message,
     Outcome,
+    Part,
     Partition,
     Passed,
     Provenance,
@@ -116,6 +118,33 @@ def by_key(reads: Sequence[Read]) -> dict[bytes | None, list[int]]:
 
 
 # --- what is written ---------------------------------------------------------------------------
+
+
+async def test_parts_and_their_closing_marker(kafka: Kafka) -> None:
+    """A streamed record says its place but no count and no cost, the last one both; a marker lies
+    behind its records, has no value, and a key that deletes nothing."""
+    bare = replace(PROVENANCE, tokens_input=0, tokens_output=0)
+    parts = [Part(Record(b"%d" % n), n, "answer-1", bare) for n in range(2)]
+    last = Extracted((Record(b"2"),), PROVENANCE, "answer-1", earlier=2)
+    aborted = [Aborted(f"answer-{n}", 5, bare) for n in range(2, 8)]
+    async with kafka.sink() as sink:
+        waiting = [await sink.publish(message(7), each) for each in (*parts, last, *aborted)]
+        assert [await ending(each) for each in waiting] == [None] * 9
+    outputs = await kafka.outputs()
+    assert len({read.partition for read in outputs}) == 1, "a reader of one misses the markers"
+    *records, marker = outputs[:4]
+    assert [read.value for read in records] == [b"0", b"1", b"2"]
+    assert [read.header["sluice.id"] for read in records] == [f"in:0:7:{n}" for n in range(3)]
+    assert [read.header["sluice.record.index"] for read in records] == ["0", "1", "2"]
+    assert {read.header["sluice.answer.id"] for read in records} == {"answer-1"}
+    late = {"sluice.record.count": "3", "sluice.tokens.input": "10", "sluice.tokens.output": "4"}
+    assert records[2].header.items() >= late.items()
+    assert not any(name in read.header for read in records[:2] for name in late)
+    assert (marker.key, marker.value) == (b"sluice.aborted:answer-2", None)
+    assert marker.header["sluice.record.aborted"] == "5"
+    assert marker.header["sluice.answer.id"] == "answer-2"
+    assert marker.header["sluice.id"] == "in:0:7:aborted"
+    assert "sluice.record.index" not in marker.header
 
 
 async def test_records_arrive_with_key_headers_and_the_inputs_timestamp(kafka: Kafka) -> None:

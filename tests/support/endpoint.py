@@ -30,6 +30,12 @@ Steps:
     no_choices     200 with an empty list of choices
     no_usage       an answer that does not say what it cost
     400 … 599      that status, with an error body that repeats the message (as some servers do)
+    bad_element    a list whose element at=N does not validate (else the one in the middle)
+    stall          half of the answer, then nothing more
+    cut_list       a stream that ends in order, in the middle of the answer
+    late_error     half of the answer, then an error in its stead (500, in an answer of 200)
+Where the request says `stream`, the answer comes in pieces (server-sent events) of four
+characters, with piece_ms=N between two of them; a cut, a truncation, a stall come half way.
 Options: xN (N calls), after_ms=N, retry_after=S (seconds), retry_after_date=S (as an HTTP date
 S seconds from now), retry_after_ms=N, cached=N and reasoning=N (tokens that the usage names).
 
@@ -59,7 +65,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from email.utils import formatdate
 from functools import lru_cache
@@ -88,6 +94,10 @@ class Step:
     """Of the prompt's tokens, those that the usage calls cached; None: it does not say."""
     reasoning: int | None = None
     """Of the completion's tokens, likewise."""
+    piece_s: float = 0.0
+    """Between two pieces of a streamed answer."""
+    at: int | None = None
+    """With `bad_element`: which."""
 
 
 @dataclass(frozen=True)
@@ -144,13 +154,17 @@ def _expand(part: str) -> list[str]:
 
 def _step(text: str) -> Step:
     kind, *options = text.split()
-    after_s, headers = 0.0, []
+    after_s, piece_s, at, headers = 0.0, 0.0, None, []
     usage: dict[str, int] = {}
     for option in options:
         name, _, value = option.partition("=")
         match name:
             case "after_ms":
                 after_s = float(value) / 1000
+            case "piece_ms":
+                piece_s = float(value) / 1000
+            case "at":
+                at = int(value)
             case "retry_after":
                 headers.append(("retry-after", value))
             case "retry_after_ms":
@@ -163,7 +177,7 @@ def _step(text: str) -> Step:
                 usage[name] = int(value)
             case _:
                 raise ValueError(f"no such option: {option!r}")
-    return Step(kind, after_s, tuple(headers), **usage)
+    return Step(kind, after_s, tuple(headers), piece_s=piece_s, at=at, **usage)
 
 
 @dataclass(frozen=True)
@@ -412,19 +426,46 @@ class _Connection(asyncio.Protocol):
             self._endpoint.note(call.began_s, call.key, how, call.text)
 
     def _act(self, step: Step, asked: Asked, began: float) -> None:
-        self._land(_how(step))
-        if self._endpoint.record:
-            self._endpoint.spans.append((began, self._loop.time()))
         if step.kind == "cut_at_once":
+            self._end(step, began)
             self._transport.abort()
             return
         status, reply = reply_to(step, asked)
+        if _streams(asked.body) and isinstance(reply, dict) and reply.get("choices"):
+            self._transport.write(_STREAM_HEAD)
+            self._stream(_pieces(reply, step), step, began)
+            return
+        self._end(step, began)
         if step.kind == "cut":
             whole = _http(status, reply, step.headers)
             self._transport.write(whole[: len(whole) // 2])
             self._transport.close()
             return
         self._reply(status, reply, step.headers)
+
+    def _end(self, step: Step, began: float) -> None:
+        self._land(_how(step))
+        if self._endpoint.record:
+            self._endpoint.spans.append((began, self._loop.time()))
+
+    def _stream(self, pieces: Iterator[bytes], step: Step, began: float) -> None:
+        """The next piece, and so on until there is none."""
+        for piece in pieces:
+            self._transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+            if step.piece_s:
+                again = (self._stream, pieces, step, began)
+                self._timer = self._loop.call_later(step.piece_s, *again)
+                return
+        if step.kind == "stall":
+            return
+        self._end(step, began)
+        if step.kind == "cut":
+            self._transport.close()
+            return
+        self._transport.write(b"0\r\n\r\n")
+        self._busy = False
+        if self._buffer:
+            self._next()
 
     def _reply(self, status: int, reply: object, headers: tuple[tuple[str, str], ...] = ()) -> None:
         if not self._transport.is_closing():
@@ -442,6 +483,64 @@ def _http(status: int, reply: object, headers: tuple[tuple[str, str], ...]) -> b
         f"HTTP/1.1 {status} Scripted\r\ncontent-type: {kind}\r\n"
         f"content-length: {len(body)}\r\n{extra}\r\n"
     ).encode() + body
+
+
+_STREAM_HEAD = (
+    b"HTTP/1.1 200 Scripted\r\ncontent-type: text/event-stream\r\n"
+    b"transfer-encoding: chunked\r\n\r\n"
+)
+_PIECE_CHARS = 4
+_HALF_WAY = ("cut", "stall", "cut_list", "late_error")
+
+
+def _streams(body: Mapping[str, Any]) -> bool:
+    return bool(body.get("stream"))
+
+
+def _pieces(reply: dict[str, Any], step: Step) -> Iterator[bytes]:
+    """A completion as OpenAI streams it: deltas, their end, and the cost in a chunk of its own."""
+    choice = reply["choices"][0]
+    message = choice["message"]
+    yield _event(reply, {"role": "assistant", "content": ""})
+    if message["refusal"]:
+        yield _event(reply, {"refusal": message["refusal"]})
+    calls = message.get("tool_calls")
+    text = calls[0]["function"]["arguments"] if calls else message["content"] or ""
+    if step.kind in _HALF_WAY:
+        text = text[: len(text) // 2]
+    for begin in range(0, len(text), _PIECE_CHARS):
+        piece = text[begin : begin + _PIECE_CHARS]
+        yield _event(reply, _delta(calls, piece, first=begin == 0))
+    if step.kind == "late_error":
+        yield _sse(_error("The server had an error", None))
+        return
+    if step.kind in _HALF_WAY:
+        return
+    yield _event(reply, {}, finish=choice["finish_reason"])
+    if reply["usage"]:
+        yield _sse({**reply, "object": "chat.completion.chunk", "choices": []})
+    yield b"data: [DONE]\n\n"
+
+
+def _delta(calls: Any, piece: str, *, first: bool) -> dict[str, Any]:
+    if not calls:
+        return {"content": piece}
+    call = {"index": 0, "function": {"arguments": piece}}
+    if first:
+        name = calls[0]["function"]["name"]
+        call |= {"id": calls[0]["id"], "type": "function"}
+        call["function"] = {"name": name, "arguments": piece}
+    return {"tool_calls": [call]}
+
+
+def _event(reply: Mapping[str, Any], delta: object, finish: str | None = None) -> bytes:
+    choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
+    same = {key: reply[key] for key in ("id", "created", "model")}
+    return _sse({**same, "object": "chat.completion.chunk", "choices": [choice], "usage": None})
+
+
+def _sse(chunk: object) -> bytes:
+    return f"data: {json.dumps(chunk)}\n\n".encode()
 
 
 def _inside(endpoint: Endpoint, path: str, request: Request) -> object:
@@ -499,10 +598,12 @@ def reply_to(step: Step, asked: Asked) -> tuple[int, object]:
 
 def _reply_to(step: Step, asked: Asked) -> tuple[int, object]:
     match step.kind:
-        case "answer" | "cut":
+        case "answer" | "cut" | "stall" | "cut_list" | "late_error":
             return 200, _completion(asked, step.content or answer_to(asked))
         case "invalid":
             return 200, _completion(asked, '{"unexpected": ["nothing", "fits"]}')
+        case "bad_element":
+            return 200, _completion(asked, _with_bad_element(answer_to(asked), step.at))
         case "no_json":
             return 200, _completion(asked, "I would rather tell you a story.")
         case "no_content":
@@ -571,6 +672,13 @@ def answer_to(asked: Asked) -> str:
     """JSON that the requested schema accepts."""
     schema = _requested(asked.body)
     return json.dumps(_fill(schema, schema, asked.text, None))
+
+
+def _with_bad_element(answer: str, at: int | None) -> str:
+    whole = json.loads(answer)
+    records = whole["records"]
+    records[len(records) // 2 if at is None else at] = {"unexpected": 'nothing, "fits" ]}'}
+    return json.dumps(whole)
 
 
 def _requested(body: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -17,21 +17,25 @@ from service.core.completed import finished_ranges
 from service.core.errors import CommitFailed, OutputTooLarge, PublishFailed
 from service.core.lanes import Ordering
 from service.core.messages import (
+    Aborted,
     Batch,
     Extracted,
     Headers,
     Message,
-    Outcome,
+    Part,
     Partition,
     Passed,
     Postponed,
     Provenance,
+    Publishable,
+    Reason,
     Record,
     Rejected,
 )
 from service.core.offsets import Given, Progress
 from service.kafka.lane_failures import LaneFailures
 from service.pipeline import Assignment
+from service.streams import Publish
 
 PROVENANCE = Provenance("fake", "p", "s", calls=1)
 TOPIC = "in"
@@ -84,7 +88,7 @@ class FakeBroker:
         self.topic = topic
         self.logs = {Partition(topic, n): Log() for n in range(partitions)}
         self.stored: dict[Partition, Progress] = {}
-        self.published: list[tuple[Message, Outcome]] = []
+        self.published: list[tuple[Message, Publishable]] = []
         self.acknowledged: dict[Partition, set[int]] = defaultdict(set)
 
     def append(self, text: str, key: str | None = None, number: int = 0) -> int:
@@ -320,6 +324,45 @@ class FakeExtractor:
         return extracted(text)
 
 
+class FakeStreams:
+    """Writes a record each `record_s`; what happens to an answer half way is scripted."""
+
+    def __init__(self, records: int = 4, record_s: float = 1.0) -> None:
+        self.records, self.record_s = records, record_s
+        self.breaks: list[tuple[int, BaseException | Rejected | None]] = []
+        """For each answer: after how many records, and how; None asks the model again."""
+        self.answers = itertools.count(1)
+        self.cancelled = 0
+
+    async def stream(
+        self, text: str, progress: object | None, publish: Publish
+    ) -> Extracted | Rejected:
+        while True:
+            answer = f"{text} {next(self.answers)}"
+            after, how = self.breaks.pop(0) if self.breaks else (self.records, _WHOLE)
+            try:
+                await self._write(answer, after - (how is _WHOLE), publish)
+            except asyncio.CancelledError:
+                self.cancelled += 1
+                raise
+            if how is _WHOLE:
+                last = (Record(f"{answer} {after - 1}".encode()),) if after else ()
+                return Extracted(last, PROVENANCE, answer, earlier=after - len(last))
+            if isinstance(how, BaseException):
+                raise how
+            if how is not None:
+                return how
+
+    async def _write(self, answer: str, records: int, publish: Publish) -> None:
+        for index in range(records):
+            await asyncio.sleep(self.record_s)
+            await publish(Part(Record(f"{answer} {index}".encode()), index, answer, PROVENANCE))
+        await asyncio.sleep(self.record_s)
+
+
+_WHOLE = Rejected(Reason.INVALID, "stands for an answer that ends as it should")
+
+
 class FakeSink:
     """Acknowledges in order of hand-over after `ack_s`; can fail chosen sends.
 
@@ -346,32 +389,47 @@ class FakeSink:
         self.loses_acknowledgement: Callable[[], bool] = lambda: False
         self.handed: list[int] = []
         self.down = False
+        self.streaming = False  # records go out before their message has its outcome
         self._producer = 0
         self._failed = LaneFailures(ordering)
-        self._pending: deque[tuple[Message, Outcome, asyncio.Future[None], int]] = deque()
+        self._pending: deque[tuple[Message, Publishable, asyncio.Future[None], int]] = deque()
 
-    async def publish(self, message: Message, outcome: Outcome) -> asyncio.Future[None]:
+    async def publish(self, message: Message, outcome: Publishable) -> asyncio.Future[None]:
         if self.buffer_s:
             await asyncio.sleep(self.buffer_s)
         loop = asyncio.get_running_loop()
         acknowledged: asyncio.Future[None] = loop.create_future()
+        if not self._is_piece(outcome):
+            self._check_streamed(message)
         if self.down:
             self._fail(message, acknowledged, PublishFailed("down"))
         elif not _has_output(outcome):
             self._land(message, outcome)
-            self._acknowledge(message, acknowledged)
+            self._acknowledge(message, outcome, acknowledged)
         elif self.limit_known and self._too_large(outcome):
             self._fail(message, acknowledged, OutputTooLarge())
         else:
             self._hand_over(message, outcome, acknowledged)
         return acknowledged
 
+    def _check_streamed(self, message: Message) -> None:
+        """An outcome comes behind all that was published while its answer was written."""
+        pending = [p for m, p, future, _ in self._pending if m == message and not future.done()]
+        landing = any(map(self._is_piece, pending))
+        assert not landing, f"{message.coordinates} ended before its records had landed"
+
+    def _is_piece(self, outcome: Publishable) -> bool:
+        """It does not finish its message: more follows, be it an outcome without records."""
+        if isinstance(outcome, Extracted):
+            return self.streaming and bool(outcome.records)
+        return isinstance(outcome, Part | Aborted)
+
     def forget(self) -> None:
         """The process has died: what had not landed never will."""
         self._pending.clear()
 
     def _hand_over(
-        self, message: Message, outcome: Outcome, acknowledged: asyncio.Future[None]
+        self, message: Message, outcome: Publishable, acknowledged: asyncio.Future[None]
     ) -> None:
         try:
             self._failed.let_pass(message)
@@ -392,13 +450,13 @@ class FakeSink:
             self._land(message, outcome)
             failure = PublishFailed("unknown") if self.loses_acknowledgement() else None
         if failure is None:
-            self._acknowledge(message, acknowledged)
+            self._acknowledge(message, outcome, acknowledged)
             return
         if isinstance(failure, PublishFailed) and producer == self._producer:
             self._producer += 1
         self._fail(message, acknowledged, failure)
 
-    def _failure(self, message: Message, outcome: Outcome, producer: int) -> Exception | None:
+    def _failure(self, message: Message, outcome: Publishable, producer: int) -> Exception | None:
         if producer != self._producer or self.down:
             return PublishFailed("behind a failed one")
         if self.failures[message.offset]:
@@ -410,16 +468,23 @@ class FakeSink:
             return OutputTooLarge()
         return PublishFailed("flaky") if self.flaky() else None
 
-    def _too_large(self, outcome: Outcome) -> bool:
-        if self.record_max_bytes is None or not isinstance(outcome, Extracted):
+    def _too_large(self, outcome: Publishable) -> bool:
+        if self.record_max_bytes is None:
+            return False
+        if isinstance(outcome, Part):
+            return len(outcome.record.json) > self.record_max_bytes
+        if not isinstance(outcome, Extracted):
             return False
         return any(len(record.json) > self.record_max_bytes for record in outcome.records)
 
-    def _land(self, message: Message, outcome: Outcome) -> None:
+    def _land(self, message: Message, outcome: Publishable) -> None:
         self.broker.published.append((message, outcome))
 
-    def _acknowledge(self, message: Message, acknowledged: asyncio.Future[None]) -> None:
-        self.broker.acknowledged[message.partition].add(message.offset)
+    def _acknowledge(
+        self, message: Message, outcome: Publishable, acknowledged: asyncio.Future[None]
+    ) -> None:
+        if not self._is_piece(outcome):
+            self.broker.acknowledged[message.partition].add(message.offset)
         acknowledged.set_result(None)
 
     def _fail(
@@ -439,14 +504,14 @@ class FakeTransactions(FakeSink):
         self._source = source
         source.exactly_once = True
 
-    def _failure(self, message: Message, outcome: Outcome, producer: int) -> Exception | None:
+    def _failure(self, message: Message, outcome: Publishable, producer: int) -> Exception | None:
         failure = super()._failure(message, outcome, producer)
         given = self._source.given.get(message.partition)
         if failure is None and (given is None or given.epoch != message.epoch):
             return PublishFailed("not ours")
         return failure
 
-    def _land(self, message: Message, outcome: Outcome) -> None:
+    def _land(self, message: Message, outcome: Publishable) -> None:
         super()._land(message, outcome)
         if not _has_output(outcome):
             return  # no transaction: its offset is stored with the next one
@@ -461,12 +526,12 @@ class FakeTransactions(FakeSink):
         self._source.assignment.stored(where, progress)
 
 
-def _has_output(outcome: Outcome) -> bool:
+def _has_output(outcome: Publishable) -> bool:
     """Skipped, or an answer without records, puts nothing into Kafka."""
     match outcome:
         case Extracted():
             return bool(outcome.records)
-        case Passed() | Rejected() | Postponed():
+        case Passed() | Rejected() | Postponed() | Part() | Aborted():
             return True
         case _:
             return False

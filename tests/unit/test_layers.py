@@ -13,10 +13,11 @@ FILES = sorted((ROOT / "service").rglob("*.py"))
 BELOW: dict[str, set[str]] = {
     "service": set(),
     "service.core": set(),
-    "service.pipeline": {"service.core"},
+    "service.streams": {"service.core"},
+    "service.pipeline": {"service.core", "service.streams"},
     "service.settings": set(),
     "service.kafka": {"service.core", "service.pipeline", "service.settings"},
-    "service.llm": {"service.core", "service.pipeline", "service.settings"},
+    "service.llm": {"service.core", "service.pipeline", "service.settings", "service.streams"},
     "service.telemetry": {"service.core", "service.pipeline", "service.settings"},
 }
 BELOW["service.app"] = set(BELOW) - {"service"}
@@ -28,7 +29,7 @@ BELOW["service.reading"] = {"service.core", "service.settings", "service.wording
 BELOW["service.cli"] = set(BELOW) - {"service"}
 BELOW["service.__main__"] = {"service.cli"}
 
-PURE = {"service", "service.core", "service.pipeline"}
+PURE = {"service", "service.core", "service.streams", "service.pipeline"}
 """Parts that stand on the standard library alone."""
 
 WORLDLY = {"socket", "ssl", "time", "os", "random", "subprocess", "threading", "datetime"}

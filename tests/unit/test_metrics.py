@@ -31,6 +31,7 @@ from service.core.events import (
     Retried,
     Spared,
     StopForced,
+    Streamed,
     Taken,
 )
 from service.core.messages import Partition, Reason
@@ -247,6 +248,15 @@ MOVES: list[tuple[Event, dict[str, float]]] = [
     (CacheLooked("shared"), {"sluice_cache_lookups_total result=shared": 1}),
     (CacheWritten("error"), {"sluice_cache_writes_total result=error": 1}),
     (CacheSized(3, size_bytes=900), {"sluice_cache_entries": 3, "sluice_cache_bytes": 900}),
+    (
+        Streamed(2, first_after_s=0.7),
+        {
+            "sluice_records_published_total": 2,
+            "sluice_first_record_seconds_count": 1,
+            "sluice_first_record_seconds_sum": 0.7,
+        },
+    ),
+    (Streamed(1), {"sluice_records_published_total": 1}),
 ]
 
 

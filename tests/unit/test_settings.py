@@ -386,6 +386,12 @@ def without(name: str) -> dict[str, str]:
     return {key: value for key, value in SASL.items() if key != name}
 
 
+STREAMING = {
+    "extraction__streaming": "true",
+    "extraction__cardinality": "many",
+    "delivery__ordering": "none",
+}
+
 CONTRADICTIONS = [
     ({"input__topics": "records"}, "'records' is input and output"),
     ({"input__topics": "x,dead-letters"}, "'dead-letters' is input and dead letter topic"),
@@ -401,6 +407,11 @@ CONTRADICTIONS = [
         {**SASL, "kafka__security__sasl_mechanism": "OAUTHBEARER"},
         "OAUTHBEARER needs token_file",
     ),
+    (STREAMING | {"extraction__cardinality": "one"}, "there is nothing to stream"),
+    (STREAMING | {"delivery__mode": "exactly_once"}, "a transaction is published as a whole"),
+    (STREAMING | {"cache__mode": "memory"}, "the cache holds whole answers"),
+    (STREAMING | {"extraction__confidence__field": "sure"}, "a doubt is about the whole answer"),
+    (STREAMING | {"delivery__ordering": "key"}, "don't wait for the messages before theirs"),
     ({"kafka__security__username": "ann"}, "username would not be used"),
     ({"kafka__security__ca_file": "/ca.pem"}, "ca_file would not be used"),
     (
@@ -446,6 +457,7 @@ def test_contradictions_are_said_together() -> None:
         {"kafka__security__protocol": "SSL", "kafka__security__ca_file": "/ca.pem"},
         {"limits__window": "10", "limits__concurrency": "10"},
         {"input__tombstones": "pass"},
+        STREAMING,
     ],
 )
 def test_what_stands_together(settings: dict[str, str]) -> None:

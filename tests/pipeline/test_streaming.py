@@ -1,0 +1,353 @@
+"""Records that go out while the model writes, under virtual time: what is closed, what is not."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+
+import pytest
+
+from service.core.errors import PublishFailed, TransientFailure
+from service.core.events import Finished, Streamed
+from service.core.messages import Aborted, Extracted, Part, Publishable, Reason, Rejected
+from service.core.status import State
+from service.pipeline import Pipeline
+from service.streams import UNACKNOWLEDGED_MAX
+from tests.chaos.reader import first_complete_sets
+from tests.pipeline.test_way import BOUNDS, SETTLED, Stage, decode
+from tests.support.fakes import FakeStreams, partition
+
+
+class Streaming(Stage):
+    """A stage whose model is streamed."""
+
+    def __init__(self, records: int = 4, record_s: float = 1.0) -> None:
+        self.streams = FakeStreams(records, record_s)
+        super().__init__(bounds=replace(BOUNDS, ordering="none"))
+        self.sink.streaming = True
+
+    def new_pipeline(self) -> Pipeline:
+        return Pipeline(
+            self.source,
+            self.extractor,
+            self.sink,
+            decode,
+            self.bounds,
+            observe=self.events.append,
+            uniform=lambda low, high: high,
+            wall_clock=lambda: asyncio.get_running_loop().time(),
+            streams=self.streams,
+        )
+
+    @property
+    def published(self) -> list[Publishable]:
+        return [outcome for _, outcome in self.broker.published]
+
+    def kinds(self) -> list[str]:
+        return [_kind(each) for each in self.published]
+
+    def sets(self) -> list[list[str]]:
+        """What a reader keeps."""
+        read = [each for n, piece in enumerate(self.published) for each in _read(n, piece)]
+        return [[each.text for each in found] for found in first_complete_sets(read)]
+
+
+def _kind(piece: Publishable) -> str:
+    match piece:
+        case Part(index=index):
+            return str(index)
+        case Extracted(records=()):
+            return "end"
+        case Extracted():
+            return "last"
+        case Aborted(records=records):
+            return f"aborted {records}"
+        case _:
+            return "letter"
+
+
+@dataclass
+class Read:
+    header: dict[str, str]
+    text: str = ""
+
+
+def _read(number: int, piece: Publishable) -> list[Read]:
+    match piece:
+        case Part(record, index, answer):
+            return [Read(_header(answer, str(index)), record.json.decode())]
+        case Extracted((record,), _, answer, earlier):
+            count = {"sluice.record.count": str(earlier + 1)}
+            return [Read(_header(answer, str(earlier)) | count, record.json.decode())]
+        case Aborted(answer, records):
+            marked = {"sluice.record.aborted": str(records)}
+            return [Read(_header(answer, "aborted") | marked)]
+        case _:
+            return []
+
+
+def _header(answer: str, index: str) -> dict[str, str]:
+    return {
+        "sluice.id": f"{answer.split()[0]}:{index}",
+        "sluice.answer.id": answer,
+        "sluice.record.index": index,
+    }
+
+
+@pytest.fixture
+def stage() -> Streaming:
+    return Streaming()
+
+
+def test_records_are_out_before_the_call_has_ended(stage: Streaming) -> None:
+    """Each record lands a moment after it was written; the message finishes behind the last."""
+    stage.broker.append("a")
+
+    async def look() -> None:
+        await asyncio.sleep(2.5)
+        assert stage.kinds() == ["0", "1"]
+        assert stage.finished() == []
+        assert stage.broker.committed == {}
+        await asyncio.sleep(10)
+
+    stage.show(look)
+    assert stage.kinds() == ["0", "1", "2", "last", "end"]
+    assert stage.sets() == [["a 1 0", "a 1 1", "a 1 2", "a 1 3"]]
+    assert stage.broker.committed == {partition(): 1}
+    told = [event for event in stage.events if isinstance(event, Streamed)]
+    assert sum(event.records for event in told) == 4
+    assert [event.first_after_s for event in told] == [pytest.approx(1, abs=0.1), None, None, None]
+    assert [event.records for event in stage.events if isinstance(event, Finished)] == [0]
+
+
+def test_an_empty_list_publishes_nothing() -> None:
+    """The message finishes, and readers see as much of it as without streaming."""
+    stage = Streaming(records=0)
+    stage.broker.append("a")
+    stage.show()
+    assert stage.kinds() == ["end"]
+    assert stage.broker.committed == {partition(): 1}
+
+
+def test_a_failure_half_way_closes_the_set_and_tries_anew(stage: Streaming) -> None:
+    """The marker says how many went out; the next attempt has another id, and is kept."""
+    stage.broker.append("a")
+    stage.streams.breaks = [(2, TransientFailure("connection"))]
+    stage.show()
+    assert stage.kinds() == ["0", "1", "aborted 2", "0", "1", "2", "last", "end"]
+    assert stage.sets() == [["a 2 0", "a 2 1", "a 2 2", "a 2 3"]]
+    assert stage.rejected() == []
+
+
+def test_a_marker_counts_what_has_landed(stage: Streaming) -> None:
+    """Where acknowledgements take longer than the model, the marker waits for them."""
+    stage.broker.append("a")
+    stage.sink.ack_s = 7.0
+    stage.streams.breaks = [(2, TransientFailure("connection"))]
+    stage.show()
+    assert stage.kinds()[:3] == ["0", "1", "aborted 2"]
+
+
+def test_a_failure_before_the_first_record_needs_no_marker(stage: Streaming) -> None:
+    """Nothing is closed that was never begun."""
+    stage.broker.append("a")
+    stage.streams.breaks = [(0, TransientFailure("connection"))]
+    stage.show()
+    assert stage.kinds() == ["0", "1", "2", "last", "end"]
+
+
+def test_a_re_ask_closes_the_answer_before(stage: Streaming) -> None:
+    """What the first answer has published is closed before the second answer's first record."""
+    stage.broker.append("a")
+    stage.streams.breaks = [(3, None)]
+    stage.show()
+    assert stage.kinds()[:5] == ["0", "1", "2", "aborted 3", "0"]
+    assert stage.sets() == [["a 2 0", "a 2 1", "a 2 2", "a 2 3"]]
+
+
+def test_a_rejected_message_says_how_many_went_out(stage: Streaming) -> None:
+    """Over all its answers; marker and records stand before the dead letter."""
+    stage.broker.append("a")
+    stage.streams.breaks = [
+        (1, TransientFailure("connection")),
+        (2, None),
+        (1, Rejected(Reason.INVALID, "no")),
+    ]
+    stage.show()
+    assert stage.kinds() == ["0", "aborted 1", "0", "1", "aborted 2", "0", "aborted 1", "letter"]
+    [rejected] = stage.rejected()
+    assert rejected.records_out == 4
+    assert stage.sets() == []
+    assert stage.broker.committed == {partition(): 1}
+
+
+def test_an_exhausted_message_says_it_too(stage: Streaming) -> None:
+    """One that keeps failing half way while others succeed ends with all its sets closed."""
+    stage.broker.append("a")
+
+    async def others() -> None:
+        for _ in range(6):
+            await asyncio.sleep(8)
+            stage.broker.append("b")
+
+    original = stage.streams.stream
+
+    async def stream(text: str, progress: object, publish: object) -> Extracted | Rejected:
+        if text == "a":
+            stage.streams.breaks.append((1, TransientFailure("server_error")))
+        return await original(text, progress, publish)  # type: ignore[arg-type]
+
+    stage.streams.stream = stream  # type: ignore[method-assign]
+    stage.show(others)
+    [rejected] = stage.rejected()
+    assert rejected.reason == Reason.EXHAUSTED
+    assert rejected.records_out == stage.kinds().count("aborted 1") >= 3
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_record_too_large_ends_the_answer(stage: Streaming, known: bool) -> None:
+    """Of the last record as of any: the set is closed and the message rejected."""
+    stage.sink.record_max_bytes, stage.sink.limit_known = len("a 1 0"), known
+    stage.broker.append("a")
+    stage.streams.records = 12  # "a 1 10" is longer
+    stage.show()
+    assert stage.kinds() == [*map(str, range(10)), "aborted 10", "letter"]
+    [rejected] = stage.rejected()
+    assert (rejected.reason, rejected.records_out) == (Reason.OUTPUT_TOO_LARGE, 10)
+
+
+def test_a_last_record_too_large_leaves_no_whole_set(stage: Streaming) -> None:
+    """The message is rejected, as one whose earlier record was."""
+    stage.sink.record_max_bytes = len("a 1 0")
+    stage.broker.append("a")
+    stage.streams.records = 11
+    stage.show()
+    assert stage.kinds() == [*map(str, range(10)), "aborted 10", "letter"]
+    assert stage.sets() == []
+
+
+def test_what_is_not_acknowledged_is_sent_again(stage: Streaming) -> None:
+    """A send that fails or is unknown goes again; the message waits for all of it."""
+    stage.broker.append("a")
+    stage.sink.failures[0] = [PublishFailed(), PublishFailed()]
+    unheard = iter([False, True])
+    stage.sink.loses_acknowledgement = lambda: next(unheard, False)
+    stage.show()
+    assert stage.sets() == [["a 1 0", "a 1 1", "a 1 2", "a 1 3"]]
+    assert stage.broker.committed == {partition(): 1}
+
+
+def test_back_pressure() -> None:
+    """While Kafka acknowledges nothing, a bounded number of records is out and the model's answer
+    waits; that is Kafka's time, and no overdue call."""
+    stage = Streaming(records=10 * UNACKNOWLEDGED_MAX, record_s=0.01)
+    stage.broker.append("a")
+    stage.sink.ack_s = 500.0
+
+    async def look() -> None:
+        await asyncio.sleep(400)
+        assert len(stage.sink.handed) == UNACKNOWLEDGED_MAX + 1
+        status = stage.pipeline.status(SETTLED)
+        assert status.state is State.WAITING_FOR_KAFKA
+        assert status.call_overdue_s == 0
+        stage.sink.ack_s = 0.01
+        await asyncio.sleep(400)
+
+    stage.show(look)
+    assert len(stage.sets()[0]) == 10 * UNACKNOWLEDGED_MAX
+
+
+def lost(act: Callable[[Streaming], Awaitable[None]], stage: Streaming) -> None:
+    """The partition goes while the second of four records has landed."""
+
+    async def lose() -> None:
+        await asyncio.sleep(2.5)
+        await act(stage)
+        await asyncio.sleep(30)
+
+    stage.show(lose)
+
+
+def test_a_lost_partition_gets_nothing_more() -> None:
+    """Neither a late record nor a marker comes after the assignment; the set never closes, and
+    the reader keeps the one that the next holder publishes."""
+    stage = Streaming(records=20)
+    stage.broker.append("a")
+
+    async def rebalance(stage: Streaming) -> None:
+        await stage.source.revoke()
+        before = len(stage.published)
+        await asyncio.sleep(3)
+        assert len(stage.published) == before, "published while nobody knew whose it was"
+        stage.source.hold(fresh={partition()})
+
+    lost(rebalance, stage)
+    assert stage.streams.cancelled == 1
+    answers = [each.answer_id for each in stage.published if isinstance(each, Part)]
+    assert answers == sorted(answers), "a late record of the answer before"
+    assert not any(isinstance(each, Aborted) for each in stage.published)
+    assert stage.sets() == [[f"a 2 {n}" for n in range(20)]]
+
+
+def test_a_kept_partition_goes_on_in_the_middle() -> None:
+    """What waited for the assignment goes out under the same answer id."""
+    stage = Streaming(records=20)
+    stage.broker.append("a")
+
+    async def rebalance(stage: Streaming) -> None:
+        await stage.source.revoke()
+        await asyncio.sleep(3)
+        stage.source.hold(keep={partition()})
+
+    lost(rebalance, stage)
+    assert stage.sets() == [[f"a 1 {n}" for n in range(20)]]
+
+
+def test_no_marker_for_a_lost_partition() -> None:
+    """An answer that fails between revoke and assignment is not closed by who lost it."""
+    stage = Streaming(records=20)
+    stage.streams.breaks = [(8, TransientFailure("connection"))]
+    stage.broker.append("a")
+
+    async def rebalance(stage: Streaming) -> None:
+        await stage.source.revoke()  # five seconds later the sixth record waits
+        stage.source.hold()
+        assert stage.kinds() == [str(n) for n in range(7)]
+
+    lost(rebalance, stage)
+    assert not any(isinstance(each, Aborted) for each in stage.published)
+
+
+def test_a_drain_lets_an_answer_end(stage: Streaming) -> None:
+    """A stop in the middle waits for the rest of the answer."""
+    stage.broker.append("a")
+
+    async def soon() -> None:
+        await asyncio.sleep(1.5)
+
+    assert stage.show(soon)
+    assert stage.sets() == [["a 1 0", "a 1 1", "a 1 2", "a 1 3"]]
+    assert stage.broker.committed == {partition(): 1}
+
+
+def test_a_drain_that_ends_too_early_closes_nothing() -> None:
+    """What is cut off stays unfinished: it is asked again, and the half set is dropped."""
+    stage = Streaming(records=100)
+    stage.broker.append("a")
+
+    async def soon() -> None:
+        await asyncio.sleep(1.5)
+
+    stage.show(soon)
+    assert "last" not in stage.kinds()
+    assert not any(isinstance(each, Aborted) for each in stage.published)
+    assert stage.broker.committed == {}
+    assert stage.sets() == []
+
+
+def test_a_death_in_the_middle_costs_a_repeat() -> None:
+    """Killed half way, the message is asked again and a reader sees one whole set."""
+    stage = Streaming()
+    stage.broker.append("a")
+    stage.die(after_s=2.5)
+    stage.show()
+    assert stage.sets() == [["a 2 0", "a 2 1", "a 2 2", "a 2 3"]]
