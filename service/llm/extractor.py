@@ -30,6 +30,7 @@ from service.core.events import Called, CallResult, Observe
 from service.core.messages import Extracted, Provenance, Reason, Rejected
 from service.llm.answers import BrokenAnswer, Completion, read_completion
 from service.llm.failures import Failure, Refused, Transient, Unserviceable, from_status
+from service.llm.lean import Answered, LeanPost
 from service.llm.prompt import build_prompt
 from service.llm.records import load_record_type
 from service.llm.request import RequestTemplate, shows_schema
@@ -114,13 +115,16 @@ class OpenAIExtractor:
             max_keepalive_connections=self._connections_max,
             keepalive_expiry=KEEPALIVE_S,
         )
+        http = openai.DefaultAioHttpClient(timeout=timeout, limits=limits)
         self._client = openai.AsyncOpenAI(
             api_key=self._api_key,
             base_url=self._base_url,
             max_retries=0,  # the pipeline owns retries
             timeout=timeout,
-            http_client=openai.DefaultAioHttpClient(timeout=timeout, limits=limits),
+            http_client=http,
         )
+        self._lean = LeanPost(self._client, http, "/chat/completions")
+        await self._lean.open()
 
     async def stop(self) -> None:
         """Close the connections; calls in flight are to be cancelled first."""
@@ -207,9 +211,7 @@ class OpenAIExtractor:
         try:
             async with asyncio.timeout(self._extraction.call_timeout_s):
                 # The SDK's defaults say that it is JSON; said twice, some servers don't read it.
-                response = await self._client.post(
-                    "/chat/completions", cast_to=httpx2.Response, content=body
-                )
+                response = await self._lean.post(body)
         except TimeoutError:
             return Transient("timeout")
         except openai.APIStatusError as error:
@@ -222,14 +224,16 @@ class OpenAIExtractor:
         except BrokenAnswer as broken:
             return self._broken(broken.error, response)
 
-    def _broken(self, error: object, response: httpx2.Response) -> Failure:
+    def _broken(self, error: object, response: httpx2.Response | Answered) -> Failure:
         """A 200 without a completion: some gateways wrap an error and its status into it."""
         code = error.get("code") if isinstance(error, dict) else None
         if isinstance(code, int) and 400 <= code <= 599:
             return self._classified(code, response, error)
         return Transient("broken_answer")
 
-    def _classified(self, status: int, response: httpx2.Response, error: object) -> Failure:
+    def _classified(
+        self, status: int, response: httpx2.Response | Answered, error: object
+    ) -> Failure:
         return from_status(
             status, response.headers, error, model=self._extraction.model, base_url=self._place
         )
