@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import signal
 import sys
 import tempfile
@@ -46,8 +45,10 @@ async def sampled(place: Place, seconds: float) -> dict[str, Any]:
             async with running(command, told) as process:
                 while (await stats(url))["calls"] < 200:
                     await asyncio.sleep(0.2)
-                await asyncio.sleep(WARM_UP_S + seconds)
-                os.kill(process.pid, signal.SIGTERM)
+                await asyncio.sleep(WARM_UP_S)
+                process.send_signal(signal.SIGUSR1)
+                await asyncio.sleep(seconds)
+                process.send_signal(signal.SIGTERM)
                 await process.wait()
         found: dict[str, Any] = json.loads(path.read_text())
     return found

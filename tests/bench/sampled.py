@@ -2,8 +2,8 @@
 
 A timer of the process's CPU time interrupts the main thread; what it finds on the stack is counted
 for the innermost frame of known meaning. Work of C code counts for the Python line that called it.
-The samples of the first seconds (start, imports, connections) are thrown away. Written as JSON to
-the file that BENCH_SAMPLES names, at SIGTERM's end.
+Sampling begins at SIGUSR1, so that the start is left out. Written as JSON to the file that
+BENCH_SAMPLES names, when the process ends.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import atexit
 import json
 import os
 import signal
-import time
 from collections import Counter
 from pathlib import Path
 from types import FrameType
@@ -21,7 +20,6 @@ from service.cli import main
 
 SAMPLE_S = 0.002
 """Of CPU time, between two samples."""
-STEADY_AFTER_S = float(os.environ.get("BENCH_STEADY_AFTER_S", "8"))
 
 AREAS = (
     ("/aiokafka/consumer/", "Kafka: fetch"),
@@ -51,15 +49,12 @@ AREAS = (
     ("/service/telemetry/", "metrics"),
     ("/service/core/", "window and lanes"),
     ("/service/pipeline.py", "pipeline"),
-    ("/service/app.py", "metrics"),
 )
 """The innermost frame whose path holds one of these says the area; the first match of it counts."""
 LOOP = "event loop"
 
 _areas: Counter[str] = Counter()
 _lines: Counter[str] = Counter()
-_began_s = time.monotonic()
-_cpu_s = 0.0
 
 
 def _area(path: str) -> str | None:
@@ -67,10 +62,8 @@ def _area(path: str) -> str | None:
 
 
 def _sample(_: int, frame: FrameType | None) -> None:
-    global _cpu_s
-    if time.monotonic() - _began_s < STEADY_AFTER_S or frame is None:
+    if frame is None:
         return
-    _cpu_s += SAMPLE_S
     code = frame.f_code
     where = "/".join(Path(code.co_filename).parts[-2:])
     _lines[f"{where}:{code.co_name}"] += 1
@@ -79,6 +72,10 @@ def _sample(_: int, frame: FrameType | None) -> None:
         area = _area(frame.f_code.co_filename)
         frame = frame.f_back
     _areas[area or LOOP] += 1
+
+
+def _begin(_: int, __: FrameType | None) -> None:
+    signal.setitimer(signal.ITIMER_PROF, SAMPLE_S, SAMPLE_S)
 
 
 def _write() -> None:
@@ -90,5 +87,5 @@ def _write() -> None:
 if __name__ == "__main__":
     atexit.register(_write)
     signal.signal(signal.SIGPROF, _sample)
-    signal.setitimer(signal.ITIMER_PROF, SAMPLE_S, SAMPLE_S)
+    signal.signal(signal.SIGUSR1, _begin)
     main()
