@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import time
-import uuid
 from dataclasses import dataclass, field, replace
 from urllib.parse import urlsplit
 
@@ -276,7 +276,7 @@ class OpenAIExtractor:
         # The user's validators and serializers: what else they raise concerns this message alone.
         except Exception as error:
             return _rejected("user_code", Reason.USER_CODE, _described(error), talk, answer)
-        return _Verdict("validated", Extracted(records, talk.spent, uuid.uuid4().hex))
+        return _Verdict("validated", Extracted(records, talk.spent, secrets.token_hex(16)))
 
     def _parsed(self, answer: Completion) -> BaseModel:
         """Strict, as instructor is: "30" is no age. Raises what validation raises."""
