@@ -24,20 +24,29 @@ from tests.bench.built import Missing
 from tests.bench.driver import Figures, Load, Place, fill, measure
 from tests.support.kafka import find_broker
 
+FULL = (
+    Load("e1", "1,000 calls in flight, of 4 s", 1000, 4000.0, 0.5),
+    Load("e2", "2,000 calls in flight, of 4 s", 2000, 4000.0, 0.5),
+)
 LOADS = (
     Load("a", "lognormal latency, median 300 ms, sigma 1", 200, 300.0, 1.0),
     Load("b", "the endpoint answers at once", 100),
     Load("c", "one partition, 1,000 keys, 50 ms", 100, 50.0, partitions=1),
-    Load("d", "texts of 32 KB, 20 records in an answer", 100, text_bytes=32_000, records=20,
-         rate_max=500.0),
-)  # fmt: skip
+    Load(
+        *("d", "texts of 32 KB, 20 records in an answer", 100),
+        text_bytes=32_000,
+        records=20,
+        rate_max=500.0,
+    ),
+    *FULL,
+)
 PEERS = ("gather", "window", "faststream", "parallel-consumer", "bare", "sluice")
 
 
 async def compare(servers: str, given: argparse.Namespace) -> dict[str, list[Figures]]:
     found = {}
     for load in LOADS:
-        if load.letter in given.scenarios:
+        if load.letter[0] in given.scenarios:
             print(f"\n({load.letter}) {load.claim}; {load.slots} slots", flush=True)
             place = await fill(servers, load, given.seconds + 2 * given.warm_up)
             found[load.letter] = await _rounds(place, given)
@@ -66,10 +75,13 @@ def _middle(peer: str, those: list[Figures]) -> Figures:
 
 async def run(servers: str, given: argparse.Namespace) -> None:
     found = await compare(servers, given)
+    added = []
     if "e" in given.scenarios:
-        for slots in (1000, 2000):
-            print(await latency.measured(servers, slots, given.seconds), flush=True)
-    print("\n" + ratios.verdicts(found))
+        print("\nlatency added to a call at 70 % load, ordering none", flush=True)
+        for load in FULL:
+            added.append(await latency.added(servers, load, given.seconds))
+            print(added[-1], flush=True)
+    print("\n" + ratios.verdicts(found, added))
     if given.pictures is not None:
         from tests.bench import pictures
 

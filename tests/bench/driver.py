@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import signal
 import sys
@@ -53,8 +54,6 @@ class Load:
     @property
     def slots_rate(self) -> float:
         """Messages/s at which all slots are always busy; 0 where the endpoint answers at once."""
-        import math
-
         mean_s = self.median_ms / 1000 * math.exp(self.sigma**2 / 2)
         return self.slots / mean_s if mean_s else 0.0
 
@@ -195,10 +194,15 @@ async def running(
         await process.wait()
 
 
+def sluice() -> list[str]:
+    """As a user runs it."""
+    return [sys.executable, "-m", "service", "run"]
+
+
 def _command(peer: str) -> list[str]:
     match peer:
         case "sluice":
-            return [sys.executable, "-m", "service", "run"]
+            return sluice()
         case "parallel-consumer":
             return built.parallel_consumer()
         case _:
