@@ -158,6 +158,47 @@ def _print_schema(settings: Settings) -> None:
     print(json.dumps(record.schema, indent=2, ensure_ascii=False))
 
 
+@app.command()
+def plan(
+    messages: Annotated[float, typer.Option(min=0, help="Messages a second.")],
+    latency: Annotated[float, typer.Option(min=0, help="Seconds that half of the calls take.")],
+    sigma: Annotated[
+        float, typer.Option(min=0, max=3, help="Spread of the latency (lognormal); 0: none.")
+    ] = 1.0,
+    calls: Annotated[
+        float, typer.Option(min=1, help="Calls for a message, re-asks and retries included.")
+    ] = 1.0,
+    tokens_input: Annotated[float, typer.Option(min=0, help="Of one call.")] = 0.0,
+    tokens_output: Annotated[float, typer.Option(min=0, help="Of one call.")] = 0.0,
+    price_input: Annotated[float, typer.Option(min=0, help="USD for a million tokens.")] = 0.0,
+    price_output: Annotated[float, typer.Option(min=0, help="USD for a million tokens.")] = 0.0,
+    requests_per_minute: Annotated[float, typer.Option(min=0, help="The provider's limit.")] = 0.0,
+    tokens_per_minute: Annotated[float, typer.Option(min=0, help="The provider's limit.")] = 0.0,
+    load: Annotated[
+        float, typer.Option(min=0.05, max=1, help="Share of the slots busy at this rate.")
+    ] = 0.8,
+) -> None:
+    """How many slots, workers and partitions, and how much money, a rate of messages takes."""
+    from service.core.plan import Demand, sentences
+    from service.core.plan import plan as plan_for
+
+    demand = Demand(
+        messages_per_s=messages,
+        latency_median_s=latency,
+        latency_sigma=sigma,
+        calls_per_message=calls,
+        tokens_input=tokens_input,
+        tokens_output=tokens_output,
+        usd_per_million_input=price_input,
+        usd_per_million_output=price_output,
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        load_max=load,
+    )
+    for sentence in sentences(demand, plan_for(demand)):
+        print(sentence)
+
+
 @topics.command("create")
 def create(
     config: Config = None,

@@ -9,7 +9,7 @@ Rules of this file: no I/O; `Conversation` holds all state.
 
 from __future__ import annotations
 
-import uuid
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -208,7 +208,7 @@ class Cascade:
         # The user's validators and serializers: what else they raise concerns this message alone.
         except Exception as error:
             return _rejected("user_code", Reason.USER_CODE, _described(error), talk, answer)
-        return Verdict("validated", Extracted(records, talk.spent, uuid.uuid4().hex))
+        return Verdict("validated", Extracted(records, talk.spent, secrets.token_hex(16)))
 
     def _parsed(self, answer: Completion) -> BaseModel:
         """Strict, as instructor is: "30" is no age. Raises what validation raises."""

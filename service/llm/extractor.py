@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from typing import TypeAlias
 
 import httpx2
 import openai
@@ -21,6 +22,7 @@ from service.llm.cascade import LONGER_FACTOR, Cascade, Next, Step
 from service.llm.conversation import Conversation
 from service.llm.endpoint import endpoint, missing_models, shown, unlisted
 from service.llm.failures import Failure, Transient, from_status
+from service.llm.lean import Answered, LeanPost
 from service.llm.prices import Bill, cost_of
 from service.llm.prompt import build_prompt
 from service.llm.records import load_record_type
@@ -36,6 +38,8 @@ CHECK_TIMEOUT_S = 15.0
 KEEPALIVE_S = 4.0
 """Idle connections are let go after this: below the 5 s after which uvicorn (vLLM and many
 others) closes them, which would cost a call each time both happen at once."""
+
+Answer: TypeAlias = Answered | httpx2.Response
 
 
 class OpenAIExtractor:
@@ -105,13 +109,16 @@ class OpenAIExtractor:
             max_keepalive_connections=self._connections_max,
             keepalive_expiry=KEEPALIVE_S,
         )
+        http = openai.DefaultAioHttpClient(timeout=timeout, limits=limits)
         self._client = openai.AsyncOpenAI(
             api_key=self._api_key,
             base_url=self._base_url,
             max_retries=0,  # the pipeline owns retries
             timeout=timeout,
-            http_client=openai.DefaultAioHttpClient(timeout=timeout, limits=limits),
+            http_client=http,
         )
+        self._lean = LeanPost(self._client, http, "/chat/completions")
+        await self._lean.open()
 
     async def stop(self) -> None:
         """Close the connections; calls in flight are to be cancelled first."""
@@ -208,10 +215,7 @@ class OpenAIExtractor:
         """
         try:
             async with asyncio.timeout(self._extraction.call_timeout_s):
-                # The SDK's defaults say that it is JSON; said twice, some servers don't read it.
-                response = await self._client.post(
-                    "/chat/completions", cast_to=httpx2.Response, content=step.body(talk)
-                )
+                response = await self._lean.post(step.body(talk))
         except TimeoutError:
             return Transient("timeout")
         except openai.APIStatusError as error:
@@ -239,14 +243,12 @@ class OpenAIExtractor:
         except BrokenStream as broken:
             return self._broken(step, broken.error, broken.response)
 
-    def _broken(self, step: Step, error: object, response: httpx2.Response) -> Failure:
+    def _broken(self, step: Step, error: object, response: Answer) -> Failure:
         """A 200 without a completion: some gateways wrap an error and its status into it."""
         code = error.get("code") if isinstance(error, dict) else None
         if isinstance(code, int) and 400 <= code <= 599:
             return self._classified(step, code, response, error)
         return Transient("broken_answer")
 
-    def _classified(
-        self, step: Step, status: int, response: httpx2.Response, error: object
-    ) -> Failure:
+    def _classified(self, step: Step, status: int, response: Answer, error: object) -> Failure:
         return from_status(status, response.headers, error, model=step.model, base_url=self._place)

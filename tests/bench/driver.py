@@ -1,0 +1,266 @@
+"""One peer under load: topics, messages, endpoint and process; what it did in a span of time.
+
+Everything is measured from outside while the peer is in full swing: calls and slots at the
+endpoint, CPU and memory from /proc, records in the output topic. The start of the process is left
+out by a warm-up, its end by a backlog that is longer than the measurement.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import signal
+import sys
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+
+from tests.bench import built
+from tests.support.service import ROOT
+from tests.support.topics import create_topic, produce, unique_name
+
+TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+WARM_UP_CALLS_MIN = 200
+"""Calls before the measurement: code imported, connections open, Java compiled in part."""
+START_S = 90.0
+"""The longest that a peer may take to its first calls on a busy machine."""
+PUBLISHED_S = 30.0
+"""The longest that it may take until what was called is published."""
+INSTRUCTIONS = "Take the person from the text."
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a peer is given to do."""
+
+    letter: str
+    claim: str
+    slots: int
+    median_ms: float = 0.0
+    sigma: float = 0.0
+    partitions: int = 6
+    keys: int = 1000
+    text_bytes: int = 24
+    records: int = 0  # in one answer; 0: one that stands alone
+    rate_max: float = 2000.0  # messages/s that nobody here exceeds: how long the backlog is
+
+    @property
+    def slots_rate(self) -> float:
+        """Messages/s at which all slots are always busy; 0 where the endpoint answers at once."""
+        mean_s = self.median_ms / 1000 * math.exp(self.sigma**2 / 2)
+        return self.slots / mean_s if mean_s else 0.0
+
+    def messages(self, seconds: float) -> int:
+        return int((self.slots_rate or self.rate_max) * seconds * 1.1) + 8 * self.slots
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What one peer did; CPU in ms a message, memory in MB."""
+
+    peer: str
+    rate: float
+    cpu_ms: float
+    busy: float
+    most: int
+    memory_mb: float
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a load's messages are."""
+
+    servers: str
+    load: Load
+    input: str
+
+
+async def fill(servers: str, load: Load, seconds: float) -> Place:
+    """Produce the backlog of one load, once for all peers."""
+    topic = unique_name(f"input-{load.letter}")
+    await create_topic(servers, topic, load.partitions)
+    filling = "Ada Lovelace is 36. " * (load.text_bytes // 20 + 1)
+    messages = (
+        (b"key-%d" % (n % load.keys), (f"{n}: " + filling)[: load.text_bytes].encode())
+        for n in range(load.messages(seconds))
+    )
+    await produce(servers, topic, messages)
+    return Place(servers, load, topic)
+
+
+async def measure(place: Place, peer: str, seconds: float, warm_up_s: float) -> Figures:
+    """Run one peer; raises `AssertionError` where it does not do what it is there for."""
+    output, letters = unique_name("output"), unique_name("letters")
+    for topic in (output, letters):
+        await create_topic(place.servers, topic, 6)
+    async with endpoint(place.load) as url:
+        environment = environment_of(place, output, letters, url)
+        async with running(_command(peer), environment) as process:
+            await _until_warm(url, process, warm_up_s)
+            figures = await _observed(peer, place.load, url, process, seconds)
+            await _until_published(place.servers, output, url)
+    return figures
+
+
+async def _until_warm(url: str, process: asyncio.subprocess.Process, warm_up_s: float) -> None:
+    deadline = time.monotonic() + START_S
+    while (await stats(url))["calls"] < WARM_UP_CALLS_MIN:
+        assert process.returncode is None, "the peer ended"
+        assert time.monotonic() < deadline, "the peer makes no calls"
+        await asyncio.sleep(0.1)
+    await asyncio.sleep(warm_up_s)
+
+
+async def _observed(
+    peer: str, load: Load, url: str, process: asyncio.subprocess.Process, seconds: float
+) -> Figures:
+    before, cpu_before_s, began_s = await stats(url), cpu_s(process.pid), time.monotonic()
+    await asyncio.sleep(seconds)
+    after, cpu_after_s, elapsed_s = (
+        await stats(url),
+        cpu_s(process.pid),
+        time.monotonic() - began_s,
+    )
+    calls = after["calls"] - before["calls"]
+    assert calls, f"{peer} made no calls"
+    return Figures(
+        peer=peer,
+        rate=calls / elapsed_s,
+        cpu_ms=(cpu_after_s - cpu_before_s) * 1000 / calls,
+        busy=(after["busy_s"] - before["busy_s"]) / (load.slots * elapsed_s),
+        most=int(after["most"]),
+        memory_mb=memory_mb(process.pid),
+    )
+
+
+async def _until_published(servers: str, topic: str, url: str) -> None:
+    """What it called for it also publishes: at least what was called when this began."""
+    wanted = (await stats(url))["calls"] - 20
+    deadline = time.monotonic() + PUBLISHED_S
+    consumer = AIOKafkaConsumer(bootstrap_servers=servers)
+    await consumer.start()
+    try:
+        where = [TopicPartition(topic, number) for number in range(6)]
+        while sum((await consumer.end_offsets(where)).values()) < wanted:
+            assert time.monotonic() < deadline, "what was called is not published"
+            await asyncio.sleep(0.2)
+    finally:
+        await consumer.stop()
+
+
+# --- processes -----------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def endpoint(load: Load) -> AsyncIterator[str]:
+    """The compiled endpoint; its base URL."""
+    process = await asyncio.create_subprocess_exec(
+        *(built.endpoint(), "-median-ms", str(load.median_ms), "-sigma", str(load.sigma)),
+        *("-records", str(load.records)),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    try:
+        yield f"http://127.0.0.1:{int(await process.stdout.readline())}/v1"
+    finally:
+        process.kill()
+        await process.wait()
+
+
+@asynccontextmanager
+async def running(
+    command: list[str], environment: Mapping[str, str]
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLUICE_", "OPENAI_"))}
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        cwd=ROOT,
+        env=clean | dict(environment),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGKILL)
+        await process.wait()
+
+
+def sluice() -> list[str]:
+    """As a user runs it."""
+    return [sys.executable, "-m", "service", "run"]
+
+
+def _command(peer: str) -> list[str]:
+    match peer:
+        case "sluice":
+            return sluice()
+        case "parallel-consumer":
+            return built.parallel_consumer()
+        case _:
+            return [sys.executable, "-m", "tests.bench.peers", peer]
+
+
+def environment_of(place: Place, output: str, letters: str, url: str) -> dict[str, str]:
+    group, load = unique_name("group"), place.load
+    return {
+        "BENCH_SERVERS": place.servers,
+        "BENCH_GROUP": group,
+        "BENCH_INPUT": place.input,
+        "BENCH_OUTPUT": output,
+        "BENCH_URL": url,
+        "BENCH_SLOTS": str(load.slots),
+        "BENCH_MANY": str(int(load.records > 0)),
+        "BENCH_INSTRUCTIONS": INSTRUCTIONS,
+        "SLUICE_KAFKA__BOOTSTRAP_SERVERS": place.servers,
+        "SLUICE_KAFKA__GROUP_ID": group,
+        "SLUICE_INPUT__TOPICS": place.input,
+        "SLUICE_OUTPUT__TOPIC": output,
+        "SLUICE_DEAD_LETTERS__TOPIC": letters,
+        "SLUICE_LIMITS__CONCURRENCY": str(load.slots),
+        "SLUICE_EXTRACTION__RECORD": "tests/bench/records.py:Person",
+        "SLUICE_EXTRACTION__CARDINALITY": "many" if load.records else "one",
+        "SLUICE_EXTRACTION__INSTRUCTIONS": INSTRUCTIONS,
+        "SLUICE_EXTRACTION__MODEL": "bench",
+        "SLUICE_TELEMETRY__HOST": "127.0.0.1",
+        "SLUICE_TELEMETRY__PORT": "0",
+        "SLUICE_TELEMETRY__LOG_LEVEL": "WARNING",
+        "OPENAI_BASE_URL": url,
+        "OPENAI_API_KEY": "bench",
+    }
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+
+async def stats(url: str) -> dict[str, float]:
+    """What the endpoint has counted since its start."""
+    return await asyncio.to_thread(_stats, url.removesuffix("/v1") + "/_stats")
+
+
+def _stats(url: str) -> dict[str, float]:
+    with urllib.request.urlopen(url) as response:
+        found: dict[str, float] = json.load(response)
+    return found
+
+
+def cpu_s(pid: int) -> float:
+    """CPU of all threads of a process so far, in user and kernel, in seconds."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) * TICK_S
+
+
+def memory_mb(pid: int) -> float:
+    """The most memory that a process has held so far."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1024
+    return 0.0

@@ -1,0 +1,124 @@
+"""What Sluice adds to the time of a call, at 70 % load: from broker to broker, less the call.
+
+The broker stamps a message when it is appended to the input topic, and its record when it is
+appended to the output topic; the record itself says when its call began and ended at the endpoint.
+What is left is all that lies between: fetch, poll, window, slot, HTTP both ways, validation,
+lane, producer. The promise leaves out the fetch, so this is the stricter figure. Milliseconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass, replace
+from statistics import quantiles
+
+from aiokafka import AIOKafkaConsumer
+
+from tests.bench.driver import (
+    START_S,
+    Load,
+    Place,
+    endpoint,
+    environment_of,
+    memory_mb,
+    running,
+    sluice,
+    stats,
+)
+from tests.support.topics import create_topic, producer, unique_name
+
+LOAD_SHARE = 0.7
+STAMPED = {"message.timestamp.type": "LogAppendTime"}
+PACE_S = 0.005
+"""Between two handfuls of messages: a load without bursts of its own."""
+WARM_UP_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """Latency added to a call, and what the process came to hold."""
+
+    slots: int
+    messages: int
+    rate: float
+    p50_ms: float
+    p99_ms: float
+    memory_mb: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.slots:>6} slots, {self.rate:.0f} messages/s: added p50 {self.p50_ms:.1f} ms, "
+            f"p99 {self.p99_ms:.1f} ms over {self.messages} messages; {self.memory_mb:.0f} MB"
+        )
+
+
+async def added(servers: str, load: Load, seconds: float) -> Added:
+    """Run Sluice at `LOAD_SHARE` of its slots, ordering none, and look at each record."""
+    place = Place(servers, replace(load, partitions=6), unique_name("input"))
+    output, letters = unique_name("output"), unique_name("letters")
+    for topic in (place.input, output, letters):
+        await create_topic(servers, topic, 6, config=STAMPED)
+    async with endpoint(load) as url:
+        told = environment_of(place, output, letters, url)
+        told["SLUICE_DELIVERY__ORDERING"] = "none"
+        async with running(sluice(), told) as process:
+            await _first_call(place, url)
+            rate = load.slots_rate * LOAD_SHARE
+            async with asyncio.TaskGroup() as tasks:
+                sending = tasks.create_task(_send(place, rate))
+                reading = tasks.create_task(_read(servers, output, seconds))
+                found_ms = await reading
+                sending.cancel()
+            held_mb = memory_mb(process.pid)
+    cuts = quantiles(found_ms, n=100)
+    return Added(load.slots, len(found_ms), rate, cuts[49], cuts[98], held_mb)
+
+
+async def _first_call(place: Place, url: str) -> None:
+    """Until it has its partitions, messages would only wait for them."""
+    deadline = time.monotonic() + START_S
+    async with producer(place.servers) as client:
+        await client.send_and_wait(place.input, b"Ada Lovelace is 36")
+    while not (await stats(url))["most"]:
+        assert time.monotonic() < deadline, "no call was made"
+        await asyncio.sleep(0.2)
+
+
+async def _send(place: Place, rate: float) -> None:
+    async with producer(place.servers) as client:
+        began_s, sent = time.monotonic(), 0
+        while True:
+            while sent < (time.monotonic() - began_s) * rate:
+                await client.send(place.input, b"%d: Ada Lovelace is 36" % sent)
+                sent += 1
+            await asyncio.sleep(PACE_S)
+
+
+async def _read(servers: str, topic: str, seconds: float) -> list[float]:
+    """What was added to each message, once the slots are as busy as they get."""
+    found_ms: list[float] = []
+    consumer = AIOKafkaConsumer(topic, bootstrap_servers=servers, auto_offset_reset="earliest")
+    await consumer.start()
+    try:
+        # The calls of the first messages end at the same time as shorter ones of later ones.
+        from_s = time.time() + WARM_UP_S
+        until_s = time.monotonic() + WARM_UP_S + seconds
+        while time.monotonic() < until_s:
+            batches = await consumer.getmany(timeout_ms=200)
+            for record in (each for batch in batches.values() for each in batch):
+                if record.timestamp / 1000 > from_s:
+                    found_ms.append(_added_ms(record))
+    finally:
+        await consumer.stop()
+    assert found_ms, "no record came"
+    return found_ms
+
+
+def _added_ms(record: object) -> float:
+    headers = dict(record.headers)  # type: ignore[attr-defined]
+    value = json.loads(record.value)  # type: ignore[attr-defined]
+    call_ms = (value["ended_us"] - value["began_us"]) / 1000
+    took_ms = record.timestamp - int(headers["sluice.source.timestamp"])  # type: ignore[attr-defined]
+    return float(took_ms - call_ms)

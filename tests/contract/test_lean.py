@@ -1,0 +1,189 @@
+"""What `LeanPost` sends and raises is what the SDK's own `post` would, byte by byte."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import gzip
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import httpx2
+import openai
+import pytest
+
+from service.llm.lean import LeanPost
+
+PATH = "/chat/completions"
+BODY = '{"messages":[{"role":"user","content":"Ada Löwe"}]}'.encode()
+COMPLETION = b'{"choices":[]}'
+
+
+@pytest.fixture(autouse=True)
+def _read_certificates_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each client would read the system's certificates anew, a tenth of a second each."""
+    monkeypatch.setattr(httpx2, "create_ssl_context", _tls)
+
+
+_tls = functools.cache(httpx2.create_ssl_context)
+
+
+def answer(status: str, body: bytes, *headers: str) -> bytes:
+    lines = (f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *headers)
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+@dataclass
+class Server:
+    """Keeps what arrives, byte by byte, and says what it is told to."""
+
+    answers: list[bytes] = field(default_factory=list)
+    requests: list[bytes] = field(default_factory=list)
+    hangs_up: bool = False  # after each answer
+    port: int = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = head.lower().split(b"content-length: ")[1].split(b"\r\n")[0]
+                self.requests.append(head + await reader.readexactly(int(length)))
+                said = self.answers.pop(0) if self.answers else answer("200 OK", COMPLETION)
+                writer.write(said)
+                if self.hangs_up:
+                    return
+        except asyncio.IncompleteReadError:
+            pass
+        finally:
+            writer.close()
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    keeping = Server()
+    async with await asyncio.start_server(keeping.serve, "127.0.0.1", 0) as listening:
+        keeping.port = listening.sockets[0].getsockname()[1]
+        yield keeping
+
+
+@asynccontextmanager
+async def posts(base_url: str) -> AsyncIterator[tuple[openai.AsyncOpenAI, LeanPost]]:
+    http = openai.DefaultAioHttpClient(timeout=httpx2.Timeout(None, connect=5))
+    client = openai.AsyncOpenAI(
+        base_url=base_url, api_key="sk-1", max_retries=0, http_client=http, timeout=http.timeout
+    )
+    async with client:
+        lean = LeanPost(client, http, PATH)
+        await lean.open()
+        yield client, lean
+
+
+def sorted_lines(request: bytes) -> tuple[bytes, list[bytes], bytes]:
+    """Request line, headers without regard to order and case of names, body."""
+    head, body = request.split(b"\r\n\r\n", 1)
+    line, *headers = head.split(b"\r\n")
+    pairs = (header.split(b": ", 1) for header in headers)
+    return line, sorted(name.lower() + b": " + value for name, value in pairs), body
+
+
+# Both are what the SDK's transport does.
+@pytest.mark.filterwarnings("ignore:BasicAuth is deprecated")
+@pytest.mark.filterwarnings("ignore:The 'proxy_auth' parameter is deprecated")
+@pytest.mark.parametrize(
+    ("path", "environment"),
+    [
+        ("/v1", {}),
+        ("/v1/", {"OPENAI_ORG_ID": "org-1", "OPENAI_PROJECT_ID": "proj-1"}),
+        ("/openai/v1?api-version=2026-01-01", {}),  # Azure's way
+        ("/v1", {"HTTP_PROXY": "http://127.0.0.1:PORT"}),
+        ("/v1", {"HTTP_PROXY": "http://user:secret@127.0.0.1:PORT"}),
+        ("/v1", {"HTTP_PROXY": "http://127.0.0.1:1", "NO_PROXY": "127.0.0.1"}),
+    ],
+)
+async def test_the_request_is_the_sdks(
+    server: Server, monkeypatch: pytest.MonkeyPatch, path: str, environment: dict[str, str]
+) -> None:
+    """Address, credentials, organisation, the SDK's own headers and the proxy are the same."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value.replace("PORT", str(server.port)))
+    proxied = "PORT" in environment.get("HTTP_PROXY", "")
+    host = "model.invalid" if proxied else f"127.0.0.1:{server.port}"
+    async with posts(f"http://{host}{path}") as (client, lean):
+        theirs = await client.post(PATH, cast_to=httpx2.Response, content=BODY)
+        ours = await lean.post(BODY)
+        again = await lean.post(BODY + b" ")
+    sdks, first, second = map(sorted_lines, server.requests)
+    assert first == sdks
+    assert second[0] == sdks[0]
+    assert second[2] == BODY + b" "
+    assert ours.content == again.content == theirs.content
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 408, 409, 413, 422, 429, 500, 503, 529])
+@pytest.mark.parametrize("body", [b'{"error": {"code": "c", "message": "m"}}', b"<p>gateway", b""])
+async def test_an_error_answer_raises_what_the_sdk_raises(
+    server: Server, status: int, body: bytes
+) -> None:
+    """The same class with the same status, headers, body and text."""
+    server.answers = [answer(f"{status} Nope", body, "Retry-After: 7")] * 2
+    async with posts(f"http://127.0.0.1:{server.port}/v1") as (client, lean):
+        with pytest.raises(openai.APIStatusError) as theirs:
+            await client.post(PATH, cast_to=httpx2.Response, content=BODY)
+        with pytest.raises(openai.APIStatusError) as ours:
+            await lean.post(BODY)
+    assert type(ours.value) is type(theirs.value)
+    assert ours.value.status_code == theirs.value.status_code == status
+    assert ours.value.body == theirs.value.body
+    assert str(ours.value) == str(theirs.value)
+    assert ours.value.response.headers["retry-after"] == "7"
+
+
+@pytest.mark.parametrize(
+    "said", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{", b"?\r\n\r\n"]
+)
+async def test_a_broken_connection_raises_what_the_sdk_raises(server: Server, said: bytes) -> None:
+    """Hung up before, within, or instead of an answer: a connection error, nothing else.
+
+    The SDK's transport takes a lost connection for a timeout of connecting, which is one too.
+    """
+    server.answers, server.hangs_up = [said, said], True
+    async with posts(f"http://127.0.0.1:{server.port}/v1") as (client, lean):
+        with pytest.raises(openai.APIConnectionError):
+            await client.post(PATH, cast_to=httpx2.Response, content=BODY)
+        with pytest.raises(openai.APIConnectionError):
+            await lean.post(BODY)
+
+
+async def test_nobody_there_is_a_connection_error() -> None:
+    """As it is with the SDK, and no other exception of the transport's."""
+    async with posts("http://127.0.0.1:1/v1") as (_, lean):
+        with pytest.raises(openai.APIConnectionError):
+            await lean.post(BODY)
+
+
+async def test_a_compressed_answer_is_unpacked(server: Server) -> None:
+    """By the SDK, which also said that it can."""
+    packed = answer("200 OK", gzip.compress(COMPLETION), "Content-Encoding: gzip")
+    server.answers = [packed]
+    async with posts(f"http://127.0.0.1:{server.port}/v1") as (_, lean):
+        assert (await lean.post(BODY)).content == COMPLETION
+
+
+async def test_a_redirect_is_followed_as_the_sdk_follows_it(server: Server) -> None:
+    """With body and credentials, to the same host."""
+    there = answer("307 Moved", b"", f"Location: http://127.0.0.1:{server.port}/v2/x")
+    server.answers = [there, there]
+    async with posts(f"http://127.0.0.1:{server.port}/v1") as (_, lean):
+        assert (await lean.post(BODY)).content == COMPLETION
+    last = sorted_lines(server.requests[-1])
+    assert last[0] == b"POST /v2/x HTTP/1.1"
+    assert last[2] == BODY
+    assert b"authorization: Bearer sk-1" in last[1]
+
+
+async def test_calls_share_their_connections(server: Server) -> None:
+    """With the SDK's own calls too: one pool, one limit."""
+    async with posts(f"http://127.0.0.1:{server.port}/v1") as (client, lean):
+        await lean.post(BODY)
+        assert lean._session is client._client._transport.client  # type: ignore[attr-defined]
