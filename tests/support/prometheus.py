@@ -20,9 +20,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import pytest
 import yaml
 
 from tests.support.kafka import dying_with_us, free_ports
+
+GOLDEN = Path(__file__).parents[1] / "data" / "metrics.txt"
 
 START_TIMEOUT_S = 60.0
 """From the process's start to its first answer; below a second on a free machine."""
@@ -40,6 +43,31 @@ def tool(name: str) -> str:
     if not binary.exists():
         _unpack_debians(_cache())
     return str(binary)
+
+
+def promtool(*arguments: str) -> str:
+    """What it printed; the test fails where it failed, and is skipped where there is none."""
+    try:
+        command = [tool("promtool"), *arguments]
+    except PrometheusUnavailable as error:
+        if os.environ.get("TEST_PROMTOOL") == "required":
+            pytest.fail(str(error), pytrace=False)
+        pytest.skip(str(error))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def exposed_series() -> dict[str, set[str]]:
+    """The labels of every series that the service exposes, by the name that Prometheus stores."""
+    found = {}
+    for line in GOLDEN.read_text().splitlines():
+        if not line.startswith("#"):
+            name, kind, labels, _ = line.split(" | ", 3)
+            ends = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
+            for end in ends.get(kind, ("",)):
+                found[name + end] = {*labels.split(","), *(["le"] if end == "_bucket" else [])}
+    return found
 
 
 def _cache() -> Path:

@@ -1,8 +1,6 @@
 """Alerts and recording rules: what each has to say, and that promtool agrees."""
 
-import os
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ import yaml
 
 from service.core.status import State
 from service.telemetry.metrics import CALL_RESULTS, COMMITS, OUTCOMES, RETRY_REASONS
-from tests.support.prometheus import PrometheusUnavailable, tool
+from tests.support.prometheus import exposed_series, promtool
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 RULES = DEPLOY / "prometheus" / "sluice.rules.yml"
@@ -24,34 +22,16 @@ RECORDS = {rule["record"]: rule for group in GROUPS for rule in group["rules"] i
 SECTIONS = re.split(r"^## ", RUNBOOK, flags=re.M)[1:]
 
 
-@pytest.fixture(scope="module")
-def promtool() -> str:
-    try:
-        return tool("promtool")
-    except PrometheusUnavailable as error:
-        if os.environ.get("TEST_PROMTOOL") == "required":
-            pytest.fail(str(error), pytrace=False)
-        pytest.skip(str(error))
-
-
-def ran(*command: str) -> str:
-    """What it printed; fails where it failed."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=RULES.parent)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_promtool_accepts_the_rules(promtool: str) -> None:
+def test_promtool_accepts_the_rules() -> None:
     """Every expression and template parses, and no rule stands there twice."""
-    assert f"{len(ALERTS) + len(RECORDS)} rules found" in ran(
-        promtool, "check", "rules", "--lint-fatal", RULES.name
-    )
+    said = promtool("check", "rules", "--lint-fatal", str(RULES))
+    assert f"{len(ALERTS) + len(RECORDS)} rules found" in said
 
 
-def test_each_alert_fires_and_is_silent(promtool: str) -> None:
+def test_each_alert_fires_and_is_silent() -> None:
     """promtool plays the cases of sluice.rules.test.yml: at each look exactly the alerts that are
     named there fire."""
-    assert "SUCCESS" in ran(promtool, "test", "rules", CASES.name)
+    assert "SUCCESS" in promtool("test", "rules", str(CASES))
 
 
 def test_each_alert_has_its_case() -> None:
@@ -105,8 +85,9 @@ def test_recording_rules_say_level_metric_operations() -> None:
         assert name in readers
 
 
-def test_every_metric_of_the_rules_exists(series: dict[str, set[str]]) -> None:
+def test_every_metric_of_the_rules_exists() -> None:
     """Names and labels in expressions are those of the golden list of metrics."""
+    series = exposed_series()
     for rule in (*ALERTS.values(), *RECORDS.values()):
         for name, matchers in re.findall(r"(?<![:\w])(sluice_\w+)(?:\{([^}]*)\})?", rule["expr"]):
             assert name in series, rule
@@ -120,16 +101,3 @@ def test_reasons_and_states_of_the_rules_exist() -> None:
         for label, values in re.findall(r'(reason|result|outcome|state)=~?"([^"]*)"', rule["expr"]):
             assert label
             assert all(one in known or one == "waiting_for_.*" for one in values.split("|")), rule
-
-
-@pytest.fixture(scope="module")
-def series() -> dict[str, set[str]]:
-    """The labels of every series that the service exposes, by the name that Prometheus stores."""
-    found = {}
-    for line in (DEPLOY.parent / "tests" / "data" / "metrics.txt").read_text().splitlines():
-        if not line.startswith("#"):
-            name, kind, labels, _ = line.split(" | ", 3)
-            ends = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
-            for end in ends.get(kind, ("",)):
-                found[name + end] = {*labels.split(","), *(["le"] if end == "_bucket" else [])}
-    return found
