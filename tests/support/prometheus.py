@@ -6,10 +6,12 @@ cache folder. `Prometheus` runs a real one on a free port of 127.0.0.1.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -17,7 +19,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, Self
 
 import pytest
@@ -56,6 +58,17 @@ def promtool(*arguments: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def load(path: Path) -> ModuleType:
+    """A file of deploy/, which is no package, as a module."""
+    spec = importlib.util.spec_from_file_location(f"deploy_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def exposed_series() -> dict[str, set[str]]:

@@ -5,12 +5,9 @@ tests/data/grafana_dashboard_schema.json is the type `Dashboard` of npm's @grafa
 seen by `python -m tests.drill`.
 """
 
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jsonschema
@@ -19,23 +16,13 @@ import yaml
 
 from service.core.status import State
 from service.telemetry.metrics import END_TO_END_EDGES_S
-from tests.support.prometheus import exposed_series, promtool
+from tests.support.prometheus import exposed_series, load, promtool
 
 GRAFANA = Path(__file__).parents[2] / "deploy" / "grafana"
 SCHEMA = Path(__file__).parents[1] / "data" / "grafana_dashboard_schema.json"
 
 
-def _load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"deploy_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-dashboard = _load(GRAFANA / "dashboard.py")
+dashboard = load(GRAFANA / "dashboard.py")
 PAGES: dict[str, Any] = {page.uid: page for page in dashboard.PAGES}
 
 

@@ -112,6 +112,14 @@ def test_prometheus_scrapes_the_port_that_the_service_opens() -> None:
     assert config["global"]["scrape_interval"] == "5s"
 
 
+def test_prometheus_is_given_the_rules() -> None:
+    """Each file of rules that its configuration names is mounted beside it."""
+    config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
+    for name in config["rule_files"]:
+        mount = f"./deploy/prometheus/{name}:/etc/prometheus/{name}:ro"
+        assert mount in SERVICES["prometheus"]["volumes"]
+
+
 # --- image ------------------------------------------------------------------------------------
 
 
