@@ -308,12 +308,22 @@ async def stage_set() -> AsyncIterator[Stage]:
             files = {"sluice.rules.yml": faster(RULES.read_text())}
             with Prometheus(configuration(worker), files) as prometheus:
                 stage = Stage(broker, endpoint, worker, prometheus)
+                await until_scraped(stage)
                 async with asyncio.TaskGroup() as tasks:
                     feeding = tasks.create_task(feed(stage))
                     yield stage
                     feeding.cancel()
     finally:
         await asyncio.to_thread(broker.remove)
+
+
+async def until_scraped(stage: Stage) -> None:
+    """Before its first scrape Prometheus rightly misses the worker."""
+    async with asyncio.timeout(60):
+        while await stage.firing() or not await asyncio.to_thread(
+            stage.prometheus.query, "rate(sluice_commits_total[5s])"
+        ):
+            await asyncio.sleep(LOOK_S)
 
 
 def environment(broker: RealKafka, endpoint: Endpoint) -> dict[str, str]:
