@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import logging
 import math
 import random
 import re
@@ -23,7 +24,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,8 @@ class Stage:
     endpoint: Endpoint
     worker: Service
     prometheus: Prometheus
+    leaving: AsyncExitStack
+    stranger: Service | None = None
     poisoned: float = 0.0
     began_s: float = field(default_factory=time.time)
 
@@ -124,6 +127,17 @@ class Stage:
 
     async def start_kafka(self) -> None:
         await asyncio.to_thread(self.broker.start)
+
+    async def let_stranger_in(self) -> None:
+        """Another worker of the group, which Prometheus does not see."""
+        stranger = service(environment(self.broker, self.endpoint))
+        self.stranger = await self.leaving.enter_async_context(stranger)
+
+    async def turn_stranger_out(self) -> None:
+        assert self.stranger is not None
+        self.stranger.signal(signal.SIGTERM)
+        ended = await self.stranger.ended()
+        assert ended.code == 0, ended.printed
 
     async def stop_worker(self) -> None:
         self.worker.signal(signal.SIGTERM)
@@ -165,7 +179,20 @@ PHASES = (
         {"SluiceCredentialsRefused", "SluiceWaitingForProvider"},
         OUTAGE,
     ),
-    Phase("accepted again", Stage.accept_credentials, may=OUTAGE | BACKLOG, ends=True),
+    Phase(
+        "accepted again",
+        Stage.accept_credentials,
+        # The last probe before may have been refused after the first alert had ended.
+        may=OUTAGE | BACKLOG | {"SluiceCredentialsRefused"},
+        ends=True,
+    ),
+    Phase(
+        "a stranger in the group",
+        Stage.let_stranger_in,
+        {"SluicePartitionUnassigned"},
+        BACKLOG,
+    ),
+    Phase("stranger gone", Stage.turn_stranger_out, may=BACKLOG, ends=True),
     Phase("poison flood", Stage.flood, {"SluiceSuccessBudgetBurnsFast", "SluiceDeadLettersGrow"}),
     Phase("flood over", Stage.end_flood, ends=True),
     Phase(
@@ -303,11 +330,12 @@ async def stage_set() -> AsyncIterator[Stage]:
         async with (
             Endpoint(record=False, latency=Latency(0.1, 0.5)) as endpoint,
             service(environment(broker, endpoint)) as worker,
+            AsyncExitStack() as leaving,
         ):
             await worker.until("sluice_group_settled", 1)
             files = {"sluice.rules.yml": faster(RULES.read_text())}
             with Prometheus(configuration(worker), files) as prometheus:
-                stage = Stage(broker, endpoint, worker, prometheus)
+                stage = Stage(broker, endpoint, worker, prometheus, leaving)
                 await until_scraped(stage)
                 async with asyncio.TaskGroup() as tasks:
                     feeding = tasks.create_task(feed(stage))
@@ -400,7 +428,9 @@ def table(phases: list[Seen]) -> Table:
 
 async def drill(only: int | None, pictures: Path | None) -> bool:
     """Play the phases; whether all was as it should be."""
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    # What the feeder's client says while Kafka is down is no news.
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     async with stage_set() as stage:
         phases = []
         for phase in PHASES[:only]:

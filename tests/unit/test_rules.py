@@ -28,6 +28,7 @@ def test_promtool_accepts_the_rules() -> None:
     assert f"{len(ALERTS) + len(RECORDS)} rules found" in said
 
 
+@pytest.mark.timeout(400)  # seconds of CPU for hours of series; a busy machine makes minutes of it
 def test_each_alert_fires_and_is_silent() -> None:
     """promtool plays the cases of sluice.rules.test.yml: at each look exactly the alerts that are
     named there fire."""
