@@ -598,6 +598,7 @@ class Pipeline:
                 records=len(entry.outcome.records) if isinstance(entry.outcome, Extracted) else 0,
                 publish_s=self._now_s() - entry.since_s,
                 end_to_end_s=self._wall_clock() - entry.message.timestamp_ms / 1000,
+                lane_wait_s=entry.lane_wait_s,
             )
         )
         if reopened:

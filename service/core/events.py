@@ -105,7 +105,7 @@ class Finished:
     """An outcome was acknowledged by Kafka (or needed no publish).
 
     `publish_s` counts from the hand-over to the acknowledgement, `end_to_end_s` from the
-    message's own timestamp.
+    message's own timestamp, `lane_wait_s` from having the outcome to the hand-over.
     """
 
     outcome: Literal["extracted", "rejected", "passed", "skipped", "postponed"]
@@ -113,6 +113,7 @@ class Finished:
     records: int
     publish_s: float
     end_to_end_s: float
+    lane_wait_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,7 @@ class Entry:
         "holding",
         "lane",
         "lane_id",
+        "lane_wait_s",
         "message",
         "outcome",
         "progress",
@@ -77,6 +78,7 @@ class Entry:
         self.attempts_that_count = 0  # of these, those that the message may be the cause of
         self.progress: object | None = None  # what the extractor wants back
         self.first_failed_at_ms: int | None = None
+        self.lane_wait_s = 0.0  # from its outcome to the hand-over
         self.publish_attempts = 0  # failed ones
         self.records_out = 0  # published of answers that were not completed
         self.alone = holding.next_is_suspect()  # it runs by itself
@@ -274,6 +276,7 @@ class Window:
             return None
         entry = holding.entries[offset]
         if entry.stage is not Stage.HANDED:
+            entry.lane_wait_s = now_s - entry.since_s
             self._move(entry, Stage.HANDED, now_s)
             self.handed += 1
         return entry

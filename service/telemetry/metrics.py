@@ -84,21 +84,32 @@ CALL_EDGES_S = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 20
 """A small local model to a long answer with thinking; a third apart where most calls lie."""
 PUBLISH_EDGES_S = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 END_TO_END_EDGES_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 900, 3600, 14400, 86400)
-"""Up to a day: a backlog waits as long as it is old."""
+"""Up to a day: a backlog waits as long as it is old. 300 is the objective of the freshness alerts
+(deploy/prometheus), which can only count at an edge."""
 REBALANCE_EDGES_S = (0.1, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120)
 LOOP_EDGES_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 
 SAMPLE_S = 0.5
 """Between two looks of `watch`: a look walks the window, and what moves faster averages out."""
 
+TraceId: TypeAlias = Callable[[], str | None]
+"""The id of the trace that is current where it is asked, None where none is recorded."""
+
 
 class Metrics:
     """Counters and histograms of one process; `observe` is what the others are built with."""
 
-    def __init__(self, registry: CollectorRegistry, models: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        models: Iterable[str] = (),
+        trace_id: TraceId | None = None,
+    ) -> None:
+        """`trace_id` makes exemplars: it is asked when a call has ended, in the call's task."""
         # Their _created series would double ours and say only when this process started.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = registry
+        self._trace_id = trace_id
         self._models: dict[str, _ModelMetrics] = {}
         self._declare_messages()
         self._declare_calls()
@@ -212,6 +223,12 @@ class Metrics:
             "With extraction.streaming: from the beginning of an attempt to the acknowledgement of "
             "its first record.",
             CALL_EDGES_S,
+        )
+        self._lane_wait = self._histogram(
+            "sluice_lane_wait_seconds",
+            "From a message's outcome to its hand-over to the producer: what order costs. Grows "
+            "behind slow messages of the same key; delivery.ordering says whose order is kept.",
+            QUEUE_EDGES_S,
         )
         self._end_to_end = self._histogram(
             "sluice_end_to_end_seconds",
@@ -418,7 +435,9 @@ class Metrics:
         self._queue_wait.observe(event.waited_s)
 
     def _called(self, event: Called) -> None:
-        self._of_model(event.model).called(event)
+        trace_id = self._trace_id() if self._trace_id is not None else None
+        exemplar = None if trace_id is None else {"trace_id": trace_id}
+        self._of_model(event.model).called(event, exemplar)
 
     def _retried(self, event: Retried) -> None:
         known = event.reason in self._retries
@@ -430,6 +449,7 @@ class Metrics:
     def _finished(self, event: Finished) -> None:
         self._messages_finished[event.outcome].inc()
         self._end_to_end.observe(max(0.0, event.end_to_end_s))
+        self._lane_wait.observe(event.lane_wait_s)
         self._records_published.inc(event.records)
         if event.reason is not None:
             self._messages_rejected[event.reason.value].inc()
@@ -504,7 +524,7 @@ class _ModelMetrics:
         self._answered = duration.labels(model, "true")
         self._failed = duration.labels(model, "false")
 
-    def called(self, event: Called) -> None:
+    def called(self, event: Called, exemplar: dict[str, str] | None) -> None:
         self._calls[event.result].inc()
         self._tokens_input.inc(event.tokens_input)
         self._tokens_output.inc(event.tokens_output)
@@ -517,7 +537,7 @@ class _ModelMetrics:
         if event.reask:
             self._reasks.inc()
         duration = self._answered if event.result in ANSWERED else self._failed
-        duration.observe(event.duration_s)
+        duration.observe(event.duration_s, exemplar)
 
 
 # --- gauges -----------------------------------------------------------------------------------

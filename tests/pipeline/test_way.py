@@ -153,6 +153,15 @@ def test_order_is_restored_lane_by_lane(ordering: str, expected: list[str]) -> N
     assert stage.broker.texts() == expected
 
 
+def test_what_order_costs_is_told(stage: Stage) -> None:
+    """A message that has its answer waits in its lane for the slow one before it, and says so."""
+    stage.broker.append("slow", key="k")
+    stage.broker.append("quick", key="k")
+    stage.extractor.latency_s = {"slow": 2.0, "quick": 0.5}.__getitem__
+    stage.show()
+    assert [event.lane_wait_s for event in stage.finished()] == [0.0, pytest.approx(1.5)]
+
+
 def test_a_slow_message_holds_only_its_slot_and_lane() -> None:
     """One call of an hour does not keep the others from being published."""
     stage = Stage(bounds=replace(BOUNDS, window=40))

@@ -1,16 +1,12 @@
 """What lies around the service: image, compose file, Prometheus, Grafana, pinned versions."""
 
-import importlib.util
 import re
-import sys
 import tomllib
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import yaml
 
-from service.core.status import State
 from service.demo.download import REQUIREMENT
 from service.demo.model import MODEL_NAME, SLOTS
 from service.reading import load
@@ -23,19 +19,6 @@ DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 OURS = {name: one for name, one in SERVICES.items() if "build" in one}
-
-
-def _load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"deploy_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-dashboard = _load(DEPLOY / "grafana" / "dashboard.py")
 
 
 def _interpolated(text: str) -> str:
@@ -129,6 +112,14 @@ def test_prometheus_scrapes_the_port_that_the_service_opens() -> None:
     assert config["global"]["scrape_interval"] == "5s"
 
 
+def test_prometheus_is_given_the_rules() -> None:
+    """Each file of rules that its configuration names is mounted beside it."""
+    config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
+    for name in config["rule_files"]:
+        mount = f"./deploy/prometheus/{name}:/etc/prometheus/{name}:ro"
+        assert mount in SERVICES["prometheus"]["volumes"]
+
+
 # --- image ------------------------------------------------------------------------------------
 
 
@@ -161,7 +152,7 @@ def test_every_dependency_is_pinned() -> None:
     """constraints.txt holds exact versions, no addresses, and one for each direct dependency."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = [line for line in lines if not line.startswith("#")]
-    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", pin) for pin in pins)
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==([0-9]+!)?[0-9][A-Za-z0-9.]*", pin) for pin in pins)
     pinned = {_normal(pin.split("==")[0]) for pin in pins}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = [one for extra in project["optional-dependencies"].values() for one in extra]
@@ -173,97 +164,15 @@ def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-# --- dashboard --------------------------------------------------------------------------------
+# --- README -----------------------------------------------------------------------------------
+
+README = (ROOT / "README.md").read_text()
 
 
 def _metrics() -> list[list[str]]:
     """Name, type, labels and meaning of each metric, from the golden list."""
     lines = (ROOT / "tests" / "data" / "metrics.txt").read_text().splitlines()
     return [line.split(" | ", 3) for line in lines if not line.startswith("#")]
-
-
-def _panels() -> list[dict[str, Any]]:
-    return [panel for panel in dashboard.dashboard()["panels"] if panel["type"] != "row"]
-
-
-def _queries() -> list[str]:
-    return [target["expr"] for panel in _panels() for target in panel["targets"]]
-
-
-def test_the_dashboard_is_what_its_source_writes() -> None:
-    """The committed JSON is the output of dashboard.py."""
-    assert dashboard.OUTPUT.read_text() == dashboard.text(), "run deploy/grafana/dashboard.py"
-
-
-def test_every_panel_says_which_question_it_answers() -> None:
-    """Each has a title, a question, a unit and at least one query, and none stands on another."""
-    places = set()
-    for panel in _panels():
-        assert panel["title"]
-        assert panel["description"].endswith((".", "?"))
-        assert panel["fieldConfig"]["defaults"]["unit"]
-        assert panel["targets"]
-        place = panel["gridPos"]
-        cells = {
-            (x, y)
-            for x in range(place["x"], place["x"] + place["w"])
-            for y in range(place["y"], place["y"] + place["h"])
-        }
-        assert place["x"] + place["w"] <= dashboard.WIDTH
-        assert not cells & places
-        places |= cells
-
-
-def test_every_query_is_bound_to_the_chosen_instances() -> None:
-    """Two deployments in one Prometheus don't mix, and rates span more than one scrape."""
-    for query in _queries():
-        selectors = re.findall(r"(?:sluice|process)_\w+\{([^}]*)\}", query)
-        assert selectors, query
-        assert len(selectors) == len(re.findall(r"(?:sluice|process)_\w+", query)), query
-        assert all(dashboard.CHOSEN in selector for selector in selectors), query
-        assert len(re.findall(r"\brate\(", query)) == query.count("[$__rate_interval]"), query
-
-
-def _series() -> dict[str, set[str]]:
-    """The labels of every series that the service exposes, by the name that Prometheus stores."""
-    found = {}
-    for name, kind, labels, _ in _metrics():
-        ends = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
-        for end in ends.get(kind, ("",)):
-            found[name + end] = {*labels.split(","), *(["le"] if end == "_bucket" else [])}
-    return found
-
-
-def test_every_metric_of_the_dashboard_exists() -> None:
-    """Names and labels in its queries are those of the golden list of metrics."""
-    exposed = _series()
-    own = {"job", "instance"}
-    for query in _queries():
-        names = set(re.findall(r"sluice_\w+", query))
-        assert names <= exposed.keys(), query
-        kept = {each for by in re.findall(r" by \(([^)]*)\)", query) for each in by.split(", ")}
-        matched = set(re.findall(r"(\w+)(?:=|!=|=~|!~)\"", query))
-        known = set.intersection(*(exposed[name] for name in names)) if names else set()
-        assert (kept | matched) - own <= known, query
-
-
-def test_every_state_has_a_colour() -> None:
-    """The state panel knows the states that the service has, and no others."""
-    assert list(dashboard.STATES) == [state.value for state in State]
-
-
-def test_the_dashboard_finds_its_datasource() -> None:
-    """The uid that the dashboard starts with is the one that is provisioned."""
-    path = DEPLOY / "grafana" / "provisioning" / "datasources" / "prometheus.yml"
-    (source,) = yaml.safe_load(path.read_text())["datasources"]
-    variables = {one["name"]: one for one in dashboard.dashboard()["templating"]["list"]}
-    assert variables["datasource"]["current"]["value"] == source["uid"]
-    assert set(variables) == {"datasource", "job", "instance"}
-
-
-# --- README -----------------------------------------------------------------------------------
-
-README = (ROOT / "README.md").read_text()
 
 
 def _generated(name: str) -> str:

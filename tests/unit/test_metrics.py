@@ -9,6 +9,10 @@ from typing import get_args
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as openmetrics_families,
+)
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.core.events import (
@@ -37,9 +41,12 @@ from service.core.events import (
 from service.core.messages import Partition, Reason
 from service.core.status import GroupStatus, PartitionStatus, State, Status
 from service.telemetry.metrics import (
+    CALL_EDGES_S,
+    END_TO_END_EDGES_S,
     SAMPLE_S,
     Metrics,
     StatusGauges,
+    TraceId,
     expose_process,
 )
 
@@ -192,14 +199,16 @@ MOVES: list[tuple[Event, dict[str, float]]] = [
     (Retried(reason="never heard of"), {"sluice_retries_total reason=other": 1}),
     (PublishRetried(), {"sluice_publish_retries_total": 1}),
     (
-        Finished("extracted", None, records=3, publish_s=0.5, end_to_end_s=2.0),
+        Finished("extracted", None, records=3, publish_s=0.5, end_to_end_s=2.0, lane_wait_s=0.25),
         {
             "sluice_messages_finished_total outcome=extracted": 1,
             "sluice_records_published_total": 3,
             "sluice_publish_duration_seconds_count": 1,
             "sluice_publish_duration_seconds_sum": 0.5,
             "sluice_end_to_end_seconds_count": 1,
+            "sluice_lane_wait_seconds_count": 1,
             "sluice_end_to_end_seconds_sum": 2.0,
+            "sluice_lane_wait_seconds_sum": 0.25,
         },
     ),
     (
@@ -210,6 +219,7 @@ MOVES: list[tuple[Event, dict[str, float]]] = [
             "sluice_publish_duration_seconds_count": 1,
             "sluice_publish_duration_seconds_sum": 0.5,
             "sluice_end_to_end_seconds_count": 1,
+            "sluice_lane_wait_seconds_count": 1,
             "sluice_end_to_end_seconds_sum": 2.0,
         },
     ),
@@ -219,6 +229,7 @@ MOVES: list[tuple[Event, dict[str, float]]] = [
         {
             "sluice_messages_finished_total outcome=skipped": 1,
             "sluice_end_to_end_seconds_count": 1,
+            "sluice_lane_wait_seconds_count": 1,
         },
     ),
     (ABANDONED, {"sluice_calls_abandoned_total": 3}),
@@ -292,6 +303,40 @@ def test_log_lines_are_counted(bench: Bench) -> None:
     bench.metrics.log_line("error")
     assert bench.value("sluice_log_lines_total", level="warning") == 1
     assert bench.value("sluice_log_lines_total", level="error") == 2
+
+
+# --- exemplars ---
+
+
+def exemplars(trace_id: TraceId | None) -> list[tuple[str, dict[str, str], float]]:
+    """Of each sample that carries one, as an OpenMetrics scrape shows it, after one call."""
+    registry = CollectorRegistry()
+    Metrics(registry, trace_id=trace_id).observe(Called("small", "validated", duration_s=1.25))
+    text = generate_openmetrics(registry).decode()
+    return [
+        (f"{sample.name} le={sample.labels['le']}", sample.exemplar.labels, sample.exemplar.value)
+        for family in openmetrics_families(text)
+        for sample in family.samples
+        if sample.exemplar is not None
+    ]
+
+
+def test_a_call_points_to_its_trace() -> None:
+    """Where tracing is on, a call's bucket carries the id of the trace that it belongs to."""
+    expected = ("sluice_call_duration_seconds_bucket le=1.5", {"trace_id": "4bf92f35"}, 1.25)
+    assert exemplars(lambda: "4bf92f35") == [expected]
+
+
+@pytest.mark.parametrize("trace_id", [None, lambda: None], ids=["no tracing", "not recorded"])
+def test_a_call_without_a_trace_points_nowhere(trace_id: TraceId | None) -> None:
+    """Tracing that is off, or a call that it did not sample, leaves no exemplar."""
+    assert exemplars(trace_id) == []
+
+
+def test_objectives_stand_on_edges() -> None:
+    """The freshness objective is an edge, and calls of 0.05 to 120 s are told apart."""
+    assert 300 in END_TO_END_EDGES_S
+    assert (CALL_EDGES_S[0], CALL_EDGES_S[-1]) == (0.05, 120)
 
 
 # --- gauges ---
