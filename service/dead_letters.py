@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -150,6 +151,7 @@ _PROVENANCE = {
 def as_object(letter: Letter, redriven: Redriven) -> dict[str, Any]:
     """For scripts: text where it is UTF-8, else base64 under `…_base64`."""
     numbers = ("tokens_input", "tokens_output")
+    cost = letter.said("sluice.cost.usd")
     return {
         "letter": letter.at._asdict(),
         "origin": letter.origin._asdict(),
@@ -163,6 +165,7 @@ def as_object(letter: Letter, redriven: Redriven) -> dict[str, Any]:
         "redriven_ms": redriven.when_ms(letter),
         **{name: letter.said(_PROVENANCE[name]) or None for name in _PROVENANCE},
         **{name: letter.number(_PROVENANCE[name]) for name in numbers},
+        "cost_usd": float(cost) if re.fullmatch(r"\d+(\.\d+)?", cost) else None,
         "answer": letter.said("sluice.answer") or None,
         **_bytes("key", letter.key),
         **_bytes("value", letter.value),

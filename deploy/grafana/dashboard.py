@@ -35,6 +35,7 @@ STATES = {
     "waiting_for_provider": "orange",
     "waiting_for_kafka": "orange",
     "rebalancing": "yellow",
+    "guarded": "red",
     "draining": "purple",
     "stalled": "red",
 }

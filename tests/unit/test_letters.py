@@ -130,7 +130,7 @@ def test_an_object_for_scripts() -> None:
         {"name": "a", "value_base64": "/w=="},
         {"name": "b", "value": "x"},
     ]
-    assert (found["tokens_input"], found["cost_usd"], found["redriven_ms"]) == (10, None, None)
+    assert (found["tokens_input"], found["cost_usd"], found["redriven_ms"]) == (10, 0.0, None)
 
 
 def test_odd_times_are_shown() -> None:
