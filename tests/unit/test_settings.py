@@ -340,7 +340,7 @@ WRONG = [
     ("extraction__model", "a, a", "a model is named twice"),
     ("extraction__model", ",", "no model is named"),
     ("prices", '{"gpt": {"input": 1}}', "SLUICE_PRICES.gpt.output: is missing"),
-    ("prices", '{"gpt": {"input": -1, "output": 1}}', "greater than or equal to 0"),
+    ("prices", '{"gpt": {"input": -1, "output": 1}}', "SLUICE_PRICES.gpt.input: -1 is not allowed"),
     ("prices", "cheap", "allowed: a mapping"),
     ("input__topics", ",", "no topic is named"),
     ("output__topic", "..", "no legal topic name"),
