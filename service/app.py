@@ -20,8 +20,10 @@ from prometheus_client import CollectorRegistry
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from service.core.circuit import Circuit
 from service.core.errors import CannotRun, NotReachable, Stop
 from service.core.events import Called, Event, Finished
+from service.core.limits import Admission, Limits
 from service.core.messages import Partition
 from service.core.status import Status
 from service.kafka.codecs import decoder
@@ -66,7 +68,8 @@ class _App:
     def __init__(self, settings: Settings, registry: CollectorRegistry, metrics: Metrics) -> None:
         self._settings, self._metrics = settings, metrics
         self._summary = _Summary()
-        self._extractor = OpenAIExtractor(settings, self._observe)
+        admission = Admission(limits(settings), Circuit(random.uniform))
+        self._extractor = OpenAIExtractor(settings, self._observe, admission)
         self._sink = KafkaSink(settings, self._observe)
         self._source = KafkaSource(settings, self._observe, self._sink.transactions)
         self._pipeline = Pipeline(
@@ -78,6 +81,7 @@ class _App:
             observe=self._observe,
             uniform=random.uniform,
             wall_clock=time.time,
+            admission=admission,
         )
         registry.register(StatusGauges(self.status))
         self._probes = Probes(
@@ -232,6 +236,18 @@ def bounds(settings: Settings) -> Bounds:
         commit_interval_s=delivery.commit_interval_s,
         drain_timeout_s=delivery.drain_timeout_s,
         rebalance_drain_s=delivery.rebalance_drain_s,
+        message_timeout_s=extraction.message_timeout_s,
+        hedge_after_s=extraction.hedge_after_s,
+    )
+
+
+def limits(settings: Settings) -> Limits:
+    """What admission is bounded by, from the settings."""
+    return Limits(
+        slots=settings.limits.concurrency,
+        requests_per_minute=settings.limits.requests_per_minute,
+        tokens_per_minute=settings.limits.tokens_per_minute,
+        spend_usd_per_hour=settings.limits.spend_usd_per_hour,
     )
 
 

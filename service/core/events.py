@@ -150,6 +150,14 @@ class StopForced:
     client: Client
 
 
+@dataclass(frozen=True, slots=True)
+class Hedged:
+    """A second call was made for a message whose first one took long; `won`: whose answer came
+    first, or that neither answered."""
+
+    won: Literal["first", "second", "none"]
+
+
 Event: TypeAlias = (
     Taken
     | Dropped
@@ -166,5 +174,6 @@ Event: TypeAlias = (
     | OffsetsMissing
     | ClientReplaced
     | StopForced
+    | Hedged
 )
 Observe: TypeAlias = Callable[[Event], None]

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
 from service.core.budgets import NO_TOKENS, Allowance, Budget, Estimate
 from service.core.circuit import Circuit, CircuitState
@@ -74,6 +75,19 @@ class Turn:
     started_s: float
     in_flight: int
     estimate: Estimate
+
+
+class Meter(Protocol):
+    """What an extractor tells of the calls that it makes, and asks before a further one."""
+
+    def again(self, now_s: float, estimate: Estimate) -> bool:
+        """Charge a further call of a message that has a slot; False: no room, give it back."""
+
+    def used(self, now_s: float, estimate: Estimate, tokens: int) -> None:
+        """What a call that was charged with an estimate came to."""
+
+    def told(self, now_s: float, allowance: Allowance) -> None:
+        """An answer's headers spoke of the provider's limits."""
 
 
 class Admission:
@@ -146,7 +160,7 @@ class Admission:
         """Take a slot and what the call needs; only after `hold` gave None."""
         assert self.busy < self.slots.most, "no free slot"
         self.busy += 1
-        self._charge(now_s, estimate)
+        self.charge(now_s, estimate)
         return Turn(now_s, self.busy, estimate)
 
     def release(self) -> None:
@@ -156,15 +170,13 @@ class Admission:
 
     def again(self, now_s: float, estimate: Estimate) -> bool:
         """Charge a further call of a message that has a slot; False: no room, give it back."""
-        if not self.finishing and self._holds_another(now_s, estimate):
+        if not self.finishing and self.waits(now_s, estimate):
             return False
-        self._charge(now_s, estimate)
+        self.charge(now_s, estimate)
         return True
 
-    def _holds_another(self, now_s: float, estimate: Estimate) -> bool:
-        return bool(self.waits(now_s, estimate))
-
-    def _charge(self, now_s: float, estimate: Estimate) -> None:
+    def charge(self, now_s: float, estimate: Estimate) -> None:
+        """A call goes out, room or not."""
         self.requests.take(now_s, 1.0, 1.0)
         self.tokens.take(now_s, estimate.tokens, estimate.tokens_max)
         self.pace.started(now_s)

@@ -39,16 +39,20 @@ class Backoff:
 
 
 def exhausted(
-    attempts: int, attempts_max: int, now_s: float, other_success_s: float | None
+    attempts: int, attempts_max: int, began_s: float, other_success_s: float | None
 ) -> bool:
     """Whether a message is poison rather than hit by an outage.
 
-    It failed `attempts_max` times, and another message succeeded within the last minute
-    (`other_success_s` is that moment on the clock of `now_s`; None: never).
+    It failed `attempts_max` times, and another message, or a probe, succeeded within the minute
+    before the last attempt began, or later (`other_success_s` is that moment on the clock of
+    `began_s`; None: never). An attempt may last longer than a minute, and a probe come before it.
     """
-    if attempts < attempts_max or other_success_s is None:
-        return False
-    return now_s - other_success_s <= OTHERS_SUCCEED_WITHIN_S
+    return attempts >= attempts_max and others_succeed(began_s, other_success_s)
+
+
+def others_succeed(since_s: float, other_success_s: float | None) -> bool:
+    """Whether the provider is there, as others have seen."""
+    return other_success_s is not None and since_s - other_success_s <= OTHERS_SUCCEED_WITHIN_S
 
 
 RETRIES_SAVED = 100.0

@@ -10,6 +10,7 @@ import asyncio
 import os
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from urllib.parse import urlsplit
 
@@ -18,17 +19,23 @@ import openai
 from instructor.v2.core.errors import ResponseParsingError
 from pydantic import BaseModel, ValidationError
 
+from service.core.budgets import Estimate
+from service.core.circuit import Circuit
 from service.core.errors import (
     CallFailure,
     CannotRun,
+    NoRoom,
     NotReachable,
     ServiceFailure,
     TransientFailure,
     WrongSettings,
 )
 from service.core.events import Called, CallResult, Observe
+from service.core.limits import Admission, Limits, Meter
 from service.core.messages import Extracted, Provenance, Reason, Rejected
+from service.llm.allowance import read_allowance
 from service.llm.answers import BrokenAnswer, Completion, read_completion
+from service.llm.estimate import Estimator
 from service.llm.failures import Failure, Refused, Transient, Unserviceable, from_status
 from service.llm.prompt import build_prompt
 from service.llm.records import load_record_type
@@ -48,6 +55,8 @@ ANSWER_MAX_CHARS = 16_384
 """What a dead letter shows of the model's last answer."""
 DETAIL_MAX_CHARS = 4_096
 """What a dead letter shows of the reason."""
+PROBE_TEXT = "Is anybody there?"
+"""All that a probe says beside the instructions; nobody reads its answer."""
 _NO_KEY = "none"
 """Sent to an endpoint of one's own when no key is set: many need none, the SDK insists."""
 
@@ -80,8 +89,11 @@ class OpenAIExtractor:
     `CannotRun`; `start` needs a running loop.
     """
 
-    def __init__(self, settings: Settings, observe: Observe) -> None:
+    def __init__(self, settings: Settings, observe: Observe, meter: Meter | None = None) -> None:
+        """Calls are told to `meter`, which is the pipeline's admission."""
         extraction = settings.extraction
+        self._meter = meter or Admission(Limits(settings.limits.concurrency), Circuit(_no_jitter))
+        self._estimator = Estimator(extraction.output_tokens_max)
         self._extraction = extraction
         self._observe = observe
         self._connections_max = settings.limits.concurrency + 1  # and one for the check
@@ -168,11 +180,46 @@ class OpenAIExtractor:
         while True:
             match await self._turn(opening, talk):
                 case Conversation() as talk:
-                    continue
+                    self._ask_for_room(text, talk)
                 case CallFailure() as failure:
                     raise failure
                 case outcome:
                     return outcome
+
+    def estimate(self, text: str, progress: object | None) -> Estimate:
+        """The tokens of the next call for it, as far as calls before have taught."""
+        tail = progress.tail if isinstance(progress, Conversation) else b""
+        text_bytes = len(text) if text.isascii() else len(text.encode(errors="replace"))
+        size = len(self._request.head) + text_bytes + len(tail) + len(self._request.foot)
+        return self._estimator.estimate(self._extraction.model, size)
+
+    def _ask_for_room(self, text: str, talk: Conversation) -> None:
+        """Every call counts, re-asks too: one for which there is no room waits without a slot."""
+        if not self._meter.again(time.monotonic(), self.estimate(text, talk)):
+            raise NoRoom(progress=talk, provenance=talk.spent)
+
+    async def probe(self) -> None:
+        """The request of any message with a fixed tiny text. Raises as `call` does; whatever it
+        is answered, the provider is there and takes such requests."""
+        unspent = Conversation(self._unspent)
+        body = self._request.body(self._request.opening(PROBE_TEXT), b"")
+        match self._judge(await self._send(body), unspent).then:
+            case CallFailure() as failure:
+                raise failure
+
+    def _told(self, headers: Mapping[str, str], asked_at_s: float) -> None:
+        allowance = read_allowance(headers, asked_at_s)
+        if allowance is not None:
+            self._meter.told(time.monotonic(), allowance)
+
+    def _used(self, answer: Completion | Failure, size: int, estimate: Estimate) -> None:
+        """What is known of a call's tokens; one without an answer keeps what was charged."""
+        match answer:
+            case Completion(tokens_input=read, tokens_output=written) if read:
+                self._meter.used(time.monotonic(), estimate, read + written)
+                self._estimator.learn(self._extraction.model, size, read, written)
+            case Transient(result="rate_limited" | "overloaded"):
+                self._meter.used(time.monotonic(), estimate, 0)
 
     async def _turn(
         self, opening: bytes, talk: Conversation
@@ -182,7 +229,10 @@ class OpenAIExtractor:
         result: CallResult = "cancelled"
         paid = talk
         try:
-            answer = await self._send(self._request.body(opening, talk.tail))
+            body = self._request.body(opening, talk.tail)
+            charged = self._estimator.estimate(self._extraction.model, len(body))
+            answer = await self._send(body)
+            self._used(answer, len(body), charged)
             paid = _paid(talk, answer)
             verdict = self._judge(answer, paid)
             result = verdict.result
@@ -204,6 +254,7 @@ class OpenAIExtractor:
 
         What they mean is returned, not raised, so that none of them is chained to ours.
         """
+        asked_at_s = time.monotonic()
         try:
             async with asyncio.timeout(self._extraction.call_timeout_s):
                 # The SDK's defaults say that it is JSON; said twice, some servers don't read it.
@@ -213,10 +264,12 @@ class OpenAIExtractor:
         except TimeoutError:
             return Transient("timeout")
         except openai.APIStatusError as error:
+            self._told(error.response.headers, asked_at_s)
             return self._classified(error.status_code, error.response, error.body)
         except openai.APIConnectionError:
             # The SDK's own timeout too: only connecting has one.
             return Transient("connection")
+        self._told(response.headers, asked_at_s)
         try:
             return read_completion(response.content, self._extraction.mode)
         except BrokenAnswer as broken:
@@ -289,6 +342,10 @@ class OpenAIExtractor:
             return _rejected("invalid", Reason.INVALID, str(error), talk, answer)
         tail = talk.tail + self._request.reask(answer.message, error)
         return _Verdict("invalid", replace(talk, tail=tail, reasks=talk.reasks + 1))
+
+
+def _no_jitter(low: float, _: float) -> float:
+    return low
 
 
 def _paid(talk: Conversation, answer: Completion | Failure) -> Conversation:
