@@ -201,7 +201,7 @@ class Admission:
 
     def succeeded(self, now_s: float, turn: Turn) -> bool:
         """A call was answered. True: the circuit was not closed until now."""
-        self.slots.succeeded(now_s, turn.in_flight)
+        self.slots.succeeded(now_s, turn.started_s, turn.in_flight)
         self.pace.succeeded(turn.started_s)
         self.retries.succeeded()
         if self._restart_slots is not None:

@@ -5,7 +5,8 @@ Rules of this file: pure; time comes in as seconds of a monotonic clock.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 
 DECREASE = 0.7
 """A smaller factor gives more of the provider away than it takes back; a larger one asks more
@@ -20,6 +21,10 @@ BORNE_S = 60.0
 PROBE_EVERY_S = 30.0
 """After a refusal, one slot more than was refused is asked for again only after this: it stays
 where it fits instead of swinging around it, for one refused call in half a minute."""
+
+BORNE_SHARE = 0.95
+"""Of what was borne, and one less: our count runs ahead of the provider's by the answers that are
+on their way."""
 
 SEARCH = 0.1
 """Slots more for each answer while it is not known how many are too many: a tenth in a round."""
@@ -48,12 +53,15 @@ class Slots:
     borne: int = 0  # so many in flight were answered
     borne_at_s: float = float("-inf")
     fitted: float = 0.0  # the limit at the last answer
+    _refused: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=128))
+    """From when to when calls were in flight that were turned away: the provider had not them."""
 
     def __post_init__(self) -> None:
         self.limit = self.fitted = float(self.most)
 
-    def succeeded(self, now_s: float, in_flight: int) -> None:
+    def succeeded(self, now_s: float, started_s: float, in_flight: int) -> None:
         """A call was answered that had so many in flight when it began, itself included."""
+        in_flight -= sum(began_s <= started_s < ended_s for began_s, ended_s in self._refused)
         if in_flight >= self.borne or now_s - self.borne_at_s > BORNE_S:
             self.borne, self.borne_at_s = in_flight, now_s
         self.fitted = self.limit
@@ -72,7 +80,9 @@ class Slots:
 
         False: it is a limit of the rate, not of the calls at once, of which more were borne.
         """
-        borne = in_flight <= self.borne and now_s - self.borne_at_s <= BORNE_S
+        enough = in_flight <= BORNE_SHARE * self.borne - 1
+        borne = enough and now_s - self.borne_at_s <= BORNE_S
+        self._refused.append((started_s, now_s))
         if limited and borne:
             return False
         if started_s >= self.decreased_at_s:
