@@ -21,9 +21,11 @@ from prometheus_client import CollectorRegistry
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from service.core.circuit import Circuit
 from service.core.errors import CannotRun, NotReachable, Stop
 from service.core.events import Called, Event, Finished, Streamed
 from service.core.guard import GuardBounds
+from service.core.limits import Admission, Limits
 from service.core.messages import Partition
 from service.core.status import Status
 from service.kafka.codecs import decoder
@@ -83,7 +85,8 @@ class _App:
     def __init__(self, settings: Settings, registry: CollectorRegistry, metrics: Metrics) -> None:
         self._settings, self._metrics = settings, metrics
         self._summary = _Summary()
-        model = OpenAIExtractor(settings, self._observe)
+        admission = Admission(limits(settings), Circuit(random.uniform))
+        model = OpenAIExtractor(settings, self._observe, admission)
         self._extractor = cached(model, settings.cache, self._observe)
         self._sink = KafkaSink(settings, self._observe)
         self._source = KafkaSource(settings, self._observe, self._sink.transactions)
@@ -97,6 +100,7 @@ class _App:
             uniform=random.uniform,
             wall_clock=time.time,
             streams=model if settings.extraction.streaming else None,
+            admission=admission,
         )
         registry.register(StatusGauges(self.status))
         self._probes = Probes(
@@ -265,6 +269,18 @@ def bounds(settings: Settings) -> Bounds:
         rebalance_drain_s=delivery.rebalance_drain_s,
         guard=GuardBounds(**settings.dead_letters.guard.model_dump()),
         later=_later(settings.retries),
+        message_timeout_s=extraction.message_timeout_s,
+        hedge_after_s=extraction.hedge_after_s,
+    )
+
+
+def limits(settings: Settings) -> Limits:
+    """What admission is bounded by, from the settings."""
+    return Limits(
+        slots=settings.limits.concurrency,
+        requests_per_minute=settings.limits.requests_per_minute,
+        tokens_per_minute=settings.limits.tokens_per_minute,
+        spend_usd_per_hour=settings.limits.spend_usd_per_hour,
     )
 
 

@@ -18,9 +18,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, Protocol, TypeAlias, assert_never
 
+from service.core.budgets import NO_TOKENS, Estimate
+from service.core.circuit import Circuit, CircuitState
 from service.core.errors import (
     CallFailure,
     CommitFailed,
+    NoRoom,
     OutputTooLarge,
     PublishFailed,
     ServiceFailure,
@@ -30,6 +33,7 @@ from service.core.events import (
     Admitted,
     Dropped,
     Finished,
+    Hedged,
     Observe,
     PublishRetried,
     Retried,
@@ -38,9 +42,10 @@ from service.core.events import (
     Taken,
 )
 from service.core.guard import NEVER, Guard, GuardBounds
+from service.core.hedges import Hedges
 from service.core.history import lived_on
 from service.core.lanes import Lane, Ordering
-from service.core.limits import Admission, Circuit, CircuitState
+from service.core.limits import BUDGETS, Admission, Cause, Hold, Limits, Turn
 from service.core.messages import (
     Batch,
     Extracted,
@@ -49,13 +54,22 @@ from service.core.messages import (
     Partition,
     Passed,
     Postponed,
+    Provenance,
     Publishable,
     Reason,
     Rejected,
     Skipped,
 )
 from service.core.offsets import UNCLEAN_ENDS_MAX, Given, Progress
-from service.core.retry import NEVER_THE_MESSAGE, OVERLOAD, Backoff, Uniform, exhausted
+from service.core.retry import (
+    NEVER_THE_MESSAGE,
+    OVERLOAD,
+    Backoff,
+    Uniform,
+    exhausted,
+    others_succeed,
+)
+from service.core.shares import share
 from service.core.status import GroupStatus, State, Status
 from service.core.window import Entry, Holding, Stage, Window
 from service.streams import Piece, Publish, RecordStream
@@ -77,6 +91,12 @@ FINAL_COMMITS_MAX = 5
 
 STALLED_AFTER_S = 60.0
 """Work in the window, no call, no wait that we know of, nothing moving for this long."""
+
+LOOK_S = 1.0
+"""Between two looks at a call that is overdue by setting, and may not be cut off or hedged yet."""
+
+OVERSTAYED = "not answered within extraction.message_timeout_s"
+"""How the detail of such a dead letter begins."""
 
 KAFKA_SLOW_AFTER_S = 5.0
 """An acknowledgement that takes longer means that we wait for Kafka."""
@@ -112,6 +132,9 @@ class Assignment(Protocol):
     def stored(self, partition: Partition, progress: Progress) -> None:
         """Kafka holds this now; told only while the partition is held as it was when asked."""
 
+    def seen(self, lags: Mapping[Partition, int | None]) -> None:
+        """Every partition of the input topics, whoever holds it, and its lag where it is known."""
+
 
 class Source(Protocol):
     """Where messages come from."""
@@ -138,8 +161,15 @@ class Extractor(Protocol):
         """One call and its re-asks.
 
         Raises `TransientFailure` or `ServiceFailure`, whose `progress` is handed back at the
-        next attempt, so that answers already paid for are not asked for again.
+        next attempt, so that answers already paid for are not asked for again. Raises `NoRoom`
+        where `Admission.again` has no room for a re-ask.
         """
+
+    def estimate(self, text: str, progress: object | None) -> Estimate:
+        """The tokens of the next call for it."""
+
+    async def probe(self) -> None:
+        """One tiny call, the same each time, whose answer nobody reads; raises as `call` does."""
 
 
 class Streams(Protocol):
@@ -186,6 +216,8 @@ class Bounds:
     rebalance_drain_s: float
     guard: GuardBounds = NEVER
     later: Later | None = None  # None: exhausted messages are rejected at once
+    message_timeout_s: float | None = None  # from its first call; None: however long it takes
+    hedge_after_s: float | None = None  # a second call for one that runs so long; None: never
 
 
 class Pipeline:
@@ -203,16 +235,22 @@ class Pipeline:
         uniform: Uniform,
         wall_clock: Callable[[], float],
         streams: Streams | None = None,
+        admission: Admission | None = None,
     ) -> None:
-        """With `streams`, records are published while the model still writes."""
+        """With `streams`, records are published while the model still writes. Without an
+        `admission`, which the extractor should know too, slots are the only limit."""
         self._source, self._extractor, self._sink = source, extractor, sink
         self._decode, self._bounds, self._observe = decode, bounds, observe
         self._uniform, self._wall_clock = uniform, wall_clock
         self._streams = streams
         self._streaming: dict[Entry, RecordStream] = {}  # of the calls that run
         self._backoff = Backoff()
-        self._admission = Admission(bounds.concurrency, Circuit(uniform))
         self._guard = Guard(bounds.guard)
+        self._admission = admission or Admission(Limits(bounds.concurrency), Circuit(uniform))
+        self._hedges = Hedges(bounds.hedge_after_s)
+        self._hold: Hold | None = None  # why the queue waits
+        self._lags: Mapping[Partition, int | None] = {}
+        self._probe_running: asyncio.Task[None] | None = None
         self._window = Window(bounds.ordering, suspects=bounds.concurrency)
         self._tasks: asyncio.TaskGroup | None = None  # only while work may be started
         self._working: dict[asyncio.Task[None], Holding] = {}
@@ -273,7 +311,7 @@ class Pipeline:
         self.stop()
 
     async def _drain(self) -> None:
-        self._draining = True
+        self._draining = self._admission.finishing = True
         self._window.let_go()
         drained = await self._until(
             lambda: self._forced or not self._window.messages, self._bounds.drain_timeout_s
@@ -286,6 +324,8 @@ class Pipeline:
         self._tasks = None
         if self._wake is not None:
             self._wake.cancel()
+        if self._probe_running is not None:
+            self._probe_running.cancel()
         self._call_off(self._window.assign({}))
 
     # --- intake ----------------------------------------------------------------------------------
@@ -311,10 +351,9 @@ class Pipeline:
             return 0
         if self._window.size_bytes >= self._bounds.window_bytes:
             return 0
+        if self._admission.circuit.state is not CircuitState.CLOSED or self._waits_for_budget:
+            return 0
         room = self._bounds.window - self._window.messages
-        if self._admission.circuit.state is not CircuitState.CLOSED:
-            # Only a success closes it, and those that have failed may fail for ever.
-            return 0 if self._window.untried else min(room, 1)
         if (tries := self._guard.room(self._window.messages, self._now_s())) is not None:
             return min(room, tries)
         return room if room >= max(1, self._bounds.window // POLL_SHARE) else 0
@@ -366,35 +405,85 @@ class Pipeline:
         if self._tasks is None or self._reassigning or self._held_out:
             return
         now_s = self._now_s()
-        opened = self._admission.circuit.state is not CircuitState.CLOSED
-        self._window.requeue_due(now_s, behind=opened)  # so that an untried one has its turn
-        ask_again_s = self._window.next_retry_s
+        if self._admission.circuit.state is not CircuitState.CLOSED:
+            self._wake_at(self._probe_when_due(now_s))
+            return
+        ask_again_s, held = self._requeue(now_s), self._waits_for_budget
+        self._hold = None
         while (entry := self._window.next_queued()) is not None:
             if self._alone is not None or (entry.alone and self._window.calling):
                 break  # the end of a call goes on with it
             if (held_s := self._guard.wait_s(now_s)) > 0.0:
                 ask_again_s = min(now_s + held_s, ask_again_s or now_s + held_s)
                 break
-            wait_s = self._admission.wait_s(now_s)
-            if wait_s != 0.0:
-                if wait_s is not None:
-                    ask_again_s = min(now_s + wait_s, ask_again_s or now_s + wait_s)
+            estimate = self._extractor.estimate(entry.text, entry.progress)
+            self._hold = self._admission.hold(now_s, estimate)
+            if self._hold is not None:
+                if self._hold.wait_s is not None:
+                    ask_again_s = _earlier(ask_again_s, now_s + self._hold.wait_s)
                 break
             self._observe(Admitted(now_s - entry.since_s))
             self._window.call_next(now_s)
-            self._admission.admit()
             self._guard.began(now_s)
             if entry.alone:
                 self._alone = entry
-            self._start(entry.holding, self._call, entry)
+            turn = self._admission.admit(now_s, estimate)
+            self._start(entry.holding, self._call, entry, turn)
+        if held and not self._waits_for_budget:
+            self._moved.set()  # there may be room to fetch
         self._wake_at(ask_again_s)
 
-    async def _call(self, entry: Entry) -> None:
-        """One attempt; then whatever the lane can publish."""
+    def _requeue(self, now_s: float) -> float | None:
+        """Retries that are due, as many as may be; returns when there are more to look for."""
+        retries = self._admission.retries
+        retries.take(self._window.requeue_due(now_s, retries.available(now_s)))
+        due_s = self._window.next_retry_s
+        return None if due_s is None else max(due_s, now_s + retries.wait_s(now_s))
+
+    @property
+    def _waits_for_budget(self) -> bool:
+        """The queue waits for it, so that fetching more makes no sense."""
+        if self._hold is None or self._hold.cause not in BUDGETS:
+            return False
+        return self._window.next_queued() is not None
+
+    def _probe_when_due(self, now_s: float) -> float | None:
+        """While the circuit is not closed nothing but a probe goes out, one at a time."""
+        wait_s = self._admission.circuit.wait_s(now_s)
+        if wait_s == 0.0 and self._tasks is not None and not self._draining:
+            self._admission.circuit.probing()
+            self._admission.charge(now_s, NO_TOKENS)
+            self._probe_running = self._tasks.create_task(_to_its_end(self._probe))
+            return None
+        return None if wait_s is None else now_s + wait_s
+
+    async def _probe(self) -> None:
+        """It stands for the messages: whether the provider is there, and nothing is wrong with
+        what they have in common."""
+        failure = None
         try:
-            result = await (self._ask_alone(entry) if entry.alone else self._ask(entry))
+            await self._extractor.probe()
+        except CallFailure as found:
+            failure = found
         except asyncio.CancelledError:
             self._admission.circuit.cancelled()
+            raise
+        now_s = self._now_s()
+        if failure is None:
+            self._last_success_s = now_s
+            self._admission.back()
+            self._window.wake_retries(now_s)
+        else:
+            self._admission.cool_down(now_s, failure.retry_after_s)
+            self._circuit_failed(now_s, failure)
+        self._moved_on()
+        self._admit()
+
+    async def _call(self, entry: Entry, turn: Turn) -> None:
+        """One attempt; then whatever the lane can publish."""
+        try:
+            result = await (self._ask_alone(entry, turn) if entry.alone else self._ask(entry, turn))
+        except asyncio.CancelledError:
             self._wake_at(self._now_s())  # the slot is free for another
             raise
         finally:
@@ -403,42 +492,70 @@ class Pipeline:
             self._window.call_ended(entry)
             self._admission.release()
             self._moved_on()
-        if isinstance(result, CallFailure):
-            self._failed(entry, result)
-        else:
-            self._succeeded(entry, result)
+        self._account(entry, turn, result.provenance)
+        match result:
+            case NoRoom():
+                self._provider_answers(turn)
+                self._go_on_later(entry, result)
+            case CallFailure():
+                self._failed(entry, turn, result)
+            case _ if _has_overstayed(result):
+                self._answer(entry, result)
+            case _:
+                if not _from_the_cache(result):
+                    self._provider_answers(turn)
+                self._answer(entry, result)
         self._admit()
         await self._hand_over(entry.holding, entry.lane)
 
-    def _succeeded(self, entry: Entry, outcome: Extracted | Rejected) -> None:
-        if outcome.provenance is not None and outcome.provenance.cached:
-            # Nobody asked the provider: it may be as dead as before, and another may look.
-            self._admission.circuit.cancelled()
-        else:
-            self._last_success_s = self._now_s()
-            self._admission.succeeded()
-        self._answer(entry, outcome)
+    def _account(self, entry: Entry, turn: Turn, spent: Provenance | None) -> None:
+        """What an attempt has cost; one that took its answer from the cache has cost nothing."""
+        if spent is None:
+            return
+        before, entry.spent = entry.spent, spent
+        usd = spent.cost_usd - (0.0 if before is None else before.cost_usd)
+        self._admission.spend.spent(self._now_s(), usd)
+        if spent.cached:
+            self._admission.unused(self._now_s(), turn.estimate)
 
-    def _failed(self, entry: Entry, failure: CallFailure) -> None:
+    def _provider_answers(self, turn: Turn) -> None:
+        now_s = self._now_s()
+        self._last_success_s = now_s
+        if self._admission.succeeded(now_s, turn):
+            self._window.wake_retries(now_s)
+
+    def _go_on_later(self, entry: Entry, paused: NoRoom) -> None:
+        if not entry.holding.lost:
+            entry.progress = paused.progress
+            self._window.queue_first(entry, self._now_s())
+
+    def _circuit_failed(self, now_s: float, failure: CallFailure) -> None:
+        self._admission.failed(
+            now_s,
+            _sentence(failure),
+            service=isinstance(failure, ServiceFailure),
+            retry_after_s=failure.retry_after_s,
+        )
+
+    def _failed(self, entry: Entry, turn: Turn, failure: CallFailure) -> None:
         now_s = self._now_s()
         service = isinstance(failure, ServiceFailure)
-        if failure.shared:
-            self._admission.circuit.cancelled()  # one call counts once, however many waited
-        else:
-            self._admission.circuit.failed(now_s, _sentence(failure), service=service)
+        if not failure.shared:  # one call counts once, however many waited
+            self._circuit_failed(now_s, failure)
         if failure.reason in OVERLOAD:
-            self._admission.overloaded(now_s, entry.since_s, failure.retry_after_s)
+            self._admission.overloaded(now_s, turn, failure.reason, failure.retry_after_s)
         self._observe(Retried(failure.reason))
         entry.progress = failure.progress
+        entry.not_before_s = now_s + (failure.retry_after_s or 0.0)
         entry.attempts += 1
         entry.attempts_that_count += not service and failure.reason not in NEVER_THE_MESSAGE
         if entry.first_failed_at_ms is None:
             entry.first_failed_at_ms = self._wall_ms()
-        if exhausted(
-            entry.attempts_that_count, self._bounds.attempts_max, now_s, self._last_success_s
-        ):
-            self._answer(entry, self._postponed(entry) or _exhausted(entry, failure))
+        if (outcome := self._given_up(entry, turn, failure)) is not None:
+            self._answer(entry, outcome)
             return
+        if entry.attempts_that_count >= self._bounds.attempts_max:
+            self._admission.circuit.doubt(now_s)  # nobody else has shown that the provider is there
         delay_s = self._backoff.delay_s(entry.attempts, self._uniform, failure.retry_after_s)
         self._window.retry(entry, now_s, now_s + delay_s)
         if self._draining:
@@ -452,6 +569,16 @@ class Pipeline:
             return None
         due_ms = now_ms + int(later.delay_s * 1000)
         return Postponed(replace(history, retries=history.retries + 1, due_ms=due_ms).headers)
+
+    def _given_up(self, entry: Entry, turn: Turn, failure: CallFailure) -> Outcome | None:
+        if exhausted(
+            entry.attempts_that_count,
+            self._bounds.attempts_max,
+            turn.started_s,
+            self._last_success_s,
+        ):
+            return self._postponed(entry) or _exhausted(entry, failure)
+        return self._overstayed(entry) if self._overstays(entry) else None
 
     def _answer(self, entry: Entry, outcome: Outcome) -> None:
         """The message has its outcome; a rejected one is told how it came to it."""
@@ -470,7 +597,13 @@ class Pipeline:
             )
         self._window.answered(entry, outcome, self._now_s())
 
-    async def _ask(self, entry: Entry) -> Extracted | Rejected | CallFailure:
+    async def _ask(self, entry: Entry, turn: Turn) -> Extracted | Rejected | CallFailure:
+        self._hedges.called()
+        if self._bounds.hedge_after_s is None and self._bounds.message_timeout_s is None:
+            return await self._ask_once(entry)
+        return await self._ask_watched(entry, turn)
+
+    async def _ask_once(self, entry: Entry) -> Extracted | Rejected | CallFailure:
         try:
             if self._streams is not None:
                 return await self._stream(entry, self._streams)
@@ -478,10 +611,105 @@ class Pipeline:
         except CallFailure as failure:
             return failure
 
-    async def _ask_alone(self, entry: Entry) -> Extracted | Rejected | CallFailure:
+    async def _ask_watched(self, entry: Entry, turn: Turn) -> Extracted | Rejected | CallFailure:
+        """It may be asked a second time beside the first, or be cut off.
+
+        The first answer wins; what failed is returned only where nothing else is under way.
+        """
+        async with asyncio.TaskGroup() as calls:
+            first = calls.create_task(self._ask_once(entry))
+            running, hedged = {first}, False
+            result: Extracted | Rejected | CallFailure | None = None
+            while running:
+                look_at_s = self._look_again_s(entry, turn, hedged=hedged)
+                timeout_s = None if look_at_s is None else max(0.0, look_at_s - self._now_s())
+                done, running = await asyncio.wait(
+                    running, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+                )
+                for call in done:
+                    result = _better(result, call.result())
+                if isinstance(result, Extracted | Rejected):
+                    break
+                if not done and self._overstays(entry):
+                    result = self._overstayed(entry)
+                    break
+                if not done and not hedged and self._may_hedge(entry, turn):
+                    hedged = True
+                    running.add(calls.create_task(self._ask_again_beside(entry)))
+            for call in running:
+                call.cancel()
+        assert result is not None, "no call has ended"
+        return self._told_hedge(entry, result, done, first) if hedged else result
+
+    def _look_again_s(self, entry: Entry, turn: Turn, *, hedged: bool) -> float | None:
+        """When one of the two settings has something to say of a running call."""
+        now_s, moments = self._now_s(), []
+        if not hedged and (due_s := self._hedges.due_s(turn.started_s)) is not None:
+            moments.append(due_s)
+        if self._bounds.message_timeout_s is not None and entry.first_called_s is not None:
+            moments.append(entry.first_called_s + self._bounds.message_timeout_s)
+        # What is overdue already is looked at again and again: something else holds it up.
+        return min(
+            (max(at_s, now_s + LOOK_S if at_s <= now_s else at_s) for at_s in moments), default=None
+        )
+
+    def _may_hedge(self, entry: Entry, turn: Turn) -> bool:
+        now_s = self._now_s()
+        due_s = self._hedges.due_s(turn.started_s)
+        if due_s is None or due_s > now_s or entry.alone or self._admission.finishing:
+            return False
+        estimate = self._extractor.estimate(entry.text, entry.progress)
+        if not self._hedges.may() or self._admission.hold(now_s, estimate) is not None:
+            return False
+        self._hedges.hedged()
+        self._admission.admit(now_s, estimate)
+        return True
+
+    async def _ask_again_beside(self, entry: Entry) -> Extracted | Rejected | CallFailure:
+        """The second call, which has a slot of its own."""
+        try:
+            return await self._ask_once(entry)
+        finally:
+            self._admission.release()
+
+    def _told_hedge(
+        self,
+        entry: Entry,
+        result: Extracted | Rejected | CallFailure,
+        done: AbstractSet[asyncio.Task[Extracted | Rejected | CallFailure]],
+        first: asyncio.Task[Extracted | Rejected | CallFailure],
+    ) -> Extracted | Rejected | CallFailure:
+        """The other call is counted too, and priced as what the winner has cost at the last."""
+        answered = isinstance(result, Extracted | Rejected) and not _has_overstayed(result)
+        self._observe(Hedged("none" if not answered else "first" if first in done else "second"))
+        if isinstance(result, CallFailure) or result.provenance is None:
+            return result
+        spent = result.provenance
+        usd = spent.cost_usd - (0.0 if entry.spent is None else entry.spent.cost_usd)
+        both = replace(spent, calls=spent.calls + 1, cost_usd=spent.cost_usd + usd)
+        return replace(result, provenance=both)
+
+    def _overstays(self, entry: Entry) -> bool:
+        """It has held up what stands behind it for too long, and not because of an outage."""
+        if self._bounds.message_timeout_s is None or entry.first_called_s is None:
+            return False
+        now_s = self._now_s()
+        age_s = now_s - entry.first_called_s
+        return age_s >= self._bounds.message_timeout_s and others_succeed(
+            now_s, self._last_success_s
+        )
+
+    def _overstayed(self, entry: Entry) -> Rejected:
+        return Rejected(
+            Reason.EXHAUSTED,
+            f"{OVERSTAYED} ({self._bounds.message_timeout_s:g} s), while others succeeded",
+            provenance=entry.spent,
+        )
+
+    async def _ask_alone(self, entry: Entry, turn: Turn) -> Extracted | Rejected | CallFailure:
         """While it runs nobody else does, and if the process dies now, it is known of what."""
         await self._mark_alone(entry, entry.message.offset)
-        result = await self._ask(entry)
+        result = await self._ask(entry, turn)
         await self._mark_alone(entry, None)
         return result
 
@@ -689,7 +917,7 @@ class Pipeline:
     # --- assignment ------------------------------------------------------------------------------
 
     async def revoked(self) -> None:
-        self._reassigning = True
+        self._reassigning = self._admission.finishing = True
         await self._until(
             lambda: self._forced or not (self._window.calling or self._window.handed),
             self._bounds.rebalance_drain_s,
@@ -701,11 +929,22 @@ class Pipeline:
         self._call_off(self._window.assign(given))
         self._held_out = self._reassigning = False
         self._assigned_once = True
+        self._admission.finishing = self._draining
+        self._share_out()
         self._turned_at_s = self._now_s()
         for entry in tuple(self._window.entries()):
             self._start_hand_over(entry)
         self._admit()
         self._moved.set()
+
+    def seen(self, lags: Mapping[Partition, int | None]) -> None:
+        self._lags = lags
+        self._share_out()
+        self._admit()
+
+    def _share_out(self) -> None:
+        """Our part of the budgets follows the partitions and their lags."""
+        self._admission.set_share(self._now_s(), share(self._window.held.keys(), self._lags))
 
     def _call_off(self, lost: list[Holding]) -> None:
         """Cancel the work for lost partitions, and withdraw their outcomes that have not left."""
@@ -732,9 +971,10 @@ class Pipeline:
         between = self._reassigning or self._held_out
         partitions = {each: holding.status() for each, holding in self._window.held.items()}
         lag = sum(one.lag or 0 for one in partitions.values())
+        oldest_s = min((entry.taken_s for entry in self._window.entries()), default=now_s)
         return Status(
             state=self._state(group, now_s, stages, lag),
-            slots=int(self._admission.limit),
+            slots=self._admission.limit,
             slots_busy=self._admission.busy,
             window=self._bounds.window,
             window_messages=self._window.messages,
@@ -749,7 +989,19 @@ class Pipeline:
             group=group,
             partitions=partitions,
             reject_guard_tripped=self._guard.tripped,
+            admission_waits=self._admission_waits(now_s),
+            budget_share=self._admission.share,
+            pace_per_s=self._admission.pace.rate_per_s,
+            spent_last_hour_usd=self._admission.spend.last_hour_usd(now_s),
+            oldest_message_age_s=now_s - oldest_s,
+            lanes_waiting=self._window.lanes_waiting(),
         )
+
+    def _admission_waits(self, now_s: float) -> Mapping[Cause, float]:
+        entry = self._window.next_queued()
+        if entry is None:
+            return self._admission.waits(now_s)
+        return self._admission.waits(now_s, self._extractor.estimate(entry.text, entry.progress))
 
     def _state(self, group: GroupStatus, now_s: float, stages: Counter[Stage], lag: int) -> State:
         if self._draining:
@@ -766,7 +1018,9 @@ class Pipeline:
             return State.GUARDED
         if self._window.calling:
             return State.RUNNING
-        if stages[Stage.RETRYING] or self._admission.cooldown_until_s > now_s:
+        if self._waits_for_budget:
+            return State.WAITING_FOR_BUDGET
+        if stages[Stage.RETRYING] or self._hold is not None:
             return State.WAITING_FOR_PROVIDER
         if not lag and not self._window.messages:
             return State.IDLE
@@ -795,6 +1049,8 @@ class Pipeline:
             sentences.append(self._admission.circuit.reason)
         if self._guard.problem is not None:
             sentences.append(self._guard.problem)
+        if (exceeded := self._admission.spend.exceeded(self._now_s())) is not None:
+            sentences.append(exceeded)
         return tuple(sentences)
 
     # --- time and tasks --------------------------------------------------------------------------
@@ -876,6 +1132,28 @@ def _died_before(entry: Entry) -> Rejected | None:
         f"the process died {UNCLEAN_ENDS_MAX} times with this message unfinished, and once more "
         "while it was the only one that ran",
     )
+
+
+def _earlier(one_s: float | None, other_s: float) -> float:
+    return other_s if one_s is None else min(one_s, other_s)
+
+
+def _better(
+    one: Extracted | Rejected | CallFailure | None, other: Extracted | Rejected | CallFailure
+) -> Extracted | Rejected | CallFailure:
+    """Of two calls for one message: an outcome, else what has progress to go on with."""
+    if one is None or (isinstance(one, CallFailure) and not isinstance(one, NoRoom)):
+        return other
+    return one
+
+
+def _has_overstayed(outcome: Extracted | Rejected) -> bool:
+    return isinstance(outcome, Rejected) and outcome.detail.startswith(OVERSTAYED)
+
+
+def _from_the_cache(outcome: Extracted | Rejected) -> bool:
+    """Nobody asked the provider: it may be as dead as before."""
+    return outcome.provenance is not None and outcome.provenance.cached
 
 
 def _exhausted(entry: Entry, failure: CallFailure) -> Rejected:

@@ -324,6 +324,15 @@ class ExtractionSettings(Section):
         of its length, which come at once, are not counted."""
         return len(self.model) * (1 + self.reasks_max + (self.truncated == "retry"))
 
+    message_timeout_s: float | None = Field(default=None, gt=0, le=86_400)
+    """Seconds from a message's first call after which it is cut off and rejected as `exhausted`,
+    if others succeed meanwhile: it holds up what stands behind it in its lane. Without it a message
+    may take as long as its attempts do."""
+    hedge_after_s: float | None = Field(default=None, gt=0, le=3600)
+    """Seconds of a call after which a second one is made beside it for the same message; the first
+    answer wins, both are paid for. At most one call in twenty is such a second one, and only where
+    slots and budgets have room. Shorter than call_timeout_s, and far above the usual call."""
+
 
 class LimitSettings(Section):
     concurrency: int = Field(default=50, ge=1, le=10_000)
@@ -333,6 +342,22 @@ class LimitSettings(Section):
     none) or 16 x (partition), so that a slow message does not leave slots idle."""
     window_bytes: int = Field(default=268_435_456, ge=1024)
     """Bytes of keys and values in the window; intake stops above it (one poll may overshoot)."""
+    requests_per_minute: int | None = Field(default=None, ge=1, le=100_000_000)
+    """Calls a minute of all workers of the group together, re-asks included; without it only what
+    the provider allows counts (its headers, and its refusals)."""
+    tokens_per_minute: int | None = Field(default=None, ge=1, le=1_000_000_000_000)
+    """Tokens a minute, read and written, of all workers of the group together; estimated before a
+    call and corrected after it."""
+    spend_usd_per_hour: float | None = Field(default=None, gt=0, le=1_000_000)
+    """US dollars that the calls of a rolling hour may cost, of all workers of the group together:
+    then nothing is called until they are an hour old. A worker that starts knows of none before;
+    needs a price for the model."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether workers have a budget together, whose parts follow the lags."""
+        budgets = (self.requests_per_minute, self.tokens_per_minute, self.spend_usd_per_hour)
+        return any(budget is not None for budget in budgets)
 
 
 class DeliverySettings(Section):
@@ -497,6 +522,7 @@ def warnings(settings: Settings) -> tuple[str, ...]:
 
 def _contradictions(settings: Settings) -> Iterator[Contradiction]:
     yield from _loops(settings)
+    yield from _slow_messages(settings)
     yield from _sasl_contradictions(settings.kafka.security)
     yield from _credential_contradictions(settings.kafka.security)
     yield from _tls_contradictions(settings.kafka.security)
@@ -550,11 +576,42 @@ def _streaming_contradictions(settings: Settings) -> Iterator[Contradiction]:
             "the cache holds whole answers and shares calls that end as a whole; set mode to off, "
             "or streaming to false",
         )
+    if settings.extraction.hedge_after_s is not None:
+        yield Contradiction(
+            ("extraction.streaming", "extraction.hedge_after_s"),
+            "of two calls for one message both would publish; leave hedge_after_s out, or set "
+            "streaming to false",
+        )
     if settings.extraction.confidence.field is not None:
         yield Contradiction(
             ("extraction.streaming", "extraction.confidence.field"),
             "a doubt is about the whole answer, and most of it would be published by then; leave "
             "the field out, or set streaming to false",
+        )
+
+
+def _slow_messages(settings: Settings) -> Iterator[Contradiction]:
+    """What would never happen, or happen to every message."""
+    extraction = settings.extraction
+    hedge_s, timeout_s = extraction.hedge_after_s, extraction.message_timeout_s
+    if hedge_s is not None and hedge_s >= extraction.call_timeout_s:
+        yield Contradiction(
+            ("extraction.hedge_after_s", "extraction.call_timeout_s"),
+            f"a second call after {hedge_s:g} s would never be made: the first one is given up "
+            f"after call_timeout_s, {extraction.call_timeout_s:g} s; make hedge_after_s shorter",
+        )
+    if timeout_s is not None and timeout_s < extraction.call_timeout_s:
+        yield Contradiction(
+            ("extraction.message_timeout_s", "extraction.call_timeout_s"),
+            f"a message would be rejected after {timeout_s:g} s, before its first call may end "
+            f"(call_timeout_s is {extraction.call_timeout_s:g}); make message_timeout_s at least "
+            "as long, or call_timeout_s shorter",
+        )
+    if timeout_s is not None and hedge_s is not None and hedge_s >= timeout_s:
+        yield Contradiction(
+            ("extraction.hedge_after_s", "extraction.message_timeout_s"),
+            f"a second call after {hedge_s:g} s would never be made: the message is rejected after "
+            f"message_timeout_s, {timeout_s:g} s; make hedge_after_s shorter",
         )
 
 

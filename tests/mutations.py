@@ -35,7 +35,7 @@ TEST_S = 60
 PIPELINE = "service/pipeline.py"
 WINDOW = "service/core/window.py"
 OFFSETS = "service/core/offsets.py"
-LIMITS = "service/core/limits.py"
+CIRCUIT = "service/core/circuit.py"
 STARTS = "service/kafka/starts.py"
 HOLDINGS = "service/kafka/holdings.py"
 SOURCE = "service/kafka/source.py"
@@ -300,16 +300,16 @@ MUTATIONS = (
     ),
     Mutation(
         "16 a circuit that has opened stays open",
-        LIMITS,
+        CIRCUIT,
         "        self.state, self.reason = CircuitState.CLOSED, None\n",
         "        self.reason = None\n",
         (WAY + "an_outage_rejects_nothing",),
     ),
     Mutation(
-        "16 an open circuit asks nobody but those that fail for ever",
+        "16 an open circuit asks nobody whether the provider is back",
         PIPELINE,
-        "return 0 if self._window.untried else min(room, 1)",
-        "return 0",
+        "        if wait_s == 0.0 and self._tasks is not None and not self._draining:\n",
+        "        if False:\n",
         (WAY + "poison_alone_does_not_keep_the_others_out",),
     ),
     Mutation(

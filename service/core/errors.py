@@ -4,6 +4,7 @@
     ├── Retry                 wait, then try the same thing again
     │   ├── TransientFailure    a call: connection, timeout, 408, 409, 425, 429, 5xx, overloaded
     │   ├── ServiceFailure      a call: no call can succeed until somebody mends something
+    │   ├── NoRoom              a further call of a message: the budgets have no room for it now
     │   ├── PublishFailed       a send: not acknowledged, or not known to be
     │   └── CommitFailed        a commit: refused (a rebalance) or not answered in time
     ├── Reject                this message only; the next one is fine
@@ -71,6 +72,13 @@ class ServiceFailure(CallFailure):
     ) -> None:
         super().__init__(reason, progress=progress, provenance=provenance)
         self.remedy = remedy
+
+
+class NoRoom(CallFailure):
+    """Nothing failed: the next call of this message has to wait for its turn without a slot."""
+
+    def __init__(self, *, progress: object | None, provenance: Provenance | None) -> None:
+        super().__init__("budget", progress=progress, provenance=provenance)
 
 
 class PublishFailed(Retry):

@@ -30,9 +30,10 @@ CallResult: TypeAlias = Literal[
     "cancelled",
 ]
 
-Purpose: TypeAlias = Literal["first", "reask", "repeat", "longer", "shorter", "next_model"]
+Purpose: TypeAlias = Literal["first", "reask", "repeat", "longer", "shorter", "next_model", "probe"]
 """What a call is made for: the message itself, an answer that did not validate, one that may have
-been charged and never came, one cut off at its limit, a text over the context, a stronger model."""
+been charged and never came, one cut off at its limit, a text over the context, a stronger model; a
+probe is for nobody: whether the provider is there again."""
 
 Client: TypeAlias = Literal["consumer", "producer"]
 CacheLookup: TypeAlias = Literal["hit", "miss", "shared", "error", "damaged"]
@@ -199,6 +200,14 @@ class Streamed:
     first_after_s: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Hedged:
+    """A second call was made for a message whose first one took long; `won`: whose answer came
+    first, or that neither answered."""
+
+    won: Literal["first", "second", "none"]
+
+
 Event: TypeAlias = (
     Taken
     | Dropped
@@ -219,5 +228,6 @@ Event: TypeAlias = (
     | CacheWritten
     | CacheSized
     | Streamed
+    | Hedged
 )
 Observe: TypeAlias = Callable[[Event], None]

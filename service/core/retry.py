@@ -39,13 +39,64 @@ class Backoff:
 
 
 def exhausted(
-    attempts: int, attempts_max: int, now_s: float, other_success_s: float | None
+    attempts: int, attempts_max: int, began_s: float, other_success_s: float | None
 ) -> bool:
     """Whether a message is poison rather than hit by an outage.
 
-    It failed `attempts_max` times, and another message succeeded within the last minute
-    (`other_success_s` is that moment on the clock of `now_s`; None: never).
+    It failed `attempts_max` times, and another message, or a probe, succeeded within the minute
+    before the last attempt began, or later (`other_success_s` is that moment on the clock of
+    `began_s`; None: never). An attempt may last longer than a minute, and a probe come before it.
     """
-    if attempts < attempts_max or other_success_s is None:
-        return False
-    return now_s - other_success_s <= OTHERS_SUCCEED_WITHIN_S
+    return attempts >= attempts_max and others_succeed(began_s, other_success_s)
+
+
+def others_succeed(since_s: float, other_success_s: float | None) -> bool:
+    """Whether the provider is there, as others have seen."""
+    return other_success_s is not None and since_s - other_success_s <= OTHERS_SUCCEED_WITHIN_S
+
+
+RETRIES_SAVED = 100.0
+"""Retries that may follow one upon the other before successes must pay for them."""
+
+RETRIES_PER_S = 1.0
+"""That come back by themselves, so that retries alone get through in the end."""
+
+
+@dataclass(slots=True)
+class RetryQuota:
+    """How many retries may start: in the long run one for each success, and one a second.
+
+    A token bucket as in botocore's standard mode, where a success pays for what it took; there a
+    retry that finds none is given up, here it waits. Below half of all calls failing nothing
+    waits; above, retries can't multiply the load on a provider that is going down.
+    """
+
+    saved: float = RETRIES_SAVED
+    at_s: float = float("-inf")
+
+    def available(self, now_s: float) -> int:
+        self._fill(now_s)
+        return int(self.saved + 1e-6)
+
+    def wait_s(self, now_s: float) -> float:
+        """Until the next one; 0: now."""
+        self._fill(now_s)
+        return max(0.0, (1.0 - self.saved - 1e-6) / RETRIES_PER_S)
+
+    def take(self, retries: int) -> None:
+        assert retries <= self.saved + 1e-6, "more retries than there are"
+        self.saved -= retries
+
+    def succeeded(self) -> None:
+        self.saved = min(RETRIES_SAVED, self.saved + 1.0)
+
+    def forgive(self) -> None:
+        """The provider is back."""
+        self.saved = RETRIES_SAVED
+
+    def _fill(self, now_s: float) -> None:
+        if now_s > self.at_s:
+            if self.at_s > float("-inf"):
+                gained = (now_s - self.at_s) * RETRIES_PER_S
+                self.saved = min(RETRIES_SAVED, self.saved + gained)
+            self.at_s = now_s

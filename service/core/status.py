@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from service.core.limits import Cause
 from service.core.messages import Partition
 
 
@@ -13,6 +14,7 @@ class State(StrEnum):
     STARTING = "starting"
     IDLE = "idle"  # caught up: nothing taken, nothing to take
     RUNNING = "running"
+    WAITING_FOR_BUDGET = "waiting_for_budget"  # of requests, tokens or money
     WAITING_FOR_PROVIDER = "waiting_for_provider"  # the circuit is open, or all wait to retry
     WAITING_FOR_KAFKA = "waiting_for_kafka"  # brokers don't answer, or sends are not acknowledged
     REBALANCING = "rebalancing"
@@ -70,3 +72,10 @@ class Status:
     group: GroupStatus = field(default_factory=GroupStatus)
     partitions: Mapping[Partition, PartitionStatus] = field(default_factory=dict)
     reject_guard_tripped: bool = False
+    admission_waits: Mapping[Cause, float] = field(default_factory=dict)
+    """Seconds until the next call may start, by each cause that holds it up; slots apart."""
+    budget_share: float = 1.0  # ours of the budgets that all workers have together
+    pace_per_s: float | None = None  # calls, where the provider's hidden rate had to be found
+    spent_last_hour_usd: float = 0.0
+    oldest_message_age_s: float = 0.0  # since it came into the window; 0 if there is none
+    lanes_waiting: int = 0  # with an answer that waits for an earlier message

@@ -15,7 +15,7 @@ from typing import Literal
 
 from service.core.completed import encode, finished_ranges, fullness
 from service.core.lanes import Lane, Ordering, lane_id
-from service.core.messages import Message, Outcome, Partition
+from service.core.messages import Message, Outcome, Partition, Provenance
 from service.core.offsets import (
     UNCLEAN_ENDS_MAX,
     Delivery,
@@ -50,18 +50,22 @@ class Entry:
         "alone",
         "attempts",
         "attempts_that_count",
+        "first_called_s",
         "first_failed_at_ms",
         "holding",
         "lane",
         "lane_id",
         "lane_wait_s",
         "message",
+        "not_before_s",
         "outcome",
         "progress",
         "publish_attempts",
         "records_out",
         "since_s",
+        "spent",
         "stage",
+        "taken_s",
         "text",
     )
 
@@ -72,6 +76,10 @@ class Entry:
         self.lane = holding.lane(identity)
         self.stage = Stage.QUEUED
         self.since_s = now_s  # when it came to this stage
+        self.taken_s = now_s
+        self.first_called_s: float | None = None
+        self.not_before_s = now_s  # the provider asked to wait so long
+        self.spent: Provenance | None = None  # for it, as far as it is known
         self.text = ""
         self.outcome: Outcome | None = None
         self.attempts = 0  # failed ones
@@ -234,6 +242,8 @@ class Window:
         """Take the next entry of the queue for a call."""
         entry = self._queue.popleft()
         self._move(entry, Stage.CALLING, now_s)
+        if entry.first_called_s is None:
+            entry.first_called_s = now_s
         self.calling[entry] = None
         return entry
 
@@ -244,18 +254,30 @@ class Window:
         self._move(entry, Stage.RETRYING, now_s)
         heapq.heappush(self._retries, (due_s, next(self._sequence), entry))
 
-    def requeue_due(self, now_s: float, *, behind: bool = False) -> None:
-        """Put retries whose time has come before everything queued, or behind it."""
-        due = []
-        while self._retries and self._retries[0][0] <= now_s:
+    def requeue_due(self, now_s: float, most: int) -> int:
+        """Put retries whose time has come before everything queued, and say how many."""
+        due: list[Entry] = []
+        while len(due) < most and self._retries and self._retries[0][0] <= now_s:
             entry = heapq.heappop(self._retries)[2]
             if not self._gone(entry, Stage.RETRYING):
                 self._move(entry, Stage.QUEUED, now_s)
                 due.append(entry)
-        if behind:
-            self._queue.extend(due)
-        else:
-            self._queue.extendleft(reversed(due))
+        self._queue.extendleft(reversed(due))
+        return len(due)
+
+    def queue_first(self, entry: Entry, now_s: float) -> None:
+        """A message whose call was begun goes before everything else."""
+        self._move(entry, Stage.QUEUED, now_s)
+        self._queue.appendleft(entry)
+
+    def wake_retries(self, now_s: float) -> None:
+        """No retry waits any longer, but for what the provider has asked for itself."""
+        woken = [
+            (max(min(due_s, now_s), entry.not_before_s), number, entry)
+            for due_s, number, entry in self._retries
+        ]
+        heapq.heapify(woken)
+        self._retries = woken
 
     @property
     def next_retry_s(self) -> float | None:
@@ -308,17 +330,19 @@ class Window:
 
     # --- what it says of itself --------------------------------------------------------------
 
-    @property
-    def untried(self) -> bool:
-        """Whether a message is still to have its first attempt, or has it now; walks the window."""
-        return any(
-            not entry.attempts and entry.stage in (Stage.QUEUED, Stage.CALLING)
-            for entry in self.entries()
-        )
-
     def entries(self) -> Iterator[Entry]:
         for holding in self.held.values():
             yield from holding.entries.values()
+
+    def lanes_waiting(self) -> int:
+        """Lanes with an answer that waits for an earlier message; walks the window."""
+        return len(
+            {
+                entry.lane
+                for entry in self.entries()
+                if entry.stage is Stage.ANSWERED and not entry.lane.ready
+            }
+        )
 
     def measure(self) -> None:
         """See how large the completed maps are; for `crowded`."""

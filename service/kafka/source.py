@@ -136,7 +136,9 @@ class KafkaSource:
         try:
             self._admin = await self._open_admin()
             found = await within(self._kafka.request_timeout_s, self._check_topics(self._admin))
-            self._supervision = Supervision(self._kafka, found)
+            lags = self._settings.limits.shared
+            self._supervision = Supervision(self._kafka, found, lags=lags)
+            assignment.seen(self._supervision.lags({}))  # before anything is called
             await self._join(self._admin)
         except (KafkaError, OSError, TimeoutError) as error:
             await self.stop()
@@ -455,6 +457,10 @@ class KafkaSource:
     def knows(self, topic: str) -> int:
         """How many partitions of a topic the client's own metadata has."""
         return 0 if self._consumer is None else self._membership.knows(topic)
+
+    def seen(self, lags: Mapping[Partition, int | None]) -> None:
+        """A look has found all partitions; for shared budgets."""
+        self._assignment.seen(lags)
 
     def heard(self) -> None:
         """A broker has answered."""

@@ -14,9 +14,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError, NoError, UnknownTopicOrPartitionError, for_code
 from aiokafka.protocol.offset import OffsetRequest, OffsetResetStrategy
@@ -55,6 +56,9 @@ class Supervised(Protocol):
     def knows(self, topic: str) -> int:
         """How many partitions of the topic its own metadata has."""
 
+    def seen(self, lags: Mapping[Partition, int | None]) -> None:
+        """All partitions of the topics, and how far the group is behind in each, if known."""
+
     def heard(self) -> None:
         """A broker has answered a look."""
 
@@ -68,8 +72,11 @@ class Supervision:
     `found` is what brokers told of the topics before reading began.
     """
 
-    def __init__(self, kafka: KafkaSettings, found: Mapping[str, FoundTopic]) -> None:
-        self._kafka = kafka
+    def __init__(
+        self, kafka: KafkaSettings, found: Mapping[str, FoundTopic], *, lags: bool = False
+    ) -> None:
+        """With `lags`, a look asks for the lag of all partitions too, whoever holds them."""
+        self._kafka, self._asks_lags = kafka, lags
         # A request that hangs is given up by the client itself after its timeout, and repeated.
         self._silence = SilenceWatch(max(SILENT_S, kafka.request_timeout_s + LOOK_EVERY_S))
         self._topics = TopicsWatch(
@@ -117,7 +124,7 @@ class Supervision:
 
         Raises `CannotRun` where a topic is gone or another, or where replacing does not help.
         """
-        lookout = Lookout(self._kafka)
+        lookout = Lookout(self._kafka, lags=self._asks_lags)
         try:
             while True:
                 self._looked_at_s = _now_s()
@@ -126,6 +133,7 @@ class Supervision:
                 if look is not None:
                     client.heard()
                     self._judge(look, client)
+                    client.seen(self.lags(look.lags))
         finally:
             self._looked_at_s = None
             await lookout.close()
@@ -134,6 +142,15 @@ class Supervision:
         with suppress(TimeoutError):
             await within(LOOK_EVERY_S, self._look_now.wait())
         self._look_now.clear()
+
+    def lags(self, known: Mapping[Partition, int]) -> dict[Partition, int | None]:
+        """Every partition of the topics, with its lag where that is known."""
+        everything = [
+            Partition(topic, number)
+            for topic, partitions in self.partitions.items()
+            for number in range(partitions)
+        ]
+        return {each: known.get(each) for each in everything}
 
     def _judge(self, look: Look, client: Supervised) -> None:
         now_s = _now_s()
@@ -183,14 +200,16 @@ class Look:
 
     topics: Mapping[str, FoundTopic]
     ends: Mapping[Partition, int]
+    lags: Mapping[Partition, int] = field(default_factory=dict)
+    """Messages between what the group has stored and the end, of all partitions, where known."""
 
 
 class Lookout:
     """A client of its own, opened anew after each failure: it begins at the bootstrap servers,
     which lead to the brokers also when all of them have moved."""
 
-    def __init__(self, kafka: KafkaSettings) -> None:
-        self._kafka = kafka
+    def __init__(self, kafka: KafkaSettings, *, lags: bool = False) -> None:
+        self._kafka, self._asks_lags = kafka, lags
         self._admin: AIOKafkaAdminClient | None = None
         self._failing = False
 
@@ -218,7 +237,20 @@ class Lookout:
             self._admin = AIOKafkaAdminClient(**client_options(self._kafka))
             await self._admin.start()
         found = await find_topics(self._admin, topics)
-        return Look(found, await self._ends(self._admin, _by_leader(found, held)))
+        asked = _all_partitions(found) if self._asks_lags else held
+        ends = await self._ends(self._admin, _by_leader(found, asked))
+        lags = await self._lags(self._admin, ends) if self._asks_lags else {}
+        return Look(found, {each: end for each, end in ends.items() if each in held}, lags)
+
+    async def _lags(
+        self, admin: AIOKafkaAdminClient, ends: Mapping[Partition, int]
+    ) -> dict[Partition, int]:
+        """A partition of which the group has stored nothing has no lag that we know of."""
+        stored = await admin.list_consumer_group_offsets(
+            self._kafka.group_id, partitions=[TopicPartition(*each) for each in ends]
+        )
+        offsets = {Partition(*each): at.offset for each, at in stored.items() if at.offset >= 0}
+        return {each: max(0, ends[each] - at) for each, at in offsets.items()}
 
     async def _ends(
         self, admin: AIOKafkaAdminClient, by_leader: Mapping[int, Mapping[str, list[int]]]
@@ -229,6 +261,12 @@ class Lookout:
                 for leader, partitions in by_leader.items()
             ]
         return {partition: end for each in told for partition, end in each.result().items()}
+
+
+def _all_partitions(found: Mapping[str, FoundTopic]) -> frozenset[Partition]:
+    return frozenset(
+        Partition(topic, number) for topic, each in found.items() for number in each.leaders
+    )
 
 
 def _by_leader(

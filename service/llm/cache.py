@@ -30,7 +30,8 @@ from typing import Any, Protocol
 
 from pydantic import TypeAdapter, ValidationError
 
-from service.core.errors import CallFailure, ServiceFailure, TransientFailure
+from service.core.budgets import Estimate
+from service.core.errors import CallFailure, NoRoom, ServiceFailure, TransientFailure
 from service.core.events import CacheLooked, CacheLookup, CacheWritten, Observe
 from service.core.messages import Extracted, Provenance, Rejected
 from service.llm.stores import Store, StoreFailed, open_store
@@ -143,6 +144,13 @@ class CachedExtractor:
                 self._cut_off(key, flight)
         return flight.hand_out(progress)
 
+    def estimate(self, text: str, progress: object | None) -> Estimate:
+        """A call's; what comes from the store is given back when it has come."""
+        return self._inner.estimate(text, progress)
+
+    async def probe(self) -> None:
+        await self._inner.probe()
+
     def _key(self, text: str) -> str:
         key = self._keys.copy()
         key.update(_framed(text))
@@ -222,6 +230,8 @@ def _theirs(failure: CallFailure, progress: object | None) -> CallFailure:
         other = ServiceFailure(
             failure.reason, remedy=failure.remedy, progress=progress, provenance=spent
         )
+    elif isinstance(failure, NoRoom):
+        other = NoRoom(progress=progress, provenance=spent)
     else:
         other = TransientFailure(
             failure.reason,

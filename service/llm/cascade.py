@@ -105,6 +105,10 @@ class Cascade:
             )
         return self._fitting(talk)
 
+    @property
+    def first(self) -> Step:
+        return self._steps[0]
+
     def step(self, talk: Conversation) -> Step:
         return self._steps[talk.step]
 

@@ -9,18 +9,25 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TypeAlias
 
 import httpx2
 import openai
 
-from service.core.errors import CallFailure, NotReachable
+from service.core.budgets import NO_TOKENS, Estimate
+from service.core.circuit import Circuit
+from service.core.errors import CallFailure, NoRoom, NotReachable
 from service.core.events import Called, CallResult, Observe
+from service.core.limits import Admission, Limits, Meter
 from service.core.messages import Extracted, Reason, Rejected
+from service.llm.allowance import read_allowance
 from service.llm.answers import BrokenAnswer, Completion, read_completion
 from service.llm.cascade import LONGER_FACTOR, Cascade, Next, Step
 from service.llm.conversation import Conversation
 from service.llm.endpoint import endpoint, missing_models, shown, unlisted
+from service.llm.estimate import Estimator
 from service.llm.failures import Failure, Transient, from_status
 from service.llm.lean import Answered, LeanPost
 from service.llm.prices import Bill, cost_of
@@ -38,6 +45,8 @@ CHECK_TIMEOUT_S = 15.0
 KEEPALIVE_S = 4.0
 """Idle connections are let go after this: below the 5 s after which uvicorn (vLLM and many
 others) closes them, which would cost a call each time both happen at once."""
+PROBE_TEXT = "Is anybody there?"
+"""All that a probe says beside the instructions; nobody reads its answer."""
 
 Answer: TypeAlias = Answered | httpx2.Response
 
@@ -49,8 +58,11 @@ class OpenAIExtractor:
     `CannotRun`; `start` needs a running loop.
     """
 
-    def __init__(self, settings: Settings, observe: Observe) -> None:
+    def __init__(self, settings: Settings, observe: Observe, meter: Meter | None = None) -> None:
+        """Calls are told to `meter`, which is the pipeline's admission."""
         extraction = settings.extraction
+        self._meter = meter or Admission(Limits(settings.limits.concurrency), Circuit(_no_jitter))
+        self._estimator = Estimator(extraction.output_tokens_max)
         self._extraction = extraction
         self._observe = observe
         self._connections_max = settings.limits.concurrency + 1  # and one for the check
@@ -89,6 +101,7 @@ class OpenAIExtractor:
         """All that decides an answer beside the text: where it is the same, so is the answer's
         worth. Settings of waits and of attempts play no part in it."""
         waits = {"record", "reasks_max", "call_timeout_s", "attempts_max"}
+        waits |= {"message_timeout_s", "hedge_after_s"}
         return json.dumps(
             [
                 self._place,
@@ -161,10 +174,13 @@ class OpenAIExtractor:
         texts hold nothing of the message. Cancellation cuts the call in flight, and no more.
         """
         then = progress if isinstance(progress, Conversation) else self._begin(text)
+        charged = True  # the first call, by the pipeline that gave the slot
         while True:
             match then:
                 case Conversation():
-                    then = await self._turn(then, publish)
+                    if not charged:
+                        self._ask_for_room(then)
+                    then, charged = await self._turn(then, publish), False
                 case CallFailure():
                     raise then
                 case _:
@@ -177,17 +193,62 @@ class OpenAIExtractor:
             detail = "the text holds half a character"
             return Rejected(Reason.UNDECODABLE, detail, self._cascade.unspent)
 
-    async def _turn(self, talk: Conversation, publish: Publish | None) -> Next:
+    def estimate(self, text: str, progress: object | None) -> Estimate:
+        """The tokens of the next call for it, as far as calls before have taught."""
+        if isinstance(progress, Conversation):
+            return self._estimate(progress)
+        step = self._cascade.first
+        return self._estimator.estimate(step.model, step.request.size_bytes + _bytes(text))
+
+    def _estimate(self, talk: Conversation) -> Estimate:
+        step = self._cascade.step(talk)
+        size = step.request.size_bytes + _bytes(talk.text) + len(talk.tail)
+        return self._estimator.estimate(step.model, size)
+
+    def _ask_for_room(self, talk: Conversation) -> None:
+        """Every call counts, re-asks too: one for which there is no room waits without a slot."""
+        if not self._meter.again(time.monotonic(), self._estimate(talk)):
+            raise NoRoom(progress=talk, provenance=talk.spent)
+
+    async def probe(self) -> None:
+        """The request of any message with a fixed tiny text. Raises as `call` does; whatever it
+        is answered, the provider is there and takes such requests."""
+        talk = self._begin(PROBE_TEXT)
+        assert isinstance(talk, Conversation), "it is neither long nor broken"
+        then = await self._turn(replace(talk, purpose="probe"), None, NO_TOKENS)
+        if isinstance(then, CallFailure):
+            raise then
+
+    def _told(self, headers: Mapping[str, str], asked_at_s: float) -> None:
+        allowance = read_allowance(headers, asked_at_s)
+        if allowance is not None:
+            self._meter.told(time.monotonic(), allowance)
+
+    def _used(self, step: Step, answer: Completion | Failure, size: int, charged: Estimate) -> None:
+        """What is known of a call's tokens; one without an answer keeps what was charged."""
+        match answer:
+            case Completion(tokens=tokens) if tokens.input:
+                self._meter.used(time.monotonic(), charged, tokens.input + tokens.output)
+                self._estimator.learn(step.model, size, tokens.input, tokens.output)
+            case Transient(result="rate_limited" | "overloaded"):
+                self._meter.used(time.monotonic(), charged, 0)
+
+    async def _turn(
+        self, talk: Conversation, publish: Publish | None, charged: Estimate | None = None
+    ) -> Next:
         """One call from sending to verdict, told to whoever observes."""
         step = self._cascade.step(talk)
         began = time.monotonic()
         result: CallResult = "cancelled"
         bill = Bill()
         try:
+            body = step.body(talk)
+            charged = charged or self._estimator.estimate(step.model, len(body))
             if publish is None:
-                answer = await self._send(step, talk)
+                answer = await self._send(step, body)
             else:
-                answer = await self._send_streaming(step, talk, publish)
+                answer = await self._send_streaming(step, body, talk, publish)
+            self._used(step, answer, len(body), charged)
             bill = step.bill(answer)
             verdict = self._cascade.judge(answer, talk.paid(bill))
             result = verdict.result
@@ -208,32 +269,35 @@ class OpenAIExtractor:
                 )
             )
 
-    async def _send(self, step: Step, talk: Conversation) -> Completion | Failure:
+    async def _send(self, step: Step, body: bytes) -> Completion | Failure:
         """One request. Foreign exceptions end here: their texts can repeat the request.
 
         What they mean is returned, not raised, so that none of them is chained to ours.
         """
+        asked_at_s = time.monotonic()
         try:
             async with asyncio.timeout(self._extraction.call_timeout_s):
-                response = await self._lean.post(step.body(talk))
+                response = await self._lean.post(body)
         except TimeoutError:
             return Transient("timeout")
         except openai.APIStatusError as error:
+            self._told(error.response.headers, asked_at_s)
             return self._classified(step, error.status_code, error.response, error.body)
         except openai.APIConnectionError:
             # The SDK's own timeout too: only connecting has one.
             return Transient("connection")
+        self._told(response.headers, asked_at_s)
         try:
             return read_completion(response.content, self._extraction.mode)
         except BrokenAnswer as broken:
             return self._broken(step, broken.error, response)
 
     async def _send_streaming(
-        self, step: Step, talk: Conversation, publish: Publish
+        self, step: Step, body: bytes, talk: Conversation, publish: Publish
     ) -> Completion | Failure:
         """As `_send`, and what `publish` raises is none of the model's doing: it passes through."""
         try:
-            return await self._streaming.ask(self._client, step.body(talk), publish, talk.spent)
+            return await self._streaming.ask(self._client, body, publish, talk.spent)
         except TimeoutError:
             return Transient("timeout")
         except openai.APIStatusError as error:
@@ -252,3 +316,11 @@ class OpenAIExtractor:
 
     def _classified(self, step: Step, status: int, response: Answer, error: object) -> Failure:
         return from_status(status, response.headers, error, model=step.model, base_url=self._place)
+
+
+def _bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode(errors="replace"))
+
+
+def _no_jitter(low: float, _: float) -> float:
+    return low

@@ -72,6 +72,11 @@ class RequestTemplate:
         rest = {**self._rest, "model": model, self._limit_name: output_tokens_max}
         return replace(self, foot=b"]," + _json(rest)[1:])
 
+    @property
+    def size_bytes(self) -> int:
+        """All of it but the text and what was said behind it."""
+        return len(self.head) + len(self.foot)
+
     def opening(self, text: str) -> bytes:
         """The text as its message's content. Raises `UnicodeEncodeError` for half a character."""
         return _json(delimited(text))

@@ -45,6 +45,7 @@ from service.core.events import (
     Event,
     Finished,
     ForeignMetadata,
+    Hedged,
     OffsetsMissing,
     PublishRetried,
     Purpose,
@@ -55,12 +56,14 @@ from service.core.events import (
     Streamed,
     Taken,
 )
+from service.core.limits import Cause
 from service.core.messages import Reason
 from service.core.status import PartitionStatus, State, Status
 from service.pipeline import POLL_SHARE
 
 OUTCOMES = ("extracted", "rejected", "passed", "skipped", "postponed")
 COMMITS = ("ok", "refused", "failed")
+HEDGES_WON = ("first", "second", "none")
 CALL_RESULTS: tuple[CallResult, ...] = get_args(CallResult)
 CLIENTS: tuple[Client, ...] = get_args(Client)
 CACHE_LOOKUPS: tuple[CacheLookup, ...] = get_args(CacheLookup)
@@ -138,6 +141,7 @@ class Metrics:
             CacheWritten: self._cache_written,
             CacheSized: self._cache_sized,
             Streamed: self._streamed,
+            Hedged: self._hedged,
         }
 
     def observe(self, event: Event) -> None:
@@ -291,6 +295,13 @@ class Metrics:
             "sluice_calls_abandoned",
             "Calls cut off at the end of a drain, which may be paid for again; lengthen "
             "delivery.drain_timeout_s.",
+        )
+        self._hedges = self._counters(
+            "sluice_hedges",
+            "Second calls for messages whose first took longer than extraction.hedge_after_s, by "
+            "whose answer came first; where the first wins often, hedge_after_s is too short.",
+            "won",
+            HEDGES_WON,
         )
         self._slots_busy_s = self._counter(
             "sluice_slots_busy_seconds",
@@ -496,6 +507,9 @@ class Metrics:
         if event.first_after_s is not None:
             self._first_record.observe(event.first_after_s)
 
+    def _hedged(self, event: Hedged) -> None:
+        self._hedges[event.won].inc()
+
 
 _LOG_LEVELS = ("warning", "error")
 
@@ -554,6 +568,8 @@ class StatusGauges(Collector):
         yield _states(status.state)
         for name, meaning, value in _figures(status):
             yield GaugeMetricFamily(name, meaning, value=value)
+        yield _admission_waits(status)
+        yield _pace(status)
         yield _input_partitions(status)
         for name, meaning, read in _PARTITION_FIGURES:
             yield _by_partition(name, meaning, read, status)
@@ -621,7 +637,52 @@ def _figures(status: Status) -> tuple[tuple[str, str, float], ...]:
             "and how to go on.",
             status.reject_guard_tripped,
         ),
+        (
+            "sluice_budget_share_ratio",
+            "Our part of the budgets that all workers have together; over all workers about 1.",
+            status.budget_share,
+        ),
+        (
+            "sluice_spent_last_hour_usd",
+            "What the calls of the last hour have cost, in US dollars, as far as prices are known.",
+            status.spent_last_hour_usd,
+        ),
+        (
+            "sluice_oldest_message_age_seconds",
+            "Since the oldest message in the window was taken; growing, one message holds its lane "
+            "or its partition up: see extraction.message_timeout_s.",
+            status.oldest_message_age_s,
+        ),
+        (
+            "sluice_lanes_waiting",
+            "Lanes with an answer that waits for an earlier message.",
+            status.lanes_waiting,
+        ),
     )
+
+
+def _admission_waits(status: Status) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(
+        "sluice_admission_wait_seconds",
+        "Until the next call may start, by what holds it up: budgets of requests and tokens (ours "
+        "or the provider's), the hour's spend, the pace found for a hidden limit, a cooldown that "
+        "the provider asked for, an open circuit. 0: not by this one.",
+        None,
+        ["cause"],
+    )
+    for cause in Cause:
+        family.add_metric([cause.value], status.admission_waits.get(cause, 0.0))
+    return family
+
+
+def _pace(status: Status) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(
+        "sluice_pace_calls_per_second",
+        "Calls a second that the provider bears, as its refusals have shown; absent without any.",
+    )
+    if status.pace_per_s is not None:
+        family.add_metric([], status.pace_per_s)
+    return family
 
 
 def _input_partitions(status: Status) -> GaugeMetricFamily:

@@ -291,14 +291,20 @@ def test_an_outage_rejects_nothing(stage: Stage) -> None:
 
 
 def test_poison_alone_does_not_keep_the_others_out(stage: Stage) -> None:
-    """Messages that always fail open the circuit; others that come hours later get through."""
+    """Messages that always fail open the circuit; a probe shows that it is not the provider, and
+    they are rejected: others that come later get through."""
     for n in range(2):
         stage.broker.append(f"poison {n}")
         stage.extractor.scripts[f"poison {n}"] = [TransientFailure("server_error")] * 999
+    stage.extractor.probe_fails = TransientFailure("connection")
 
     async def later() -> None:
-        await asyncio.sleep(7200)
-        assert stage.rejected() == [], "nothing else has succeeded"
+        await asyncio.sleep(3600)
+        assert stage.rejected() == [], "nothing has shown that the provider is there"
+        assert stage.pipeline.status(SETTLED).state is State.WAITING_FOR_PROVIDER
+        stage.extractor.probe_fails = None
+        await asyncio.sleep(60)
+        assert len(stage.rejected()) == 2
         for n in range(20):
             stage.broker.append(f"text {n}")
         await asyncio.sleep(600)
@@ -309,7 +315,7 @@ def test_poison_alone_does_not_keep_the_others_out(stage: Stage) -> None:
 
 
 def test_an_outage_takes_in_little(stage: Stage) -> None:
-    """While the circuit is open, a message is taken only once those before it have failed."""
+    """While the circuit is open nothing is taken, and nothing but probes goes out."""
     stage.broker.append("first")
     stage.extractor.always = TransientFailure("connection")
 
@@ -318,9 +324,12 @@ def test_an_outage_takes_in_little(stage: Stage) -> None:
         for n in range(100):
             stage.broker.append(f"text {n}")
         await asyncio.sleep(60)
-        assert stage.pipeline.status(SETTLED).window_messages <= 5
-        await asyncio.sleep(36_000)
-        assert stage.pipeline.status(SETTLED).window_messages <= BOUNDS.window
+        assert stage.pipeline.status(SETTLED).window_messages == 1
+        calls, probes = len(stage.extractor.calls), stage.extractor.probes
+        await asyncio.sleep(3600)
+        assert stage.pipeline.status(SETTLED).window_messages == 1
+        assert len(stage.extractor.calls) == calls
+        assert 250 < stage.extractor.probes - probes < 400
         stage.pipeline.force()
 
     stage.show(outage)

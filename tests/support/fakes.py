@@ -13,6 +13,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from service.core.budgets import Estimate
 from service.core.completed import finished_ranges
 from service.core.errors import CommitFailed, OutputTooLarge, PublishFailed
 from service.core.lanes import Ordering
@@ -284,6 +285,10 @@ class FakeSource:
         return {where: self.epochs[where] for where in wanted}
 
 
+PROBE = "probe"
+"""The text of a probe, for latencies."""
+
+
 class FakeExtractor:
     """A model with latencies and scripted results; knows what is in flight."""
 
@@ -296,6 +301,9 @@ class FakeExtractor:
         self.in_flight: list[str] = []
         self.in_flight_max = 0
         self.cancelled: list[str] = []
+        self.tokens: Callable[[str], int] = lambda _: 0  # of a call for this text
+        self.probes = 0
+        self.probe_fails: BaseException | None = None
         self.deadly: set[str] = set()  # texts on which the user's code takes the process down
         self.died = asyncio.Event()
 
@@ -322,6 +330,16 @@ class FakeExtractor:
                 raise result
             return result
         return extracted(text)
+
+    def estimate(self, text: str, progress: object | None) -> Estimate:
+        return Estimate(self.tokens(text), self.tokens(text))
+
+    async def probe(self) -> None:
+        self.probes += 1
+        await asyncio.sleep(self.latency_s(PROBE))
+        failure = self.probe_fails or self.always
+        if failure is not None:
+            raise failure
 
 
 class FakeStreams:

@@ -56,6 +56,7 @@ class Member(Generic[S]):
     given: dict[Partition, Given] = field(default_factory=dict)
     stored_last: dict[Partition, Progress] = field(default_factory=dict)
     next: dict[tuple[Partition, int], int] = field(default_factory=dict)
+    lags: Mapping[Partition, int | None] = field(default_factory=dict)
 
     async def revoked(self) -> None:
         self.revokes += 1
@@ -71,6 +72,9 @@ class Member(Generic[S]):
         self, partition: Partition, finishing: frozenset[int] = frozenset()
     ) -> Progress | None:
         return self.wanted.get(partition)
+
+    def seen(self, lags: Mapping[Partition, int | None]) -> None:
+        self.lags = lags
 
     def stored(self, partition: Partition, progress: Progress) -> None:
         self.stored_last[partition] = progress

@@ -28,7 +28,7 @@ def test_the_jitter_after_a_short_retry_after_is_short() -> None:
 
 def test_poison_needs_attempts_and_a_fresh_success_of_others() -> None:
     """Neither many failures alone nor other successes alone reject a message."""
-    assert exhausted(8, 8, now_s=100, other_success_s=41)
-    assert not exhausted(7, 8, now_s=100, other_success_s=99)
-    assert not exhausted(99, 8, now_s=100, other_success_s=None)
-    assert not exhausted(99, 8, now_s=100, other_success_s=39)
+    assert exhausted(8, 8, began_s=100, other_success_s=41)
+    assert not exhausted(7, 8, began_s=100, other_success_s=99)
+    assert not exhausted(99, 8, began_s=100, other_success_s=None)
+    assert not exhausted(99, 8, began_s=100, other_success_s=39)

@@ -90,9 +90,9 @@ def test_due_retries_come_before_the_queue_the_earliest_first() -> None:
         entry = window.call_next(0)
         window.call_ended(entry)
         window.retry(entry, 0, due_s)
-    window.requeue_due(0.5)
+    window.requeue_due(0.5, most=9)
     assert window.next_retry_s == 1.0
-    window.requeue_due(2.0)
+    window.requeue_due(2.0, most=9)
     assert [window.call_next(2).message.offset for _ in range(3)] == [1, 0, 2]
 
 

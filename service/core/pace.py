@@ -1,0 +1,138 @@
+"""A pace for calls where the provider has a limit of the rate and does not tell it.
+
+Rules of this file: pure; time comes in as seconds of a monotonic clock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+HOLD_BELOW = 0.96
+"""After a refusal the rate starts here, against what was found: low enough for the provider's
+bucket to recover, high enough to give little away."""
+
+PLATEAU = 0.985
+"""There the growth is slowest: just below what was refused."""
+
+PLATEAU_S = 30.0
+"""Until the plateau is reached; about twice as long until the limit is tried again."""
+
+AGAIN_S = 5.0
+"""Refused again so soon, the rate was far too high and is cut by more."""
+
+CUTS = (0.93, 0.85, 0.7)
+"""For the first, second and each further refusal of a row of these."""
+
+SEARCH_PER_S = 0.05
+"""After such a row the limit is not known at all: the rate grows so fast until a refusal."""
+
+LATE_S = 0.1
+"""What a late event loop has not started may be made up for."""
+
+RATE_MIN_PER_S = 1 / 60
+"""One call a minute: the smallest limit that anybody sells."""
+
+_KNOWN = 8
+"""Starts from which a rate can be read."""
+
+
+@dataclass(slots=True)
+class Pace:
+    """Starts one call after the other at a rate that stays just below the hidden limit.
+
+    Off until the first refusal. Then, as TCP Cubic does with its window (RFC 9438; the AWS SDKs
+    limit their rate by the same curve), the rate grows quickly towards the rate at which the last
+    refusal came, slowly around it, and quickly beyond. That rate is taken as the mean of the one
+    that was refused and the one that was accepted since the refusal before: a provider's bucket
+    is empty at both, so that what went through between them is its own rate, unless the bucket is
+    so small that it ran over meanwhile; then the refused rate is.
+    """
+
+    rate_per_s: float | None = None
+    _found: float = 0.0  # the rate at which it was refused
+    _low: float = 0.0  # where the growth began
+    _grown_s: float = 0.0  # of growth: only while the pace is what holds calls up
+    _searching: bool = False
+    _row: int = 0
+    _cut_at_s: float = float("-inf")
+    _next_s: float = float("-inf")
+    _accepted: int = 0  # since the cut
+    _starts: deque[float] = field(default_factory=lambda: deque(maxlen=64))
+    _fitted: float | None = None  # the rate at the last answer
+    _cut_since_answer: bool = False
+
+    def wait_s(self, now_s: float) -> float:
+        if self.rate_per_s is None:
+            return 0.0
+        return max(0.0, self._next_s - now_s)
+
+    def started(self, now_s: float) -> None:
+        before_s = self._starts[-1] if self._starts else now_s
+        self._starts.append(now_s)
+        if self.rate_per_s is None:
+            return
+        self._grow(min(now_s - before_s, 2.0 / self.rate_per_s))
+        self._next_s = max(self._next_s, now_s - LATE_S) + 1.0 / self.rate_per_s
+
+    def succeeded(self, started_s: float) -> None:
+        self._fitted, self._cut_since_answer = self.rate_per_s, False
+        if started_s >= self._cut_at_s:
+            self._accepted += 1
+
+    def refused(self, now_s: float, started_s: float) -> None:
+        """A call was refused; one that began before the last cut says nothing new."""
+        if started_s < self._cut_at_s:
+            return
+        rate = self._sent_per_s(now_s)
+        if rate is None:
+            return
+        self._cut_since_answer = True
+        if self._cut_at_s == float("-inf") or now_s - self._cut_at_s < AGAIN_S:
+            self._cut_deep(rate)
+        else:
+            self._cut_to(self._limit(rate, now_s))
+        self._cut_at_s, self._grown_s, self._accepted = now_s, 0.0, 0
+        assert self.rate_per_s is not None
+        self._next_s = now_s + 1.0 / self.rate_per_s
+
+    def outage(self) -> None:
+        """Nothing was answered at all: what that seemed to say of the rate is taken back."""
+        if self._cut_since_answer:
+            self.rate_per_s, self._cut_at_s = self._fitted, float("-inf")
+            self._low = self._found = self._fitted or 0.0
+            self._grown_s = 0.0
+
+    def _limit(self, rate: float, now_s: float) -> float:
+        accepted = self._accepted / (now_s - self._cut_at_s)
+        return (rate + min(rate, accepted)) / 2.0
+
+    def _cut_to(self, found: float) -> None:
+        self._row, self._searching = 0, False
+        self._found = found
+        self._low = self.rate_per_s = max(RATE_MIN_PER_S, HOLD_BELOW * found)
+
+    def _cut_deep(self, rate: float) -> None:
+        factor = CUTS[-1] if self._cut_at_s == float("-inf") else CUTS[min(self._row, 2)]
+        self._row += 1
+        self._searching = self._searching or factor == CUTS[-1]
+        self._low = self.rate_per_s = max(RATE_MIN_PER_S, factor * rate)
+        self._found = self._low / HOLD_BELOW
+
+    def _grow(self, elapsed_s: float) -> None:
+        self._grown_s += elapsed_s
+        if self._searching:
+            self.rate_per_s = self._low * (1.0 + SEARCH_PER_S) ** self._grown_s
+            return
+        plateau = PLATEAU * self._found
+        steepness = (plateau - self._low) / PLATEAU_S**3
+        self.rate_per_s = plateau + steepness * (self._grown_s - PLATEAU_S) ** 3
+
+    def _sent_per_s(self, now_s: float) -> float | None:
+        """The rate that was refused: the pace, or less where calls did not come so fast."""
+        sent = None
+        if len(self._starts) >= _KNOWN:
+            sent = (len(self._starts) - 1) / max(now_s - self._starts[0], 1e-3)
+        if self.rate_per_s is None or (sent is not None and sent < self.rate_per_s / 2):
+            return sent
+        return self.rate_per_s

@@ -1,0 +1,87 @@
+"""What calls may cost in an hour, in US dollars: a rolling hour, in minutes.
+
+Rules of this file: pure; time comes in as seconds of a monotonic clock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+HOUR_S = 3600.0
+MINUTE_S = 60.0
+
+
+class Spend:
+    """Spent in the last hour, against our part of the limit.
+
+    Calls that are under way count with the mean of what calls have cost, so that the limit is
+    not passed by all of them at once. The part is the mean of our share over the hour (or since
+    the start): shares of all workers come to one at each moment, so their means do too.
+    """
+
+    def __init__(self, usd_per_hour: float | None) -> None:
+        self._limit_usd = usd_per_hour
+        self._minutes: deque[list[float]] = deque()  # [minute's begin, usd]
+        self._shares: deque[tuple[float, float]] = deque()  # [since, share]
+        self._spent_usd = self._call_usd = 0.0
+
+    def set_share(self, now_s: float, share: float) -> None:
+        self._shares.append((now_s, share))
+
+    def spent(self, now_s: float, usd: float) -> None:
+        """A call's cost; a negative one is no cost."""
+        if usd <= 0:
+            return
+        self._call_usd = usd if not self._call_usd else 0.9 * self._call_usd + 0.1 * usd
+        if not self._minutes or now_s >= self._minutes[-1][0] + MINUTE_S:
+            self._minutes.append([now_s, 0.0])
+        self._minutes[-1][1] += usd
+        self._spent_usd += usd
+
+    def last_hour_usd(self, now_s: float) -> float:
+        while self._minutes and self._minutes[0][0] + MINUTE_S <= now_s - HOUR_S:
+            self._spent_usd -= self._minutes.popleft()[1]
+        if not self._minutes:
+            self._spent_usd = 0.0
+        return self._spent_usd
+
+    def wait_s(self, now_s: float, in_flight: int) -> float:
+        """Seconds until some of it leaves the hour; 0: there is room for one more call."""
+        if self._limit_usd is None:
+            return 0.0
+        spent = self.last_hour_usd(now_s) + in_flight * self._call_usd
+        if spent < self._limit_usd * self._mean_share(now_s):
+            return 0.0
+        return self._until_less_s(now_s)
+
+    def _until_less_s(self, now_s: float) -> float:
+        if not self._minutes:
+            return MINUTE_S
+        return max(1.0, self._minutes[0][0] + MINUTE_S + HOUR_S - now_s)
+
+    def exceeded(self, now_s: float) -> str | None:
+        """A sentence for a person where the limit holds calls up."""
+        if self._limit_usd is None or not self.wait_s(now_s, 0):
+            return None
+        return (
+            f"limits.spend_usd_per_hour is reached: calls of the last hour cost "
+            f"{self.last_hour_usd(now_s):.2f} USD; it goes on when they are an hour old, or with "
+            "a higher limit"
+        )
+
+    def _mean_share(self, now_s: float) -> float:
+        """Over the last hour, or since the first share was told; 1 without one."""
+        begin_s = now_s - HOUR_S
+        while len(self._shares) > 1 and self._shares[1][0] <= begin_s:
+            self._shares.popleft()
+        if not self._shares:
+            return 1.0
+        begin_s = max(begin_s, self._shares[0][0])
+        if now_s <= begin_s:
+            return self._shares[-1][1]
+        ends = [*[since_s for since_s, _ in self._shares][1:], now_s]
+        held = sum(
+            share * (end_s - max(since_s, begin_s))
+            for (since_s, share), end_s in zip(self._shares, ends, strict=True)
+        )
+        return held / (now_s - begin_s)
