@@ -32,6 +32,7 @@ STATES = {
     "starting": "blue",
     "idle": "blue",
     "running": "green",
+    "waiting_for_budget": "yellow",
     "waiting_for_provider": "orange",
     "waiting_for_kafka": "orange",
     "rebalancing": "yellow",

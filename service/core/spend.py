@@ -10,6 +10,10 @@ from collections import deque
 HOUR_S = 3600.0
 MINUTE_S = 60.0
 
+FIRST_ANSWER_S = 1.0
+"""Until one call was answered nobody knows what a call costs, and they go one at a time; whoever
+waits asks again after this, or when it has ended."""
+
 
 class Spend:
     """Spent in the last hour, against our part of the limit.
@@ -24,12 +28,14 @@ class Spend:
         self._minutes: deque[list[float]] = deque()  # [minute's begin, usd]
         self._shares: deque[tuple[float, float]] = deque()  # [since, share]
         self._spent_usd = self._call_usd = 0.0
+        self._knows_cost = False
 
     def set_share(self, now_s: float, share: float) -> None:
         self._shares.append((now_s, share))
 
     def spent(self, now_s: float, usd: float) -> None:
-        """A call's cost; a negative one is no cost."""
+        """What an answer has cost, nothing included."""
+        self._knows_cost = True
         if usd <= 0:
             return
         self._call_usd = usd if not self._call_usd else 0.9 * self._call_usd + 0.1 * usd
@@ -49,6 +55,8 @@ class Spend:
         """Seconds until some of it leaves the hour; 0: there is room for one more call."""
         if self._limit_usd is None:
             return 0.0
+        if not self._knows_cost and in_flight:
+            return FIRST_ANSWER_S
         spent = self.last_hour_usd(now_s) + in_flight * self._call_usd
         if spent < self._limit_usd * self._mean_share(now_s):
             return 0.0

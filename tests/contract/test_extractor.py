@@ -14,9 +14,11 @@ import instructor
 import openai
 import pytest
 
+from service.core.budgets import Allowance, Estimate, Quota
 from service.core.errors import (
     CallFailure,
     CannotRun,
+    NoRoom,
     ServiceFailure,
     TransientFailure,
     WrongSettings,
@@ -683,3 +685,113 @@ async def test_the_prompts_version_follows_what_is_sent(
     assert (one.provenance.prompt_version != two.provenance.prompt_version) is prompt_changes
     schema_changes = one.provenance.schema_version != two.provenance.schema_version
     assert schema_changes is ("record" in change)
+
+
+# --- what admission hears ------------------------------------------------------------------------
+
+
+class Ear:
+    """A meter that notes what it is told; it has room for so many further calls."""
+
+    def __init__(self, room: int = 99) -> None:
+        self.room = room
+        self.asked: list[Estimate] = []
+        self.corrections: list[tuple[Estimate, int]] = []
+        self.allowances: list[Allowance] = []
+
+    def again(self, now_s: float, estimate: Estimate) -> bool:
+        self.asked.append(estimate)
+        self.room -= 1
+        return self.room >= 0
+
+    def used(self, now_s: float, estimate: Estimate, tokens: int) -> None:
+        self.corrections.append((estimate, tokens))
+
+    def told(self, now_s: float, allowance: Allowance) -> None:
+        assert allowance.asked_at_s <= now_s
+        self.allowances.append(allowance)
+
+
+@asynccontextmanager
+async def metered(ear: Ear, **extraction: Any) -> AsyncIterator[OpenAIExtractor]:
+    extractor = OpenAIExtractor(settings(**extraction), lambda _: None, ear)
+    await extractor.start()
+    try:
+        yield extractor
+    finally:
+        await extractor.stop()
+
+
+async def test_a_reask_without_room_is_taken_up_where_it_was(endpoint: Endpoint) -> None:
+    """It is asked for with its own, larger estimate; handed back, it costs no call again."""
+    text, ear = f"{ADA} [[invalid, answer]]", Ear(room=0)
+    async with metered(ear) as extractor:
+        with pytest.raises(NoRoom) as paused:
+            await extractor.call(text, None)
+        assert paused.value.provenance is not None
+        assert paused.value.provenance.calls == endpoint.calls[text] == 1
+        assert ear.asked[0] == extractor.estimate(text, paused.value.progress)
+        assert ear.asked[0].tokens > extractor.estimate(text, None).tokens
+        outcome = await extractor.call(text, paused.value.progress)
+    assert isinstance(outcome, Extracted)
+    assert outcome.provenance.calls == endpoint.calls[text] == 2
+    assert len(ear.asked) == 1, "its first call of an attempt comes with the slot"
+
+
+async def test_every_answer_corrects_and_teaches(endpoint: Endpoint) -> None:
+    """Re-asks too; and a refused call has used nothing. Afterwards estimates are what is used."""
+    ear = Ear()
+    async with metered(ear) as extractor:
+        first = extractor.estimate(ADA, None)
+        outcome = await extractor.call(f"{ADA} [[invalid, answer]]", None)
+        assert isinstance(outcome, Extracted)
+        used = outcome.provenance.tokens_input + outcome.provenance.tokens_output
+        assert sum(tokens for _, tokens in ear.corrections) == used
+        with pytest.raises(TransientFailure):
+            await extractor.call(f"{ADA} [[429]]", None)
+        assert ear.corrections[-1][1] == 0
+        for _ in range(20):
+            plain = await extractor.call(ADA, None)
+        assert isinstance(plain, Extracted)
+        used = plain.provenance.tokens_input + plain.provenance.tokens_output
+        learned = extractor.estimate(ADA, None)
+    assert abs(learned.tokens - used) < abs(first.tokens - used)
+    assert learned.tokens == pytest.approx(used, rel=0.3)
+
+
+async def test_rate_headers_are_heard_of_answers_and_of_refusals(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As OpenAI sends them; without any nothing is said."""
+    told = (
+        ("x-ratelimit-limit-requests", "60"),
+        ("x-ratelimit-remaining-requests", "59"),
+        ("x-ratelimit-reset-requests", "1s"),
+    )
+    steps = iter([Step(headers=told), Step("429", headers=told), Step()])
+    async with Endpoint(script=lambda _: next(steps)) as endpoint:
+        monkeypatch.setenv("OPENAI_BASE_URL", endpoint.url)
+        ear = Ear()
+        async with metered(ear) as extractor:
+            await extractor.call(ADA, None)
+            with pytest.raises(TransientFailure):
+                await extractor.call(ADA, None)
+            await extractor.call(ADA, None)
+    assert [each.requests for each in ear.allowances] == [Quota(60, 59, 1.0)] * 2
+
+
+async def test_a_probe_is_a_call_as_any_other_and_nobody_reads_its_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An answer, however bad, means that the provider is there; a failure is raised as a call's."""
+    steps = iter([Step(), Step("no_json"), Step("refuse"), Step("503"), Step("401")])
+    async with Endpoint(script=lambda _: next(steps)) as endpoint:
+        monkeypatch.setenv("OPENAI_BASE_URL", endpoint.url)
+        async with started() as extractor:
+            for _ in range(3):
+                await extractor.probe()
+            with pytest.raises(TransientFailure):
+                await extractor.probe()
+            with pytest.raises(ServiceFailure):
+                await extractor.probe()
+        assert endpoint.total() == 5

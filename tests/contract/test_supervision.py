@@ -698,6 +698,29 @@ async def test_a_look_that_fails_is_a_warning_and_opens_anew(
     assert caplog.text.count("brokers do not tell about the topics") == 1
 
 
+async def test_a_look_tells_the_lag_of_every_partition_whoever_holds_it(real: Kafka) -> None:
+    """By what the group has stored; unknown where it has stored nothing; on request only."""
+    topic, group = await real.topic(3), topics.unique_name("g")
+    for number, messages in enumerate((3, 5, 2)):
+        await real.send(topic, *map(str, range(messages)), partition=number)
+    await real.store(group, topic, {0: 1, 1: 5})
+    kafka = settings(real, topic, group).kafka
+    for lags, expected in ((True, {part(topic, 0): 2, part(topic, 1): 0}), (False, {})):
+        lookout = Lookout(kafka, lags=lags)
+        look = await lookout.look([topic], {part(topic, 2)})
+        await lookout.close()
+        assert look is not None
+        assert look.lags == expected
+        assert look.ends == {part(topic, 2): 2}, "those that are held"
+
+
+async def test_workers_hear_of_all_partitions_at_the_start(real: Kafka) -> None:
+    """Before the first call, so that two that start together do not use two budgets."""
+    topic, group = await real.topic(3), topics.unique_name("g")
+    async with real.member(topic, group) as one:
+        assert one.lags == {part(topic, number): None for number in range(3)}
+
+
 async def test_an_outage_makes_no_liveness_fail(
     mock_kafka: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,7 +54,7 @@ async def answers(session: aiohttp.ClientSession, url: str) -> bool:
     ids=["request-quota", "token-quota", "faults"],
 )
 async def test_the_judge_passes_the_service(scene: Scene, options: tuple[str, ...]) -> None:
-    """With quotas and faults, at 20 slots: verdict PASS, and an outcome for every message."""
+    """With quotas and faults, at 50 slots: verdict PASS, and an outcome for every message."""
     await scene.send(*(f"Ada number {n} is {n % 90}".encode() for n in range(90)))
     async with judge(*options) as url:
         await scene.catch_up(
@@ -62,7 +62,7 @@ async def test_the_judge_passes_the_service(scene: Scene, options: tuple[str, ..
             OPENAI_BASE_URL=f"{url}/v1",
             SLUICE_EXTRACTION__MODEL="gpt-4o-mini",
             SLUICE_EXTRACTION__OUTPUT_TOKENS_MAX="200",
-            SLUICE_LIMITS__CONCURRENCY="20",
+            SLUICE_LIMITS__CONCURRENCY="50",
         )
         async with aiohttp.ClientSession() as session:
             verdict = await (await session.get(f"{url}/_llmock/verdict")).json()

@@ -168,6 +168,8 @@ def test_the_hour_rolls_and_its_part_is_the_mean_of_the_shares() -> None:
 def test_calls_under_way_count_with_the_mean_cost() -> None:
     """Fifty in flight do not pass the limit together."""
     spend = Spend(1.0)
+    assert spend.wait_s(0, 0) == 0
+    assert spend.wait_s(0, 1) > 0, "nobody knows yet what a call costs"
     spend.spent(0, 0.1)
     assert spend.wait_s(0, 8) == 0
     assert spend.wait_s(0, 9) > 0

@@ -398,6 +398,12 @@ CONTRADICTIONS = [
     ({"output__topic": "same", "dead_letters__topic": "same"}, "output and dead letter topic"),
     ({"input__tombstones": "pass", "output__key_field": "name"}, "cannot be passed on"),
     ({"limits__window": "9", "limits__concurrency": "10"}, "a window of 9 cannot fill 10 slots"),
+    ({"extraction__hedge_after_s": "60"}, "a second call after 60 s would never be made"),
+    ({"extraction__message_timeout_s": "59"}, "before its first call may end"),
+    (
+        {"extraction__message_timeout_s": "60", "extraction__hedge_after_s": "60"},
+        "the message is rejected after message_timeout_s, 60 s",
+    ),
     (without("kafka__security__sasl_mechanism"), "needs a sasl_mechanism"),
     ({**SASL, "kafka__security__protocol": "SSL"}, "sasl_mechanism PLAIN needs protocol SASL_SSL"),
     (without("kafka__security__username"), "PLAIN needs a username"),
@@ -458,6 +464,7 @@ def test_contradictions_are_said_together() -> None:
         {"limits__window": "10", "limits__concurrency": "10"},
         {"input__tombstones": "pass"},
         STREAMING,
+        {"extraction__message_timeout_s": "60", "extraction__hedge_after_s": "59"},
     ],
 )
 def test_what_stands_together(settings: dict[str, str]) -> None:
