@@ -127,7 +127,7 @@ def _graph(
     colors = _colors(panel, shown)
     # From the highest down, so that each area covers what belongs to those below it.
     for line, color in reversed(list(zip(lines, colors, strict=True))):
-        opacity = 0.55 if lines is not shown else 0.0
+        opacity = 1.0 if lines is not shown else 0.0
         yield _line(line, plot, top, span, color, opacity)
     yield from _legends(shown, colors, box)
 
