@@ -73,6 +73,13 @@ class KafkaSecret(Group):
     """Which of its entries is what; those left out are not there."""
 
 
+class CacheSecret(Group):
+    existingSecret: Name = ""
+    """A Secret of yours with the URL of the Redis that keeps answers; for cache.mode redis."""
+    key: str = "url"
+    """The Secret's entry; becomes settings.cache.redis_url_file."""
+
+
 class Job(Group):
     schedule: str = ""
     """A CronJob at these times (cron's five fields); without it one Job for each `helm upgrade`."""
@@ -88,7 +95,7 @@ class Amounts(Group):
     cpu: Quantity | None = None
     """One process with one event loop: more than one core is never used."""
     memory: Quantity | None = None
-    """Above settings.limits.window_bytes and 256 Mi; the limit is checked."""
+    """Above 256Mi, settings.limits.window_bytes and the cache in memory; the limit is checked."""
     ephemeral_storage: Quantity | None = Field(default=None, alias="ephemeral-storage")
     """Logs and /tmp; nothing else is written."""
 
@@ -165,6 +172,10 @@ class NetworkPolicy(Group):
     """Where the model's endpoint is."""
     providerPorts: list[Port] = []
     """Its ports; without them that of provider.baseUrl."""
+    redisTo: Peers = []
+    """Where Redis is, with settings.cache.mode redis."""
+    redisPorts: list[Port] = [6379]
+    """Its ports; its URL is in a Secret, which the chart does not read."""
     extraEgress: list[dict[str, Any]] = []
     """Further rules, as for an OTLP collector."""
 
@@ -266,6 +277,8 @@ class Values(Group):
     """The model's endpoint."""
     kafkaSecret: KafkaSecret = Field(default_factory=KafkaSecret)
     """What the brokers ask for."""
+    cacheSecret: CacheSecret = Field(default_factory=CacheSecret)
+    """Where answers are kept."""
     mode: Literal["deployment", "job"] = "deployment"
     """deployment: until it is stopped. job: `--until-caught-up`, then it ends."""
     job: Job = Field(default_factory=Job)
@@ -273,8 +286,8 @@ class Values(Group):
     replicas: int = Field(default=2, ge=1)
     """Pods, where nothing scales them; more than partitions only wait."""
     terminationGracePeriodSeconds: int | None = Field(default=None, ge=1)
-    """Without it drain_timeout_s + call_timeout_s + 30 (+ preStopSeconds); a shorter one is refused,
-    because it would kill calls that are paid for."""
+    """Without it drain_timeout_s + call_timeout_s + 30 (+ preStopSeconds). A shorter one is
+    refused: it would kill calls that are paid for."""
     preStopSeconds: int = Field(default=0, ge=0)
     """Seconds between the pod's end being decided and SIGTERM. A consumer has no traffic to be
     taken off, so none are needed; a sidecar that must stay may need some."""

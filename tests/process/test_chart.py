@@ -164,6 +164,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"settings": {"extraction": {"record": "records.py:A"}}}, "which is not in files"),
     ({"resources": {"limits": {"memory": "500Mi"}}}, "would be an OOM kill"),
     ({"settings": {"limits": {"window_bytes": 900_000_000}}}, "would be an OOM kill"),
+    ({"settings": {"cache": {"redis_url": "redis://a"}}}, "would stand in a ConfigMap"),
+    (
+        {"settings": {"cache": {"mode": "memory", "memory_max_bytes": 600_000_000}}},
+        "would be an OOM kill",
+    ),
     ({"kafkaSecret": {"existingSecret": "a"}}, "no entry of it"),
     ({"replicas": 4, "autoscaling": {"partitions": 3}}, "the others would have nothing to do"),
     ({"autoscaling": {"kind": "keda"}}, "needs autoscaling.partitions"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -57,3 +58,18 @@ def test_closing_fits_what_the_chart_allows_for_it() -> None:
     assert sum(BOUNDS_S) <= CLOSING_S
     helpers = (generate.CHART / "templates" / "_helpers.tpl").read_text()
     assert f"$drain $call {CLOSING_S:g} |" in helpers
+
+
+def test_no_secret_can_stand_in_a_config_map() -> None:
+    """The templates refuse each setting that is a secret; a new one needs its sentence."""
+    sections = json.loads(json.dumps(Settings.model_json_schema()["$defs"]))
+    secret = {
+        name
+        for section in sections.values()
+        for name, one in section.get("properties", {}).items()
+        if any(each.get("writeOnly") for each in (one, *one.get("anyOf", [])))
+    }
+    helpers = (generate.CHART / "templates" / "_helpers.tpl").read_text()
+    assert secret >= {"password"}
+    refused = re.findall(r"settings\.[a-z_.]+\.([a-z_]+) would stand in a ConfigMap", helpers)
+    assert set(refused) == secret

@@ -4,7 +4,7 @@ A worker is one extraction: the chart's values with those of its entry in `extra
 "sluice.workers" gives them as a list, each with
   id        the name of its objects
   values    its values
-  user      settings as they go into sluice.yaml: the user's, and the files of kafkaSecret
+  user      settings as they go into sluice.yaml: the user's, and the files of the Secrets
   settings  the same over the service's defaults: what templates compute with
 */}}
 
@@ -95,6 +95,9 @@ privateKeyPassword: key_password_file
 {{- if $security -}}
 {{- $settings = mergeOverwrite $settings (dict "kafka" (dict "security" $security)) -}}
 {{- end -}}
+{{- end -}}
+{{- if .cacheSecret.existingSecret -}}
+{{- $settings = mergeOverwrite $settings (dict "cache" (dict "redis_url_file" "/etc/sluice-cache/redis_url")) -}}
 {{- end -}}
 {{- toYaml $settings -}}
 {{- end -}}
@@ -200,6 +203,9 @@ concurrency × 60 ÷ callSeconds requests a minute; at least one pod always has 
 {{- if $kafka.security.password -}}
 {{- fail (printf "%s: settings.kafka.security.password would stand in a ConfigMap: put it into a Secret, name that in kafkaSecret.existingSecret and its entry in kafkaSecret.keys.password." .id) -}}
 {{- end -}}
+{{- if ($settings.cache | default dict).redis_url -}}
+{{- fail (printf "%s: settings.cache.redis_url would stand in a ConfigMap: put it into a Secret and name that in cacheSecret.existingSecret." .id) -}}
+{{- end -}}
 {{- range $values.extraEnv -}}
 {{- if hasPrefix "SLUICE_" (.name | default "" | upper) -}}
 {{- fail (printf "%s: extraEnv sets %s, past the chart's checks: write it under settings." $.id .name) -}}
@@ -222,9 +228,12 @@ concurrency × 60 ÷ callSeconds requests a minute; at least one pod always has 
 {{- fail (printf "%s: settings.extraction.record names %s, which is not in files: pass it with --set-file 'files.%s=%s'." .id $record (replace "." "\\." $record) $record) -}}
 {{- end -}}
 {{- $needed := addf (float64 $settings.limits.window_bytes) 268435456 -}}
+{{- if eq $settings.cache.mode "memory" -}}
+{{- $needed = addf $needed (float64 $settings.cache.memory_max_bytes) -}}
+{{- end -}}
 {{- with $values.resources.limits.memory -}}
 {{- if lt (include "sluice.bytes" . | float64) $needed -}}
-{{- fail (printf "%s: resources.limits.memory is %s, but limits.window_bytes alone may fill %dMi, and the process needs 256Mi beside it: a full window would be an OOM kill. Raise the limit or lower limits.window_bytes." $.id . (divf (float64 $settings.limits.window_bytes) 1048576 | ceil | int)) -}}
+{{- fail (printf "%s: resources.limits.memory is %s, but the process (256Mi), limits.window_bytes and a cache in memory can fill %dMi: a full window would be an OOM kill. Raise the limit, or lower those." $.id . (divf $needed 1048576 | ceil | int)) -}}
 {{- end -}}
 {{- end -}}
 {{- if and .values.kafkaSecret.existingSecret (not (compact (values .values.kafkaSecret.keys))) -}}

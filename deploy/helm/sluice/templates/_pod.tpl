@@ -98,6 +98,11 @@ spec:
           mountPath: /etc/sluice-kafka
           readOnly: true
         {{- end }}
+        {{- if $values.cacheSecret.existingSecret }}
+        - name: cache
+          mountPath: /etc/sluice-cache
+          readOnly: true
+        {{- end }}
         {{- with $values.extraVolumeMounts }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
@@ -120,6 +125,15 @@ spec:
             path: {{ $file }}
           {{- end }}
           {{- end }}
+    {{- end }}
+    {{- if $values.cacheSecret.existingSecret }}
+    - name: cache
+      secret:
+        secretName: {{ $values.cacheSecret.existingSecret }}
+        defaultMode: 0440
+        items:
+          - key: {{ $values.cacheSecret.key }}
+            path: redis_url
     {{- end }}
     {{- with $values.extraVolumes }}
     {{- toYaml . | nindent 4 }}
