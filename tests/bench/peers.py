@@ -167,23 +167,6 @@ async def window(task: Task, extract: Extract) -> None:
         task_of_it.add_done_callback(running.discard)
 
 
-async def faststream(task: Task, extract: Extract) -> None:
-    """FastStream with as many workers as there are slots."""
-    from faststream import FastStream
-    from faststream.kafka import KafkaBroker, KafkaMessage
-
-    broker = KafkaBroker(task.servers, acks="all", enable_idempotence=True, linger_ms=5)
-
-    @broker.subscriber(
-        task.input, group_id=task.group, auto_offset_reset="earliest", max_workers=task.slots
-    )
-    async def one(text: str, message: KafkaMessage) -> None:
-        value = await extract(text)
-        await broker.publish(value, task.output, key=message.raw_message.key)
-
-    await FastStream(broker).run(log_level=40)
-
-
 async def run(name: str) -> None:
     task = Task.told()
     match name:
@@ -192,6 +175,8 @@ async def run(name: str) -> None:
         case "window":
             await window(task, with_instructor(task))
         case "faststream":
+            from tests.bench.faststream_peer import faststream
+
             await faststream(task, with_instructor(task))
         case "bare":
             connector = aiohttp.TCPConnector(limit=task.slots + 1)

@@ -7,6 +7,7 @@ import functools
 import logging
 import traceback
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx2

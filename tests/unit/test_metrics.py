@@ -29,6 +29,7 @@ from service.core.events import (
     Event,
     Finished,
     ForeignMetadata,
+    Hedged,
     OffsetsMissing,
     PublishRetried,
     Rebalanced,
@@ -267,6 +268,7 @@ MOVES: list[tuple[Event, dict[str, float]]] = [
             "sluice_first_record_seconds_sum": 0.7,
         },
     ),
+    (Hedged("second"), {"sluice_hedges_total won=second": 1}),
     (Streamed(1), {"sluice_records_published_total": 1}),
 ]
 
@@ -367,6 +369,10 @@ def test_gauges_show_the_status() -> None:
     }
     assert shown == {
         "sluice_reject_guard_tripped": 0,
+        "sluice_budget_share_ratio": 1.0,
+        "sluice_spent_last_hour_usd": 0.0,
+        "sluice_oldest_message_age_seconds": 0.0,
+        "sluice_lanes_waiting": 0,
         "sluice_ready": 1,
         "sluice_slots": 50,
         "sluice_slots_busy": 49,
