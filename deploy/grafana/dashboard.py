@@ -33,7 +33,6 @@ STATES = {
     "idle": "blue",
     "running": "green",
     "waiting_for_budget": "yellow",
-    "waiting_for_budget": "orange",
     "waiting_for_provider": "orange",
     "waiting_for_kafka": "orange",
     "rebalancing": "yellow",
