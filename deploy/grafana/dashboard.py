@@ -32,12 +32,11 @@ STATES = {
     "starting": "blue",
     "idle": "blue",
     "running": "green",
-    "waiting_for_budget": "yellow",
-    "waiting_for_budget": "orange",
+    "waiting_for_budget": "teal",
     "waiting_for_provider": "orange",
     "waiting_for_kafka": "orange",
     "rebalancing": "yellow",
-    "guarded": "red",
+    "guarded": "brown",
     "draining": "purple",
     "stalled": "red",
 }
@@ -454,6 +453,43 @@ MODEL = Row(
     ),
 )
 
+MONEY = Row(
+    "Money, cache, guard",
+    (
+        Panel(
+            "Cost per hour",
+            "What would an hour like this cost, by model?",
+            "Above plan: a smaller model, shorter instructions, the cache, or a spend limit.",
+            "currencyUSD",
+            (Query(f"3600 * {rate('sluice_cost_usd_total', 'model')}", "{{model}}"),),
+            stacked=True,
+        ),
+        Panel(
+            "What it is paid for",
+            "Which part goes into first answers, and which into further tries?",
+            "Much for reask: schema or instructions; for repeat: timeouts that are too short.",
+            "currencyUSD",
+            (Query(f"3600 * {rate('sluice_cost_usd_total', 'purpose')}", "{{purpose}}"),),
+            stacked=True,
+        ),
+        Panel(
+            "Answers from the cache",
+            "How often is an answer there already?",
+            "Hits and shared ones cost nothing; errors are paid for: look at the store.",
+            "ops",
+            (Query(rate("sluice_cache_lookups_total", "result"), "{{result}}"),),
+            stacked=True,
+        ),
+        Panel(
+            "Reject guard",
+            "Has intake stopped because too much is rejected?",
+            "1: mend the cause; the guard itself looks whether it is over.",
+            "short",
+            (Query(f"max ({_select('sluice_reject_guard_tripped', {})})", "tripped"),),
+        ),
+    ),
+)
+
 SATURATION = Row("Slots and window", (SLOTS, WINDOW, FULL_WINDOW))
 
 CAUSES = Row(
@@ -674,7 +710,7 @@ PAGES = (
         "sluice",
         "Sluice",
         "Text messages in, validated records out: all workers.",
-        (WELL, LAG, LATENCY, MODEL, SATURATION, CAUSES),
+        (WELL, LAG, LATENCY, MODEL, MONEY, SATURATION, CAUSES),
     ),
     Page(
         "sluice-worker",
