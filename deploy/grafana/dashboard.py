@@ -454,7 +454,7 @@ MODEL = Row(
 )
 
 MONEY = Row(
-    "Money, cache, guard",
+    "Money, budgets, cache, guard",
     (
         Panel(
             "Cost per hour",
@@ -479,6 +479,24 @@ MONEY = Row(
             "ops",
             (Query(rate("sluice_cache_lookups_total", "result"), "{{result}}"),),
             stacked=True,
+        ),
+        Panel(
+            "What holds calls up",
+            "How long until the next call may start, by what holds it up?",
+            "Requests, tokens, spend: a limit of yours. Pace, cooldown, circuit: the provider's.",
+            "s",
+            (
+                Query(
+                    f"max by (cause) ({_select('sluice_admission_wait_seconds', {})})", "{{cause}}"
+                ),
+            ),
+        ),
+        Panel(
+            "Spent in the last hour",
+            "What have the calls of the last hour cost, over all workers?",
+            "At limits.spend_usd_per_hour calls wait; raise it, or see what it is paid for.",
+            "currencyUSD",
+            (Query(total("sluice_spent_last_hour_usd"), "dollars"),),
         ),
         Panel(
             "Reject guard",
