@@ -113,11 +113,15 @@ class Stage:
     async def refuse_credentials(self) -> None:
         self.endpoint.fault = Fault(Step("401"))
 
-    async def accept_credentials(self) -> None:
+    async def mend_endpoint(self) -> None:
         self.endpoint.fault = None
 
     async def flood(self) -> None:
         self.poisoned = POISONED
+
+    async def let_model_refuse(self) -> None:
+        """Every text, as a model that was changed might."""
+        self.endpoint.fault = Fault(Step("refuse"))
 
     async def end_flood(self) -> None:
         self.poisoned = 0.0
@@ -181,7 +185,7 @@ PHASES = (
     ),
     Phase(
         "accepted again",
-        Stage.accept_credentials,
+        Stage.mend_endpoint,
         # The last probe before may have been refused after the first alert had ended.
         may=OUTAGE | BACKLOG | {"SluiceCredentialsRefused"},
         ends=True,
@@ -195,6 +199,18 @@ PHASES = (
     Phase("stranger gone", Stage.turn_stranger_out, may=BACKLOG, ends=True),
     Phase("poison flood", Stage.flood, {"SluiceSuccessBudgetBurnsFast", "SluiceDeadLettersGrow"}),
     Phase("flood over", Stage.end_flood, ends=True),
+    Phase(
+        "model refuses all",
+        Stage.let_model_refuse,
+        {"SluiceRejectGuardTripped"},
+        OUTAGE | BACKLOG | {"SluiceSuccessBudgetBurnsFast", "SluiceDeadLettersGrow"},
+    ),
+    Phase(
+        "model is good again",
+        Stage.mend_endpoint,
+        may=OUTAGE | BACKLOG | {"SluiceSuccessBudgetBurnsFast", "SluiceDeadLettersGrow"},
+        ends=True,
+    ),
     Phase(
         "Kafka down",
         Stage.kill_kafka,

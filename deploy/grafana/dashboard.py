@@ -32,11 +32,11 @@ STATES = {
     "starting": "blue",
     "idle": "blue",
     "running": "green",
-    "waiting_for_budget": "yellow",
+    "waiting_for_budget": "teal",
     "waiting_for_provider": "orange",
     "waiting_for_kafka": "orange",
     "rebalancing": "yellow",
-    "guarded": "red",
+    "guarded": "brown",
     "draining": "purple",
     "stalled": "red",
 }
@@ -453,6 +453,61 @@ MODEL = Row(
     ),
 )
 
+MONEY = Row(
+    "Money, budgets, cache, guard",
+    (
+        Panel(
+            "Cost per hour",
+            "What would an hour like this cost, by model?",
+            "Above plan: a smaller model, shorter instructions, the cache, or a spend limit.",
+            "currencyUSD",
+            (Query(f"3600 * {rate('sluice_cost_usd_total', 'model')}", "{{model}}"),),
+            stacked=True,
+        ),
+        Panel(
+            "What it is paid for",
+            "Which part goes into first answers, and which into further tries?",
+            "Much for reask: schema or instructions; for repeat: timeouts that are too short.",
+            "currencyUSD",
+            (Query(f"3600 * {rate('sluice_cost_usd_total', 'purpose')}", "{{purpose}}"),),
+            stacked=True,
+        ),
+        Panel(
+            "Answers from the cache",
+            "How often is an answer there already?",
+            "Hits and shared ones cost nothing; errors are paid for: look at the store.",
+            "ops",
+            (Query(rate("sluice_cache_lookups_total", "result"), "{{result}}"),),
+            stacked=True,
+        ),
+        Panel(
+            "What holds calls up",
+            "How long until the next call may start, by what holds it up?",
+            "Requests, tokens, spend: a limit of yours. Pace, cooldown, circuit: the provider's.",
+            "s",
+            (
+                Query(
+                    f"max by (cause) ({_select('sluice_admission_wait_seconds', {})})", "{{cause}}"
+                ),
+            ),
+        ),
+        Panel(
+            "Spent in the last hour",
+            "What have the calls of the last hour cost, over all workers?",
+            "At limits.spend_usd_per_hour calls wait; raise it, or see what it is paid for.",
+            "currencyUSD",
+            (Query(total("sluice_spent_last_hour_usd"), "dollars"),),
+        ),
+        Panel(
+            "Reject guard",
+            "Has intake stopped because too much is rejected?",
+            "1: mend the cause; the guard itself looks whether it is over.",
+            "short",
+            (Query(f"max ({_select('sluice_reject_guard_tripped', {})})", "tripped"),),
+        ),
+    ),
+)
+
 SATURATION = Row("Slots and window", (SLOTS, WINDOW, FULL_WINDOW))
 
 CAUSES = Row(
@@ -673,7 +728,7 @@ PAGES = (
         "sluice",
         "Sluice",
         "Text messages in, validated records out: all workers.",
-        (WELL, LAG, LATENCY, MODEL, SATURATION, CAUSES),
+        (WELL, LAG, LATENCY, MODEL, MONEY, SATURATION, CAUSES),
     ),
     Page(
         "sluice-worker",

@@ -205,6 +205,8 @@ def _shown(value: float, unit: str) -> str:
     match unit:
         case "percentunit":
             return f"{value:.1%}"
+        case "currencyUSD":
+            return f"${value:.3g}"
         case "s":
             return f"{value:.3g} s"
         case "bytes":
