@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 
 from service.core.completed import finished_ranges
 from service.kafka.starts import Stored, read
+from service.reading import load
 from tests.process.conftest import PARTITIONS, Scene
 from tests.support.endpoint import Latency
 from tests.support.service import service
+from tests.support.stopping import longest_stop_s
 from tests.support.topics import committed, produce, produce_transaction, read_topic
 
 REAL_TEXTS = Path(__file__).parents[3] / "shared" / "data" / "utterances.jsonl"
@@ -49,15 +52,18 @@ async def test_real_texts_get_one_outcome_each(scene: Scene) -> None:
 
 
 async def test_sigterm_half_way_repeats_nothing(scene: Scene) -> None:
-    """Stopped half way and started again: one outcome a message, and no call made twice."""
+    """Stopped half way and started again: one outcome a message, no call made twice, and the stop
+    within what the chart's grace period is computed from."""
     count = await send_texts(scene)
     slow = {**scene.environment, "SLUICE_LIMITS__CONCURRENCY": "10"}
     scene.endpoint.latency = Latency(median_s=0.05)
     async with service(slow) as running:
         await running.until("sluice_messages_finished_total", count / 2)
+        asked_s = time.monotonic()
         running.signal(signal.SIGTERM)
         ended = await running.ended()
     assert ended.code == 0, ended.printed
+    assert time.monotonic() - asked_s < longest_stop_s(load(None, slow))
     assert scene.endpoint.total() < count
     await scene.catch_up()
     assert await scene.outcomes() == await scene.everything()

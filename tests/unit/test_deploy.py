@@ -12,6 +12,7 @@ from service.demo.model import MODEL_NAME, SLOTS
 from service.reading import load
 from service.settings import warnings
 from service.wording import table
+from tests.support.stopping import longest_stop_s
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -46,10 +47,9 @@ def test_compose_settings_are_settings() -> None:
 
 
 def test_compose_gives_a_stop_the_time_it_takes() -> None:
-    """Docker waits longer than a drain, a commit and the goodbye to the group may take."""
+    """Docker waits longer than a drain, a call's own timeout and closing may take."""
     loaded = load(None, _environment())
-    needed_s = loaded.delivery.drain_timeout_s + loaded.kafka.request_timeout_s
-    assert _seconds(SERVICES["sluice"]["stop_grace_period"]) >= needed_s
+    assert _seconds(SERVICES["sluice"]["stop_grace_period"]) >= longest_stop_s(loaded)
 
 
 def test_images_are_pinned() -> None:
