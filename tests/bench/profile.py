@@ -1,6 +1,6 @@
-"""Where the CPU of a message goes, from poll to commit, in steady state; scenario (b).
+"""Where the CPU of a message goes, from poll to commit, in steady state.
 
-    python -m tests.bench.profile [--seconds 15] [--functions 15]
+    python -m tests.bench.profile [--scenario b] [--seconds 15] [--functions 15]
 
 Shares come from samples within the process, the CPU for each message from outside and without
 the profiler's own part, so that the two can be multiplied.
@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.__main__ import LOADS, kafka
-from tests.bench.driver import Place, endpoint, environment_of, fill, measure, running, stats
+from tests.bench.driver import Load, Place, endpoint, environment_of, fill, measure, running, stats
 from tests.support.topics import create_topic, unique_name
 
-(LOAD,) = (load for load in LOADS if load.letter == "b")
+SCENARIOS = {load.letter: load for load in LOADS}
 WARM_UP_S = 6.0
 
 
-async def profile(servers: str, seconds: float, functions: int) -> str:
-    place = await fill(servers, LOAD, 2 * (seconds + WARM_UP_S))
+async def profile(servers: str, load: Load, seconds: float, functions: int) -> str:
+    place = await fill(servers, load, 2 * (seconds + WARM_UP_S))
     plain = await measure(place, "sluice", seconds, WARM_UP_S)
     samples = await sampled(place, seconds)
     return table(samples, plain.cpu_ms, functions)
@@ -69,11 +69,13 @@ def table(samples: dict[str, Any], cpu_ms: float, functions: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.profile", description=__doc__)
+    parser.add_argument("--scenario", choices=SCENARIOS, default="b")
     parser.add_argument("--seconds", type=float, default=15.0)
     parser.add_argument("--functions", type=int, default=15)
     given = parser.parse_args()
+    load = SCENARIOS[given.scenario]
     with kafka() as servers:
-        print(asyncio.run(profile(servers, given.seconds, given.functions)))
+        print(asyncio.run(profile(servers, load, given.seconds, given.functions)))
 
 
 if __name__ == "__main__":
