@@ -20,6 +20,7 @@ from pydantic import (
     ConfigDict,
     Field,
     SecretStr,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -111,6 +112,11 @@ def _distinct(names: tuple[str, ...], what: str) -> tuple[str, ...]:
 OrNull = BeforeValidator(lambda value: None if value == "null" else value)
 """In the environment an empty variable counts as not set, so that the word has to say it."""
 
+ONE_OR_SEVERAL = WithJsonSchema(
+    {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
+)
+"""What a list of names may be written as: one of them, or a list."""
+
 Topic: TypeAlias = Annotated[str, AfterValidator(_topic)]
 Start: TypeAlias = Annotated[Literal["earliest", "latest"] | datetime, BeforeValidator(_start)]
 
@@ -184,7 +190,7 @@ class KafkaSettings(Section):
 
 
 class InputSettings(Section):
-    topics: Annotated[tuple[Topic, ...], NoDecode] = ("messages",)
+    topics: Annotated[tuple[Topic, ...], NoDecode, ONE_OR_SEVERAL] = ("messages",)
     """Topics to read; in the environment one name or a comma-separated list."""
     start: Start = "earliest"
     """Where a new group starts: a word, or a time in ISO 8601 with its offset."""
@@ -277,7 +283,9 @@ class ExtractionSettings(Section):
     `text` and `records`. Each costs its tokens in every call."""
     cardinality: Literal["one", "many"] = "one"
     """One record a message, or a list of any length."""
-    model: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], NoDecode] = ("gpt-4o-mini",)
+    model: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], NoDecode, ONE_OR_SEVERAL] = (
+        "gpt-4o-mini",
+    )
     """The model's name at the endpoint, or several (in the environment comma-separated): the next,
     stronger one is asked only when the one before refuses, is cut off at its limit or cannot be
     validated, or when a validator or `confidence` asks for it. Mode and limits are the same for
