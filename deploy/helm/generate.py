@@ -117,6 +117,8 @@ def schema() -> dict[str, Any]:
     for name, one in definitions.items():
         if name not in REQUIRED:  # whatever is left out has its default
             one.pop("required", None)
+    for section in inner.values():
+        section["properties"] = {name: _or_text(one) for name, one in section["properties"].items()}
     properties = whole["properties"]
     properties["settings"]["$ref"] = "#/$defs/Settings"
     definitions["Extraction"]["properties"] |= {
@@ -125,6 +127,14 @@ def schema() -> dict[str, Any]:
     properties["global"] = {"type": "object", "description": "Helm's own."}
     dialect = "https://json-schema.org/draft/2020-12/schema"
     return cast(dict[str, Any], _bare({"$schema": dialect, **whole, "$defs": definitions}))
+
+
+def _or_text(one: dict[str, Any]) -> dict[str, Any]:
+    """A list of names may be one text with commas, in the file as in the environment."""
+    if one.get("type") != "array" or one["items"].get("type") != "string":
+        return one
+    rest = {name: value for name, value in one.items() if name not in ("type", "items")}
+    return {**rest, "anyOf": [{"type": "array", "items": one["items"]}, {"type": "string"}]}
 
 
 REQUIRED = ("Extraction", "Settings.Example")
