@@ -140,6 +140,16 @@ def test_a_full_window_calls_for_no_second_pod(settings: dict[str, Any], thresho
     assert int(threshold) >= Settings(**settings).window
 
 
+def test_topics_with_commas_are_several() -> None:
+    """Each has a trigger, however they are written; sluice.yaml keeps the user's words."""
+    values = {
+        "settings": {**BROKERS, "input": {"topics": "a, b"}},
+        "autoscaling": {"kind": "keda", "partitions": 12},
+    }
+    triggers = only("ScaledObject", rendered(values))["spec"]["triggers"]
+    assert [one["metadata"]["topic"] for one in triggers] == ["a", "b"]
+
+
 def test_who_scales_decides_alone_how_many() -> None:
     """With autoscaling an upgrade does not put the number of pods back."""
     values = {"autoscaling": {"kind": "hpa", "partitions": 6}}

@@ -65,6 +65,12 @@ app.kubernetes.io/component: {{ .worker.component }}
 {{- $_ := set $worker "user" (include "sluice.userSettings" $values | fromYaml) -}}
 {{- $defaults := $.Files.Get "files/defaults.yaml" | fromYaml -}}
 {{- $_ := set $worker "settings" (mergeOverwrite $defaults (deepCopy $worker.user)) -}}
+{{- range $section, $setting := dict "input" "topics" "extraction" "model" -}}
+{{- $named := get (get $worker.settings $section) $setting -}}
+{{- if kindIs "string" $named -}}
+{{- $_ := set (get $worker.settings $section) $setting (regexSplit " *, *" (trim $named) -1) -}}
+{{- end -}}
+{{- end -}}
 {{- include "sluice.check" $worker -}}
 {{- $workers = append $workers $worker -}}
 {{- end -}}
