@@ -231,7 +231,8 @@ MUTATIONS = (
     Mutation(
         "11 a slot is lost with the partition of its call",
         PIPELINE,
-        "            self._admission.release()\n",
+        "            self._window.call_ended(entry)\n            self._admission.release()\n",
+        "            self._window.call_ended(entry)\n"
         "            if not entry.holding.lost:\n                self._admission.release()\n",
         (REBALANCE + "slots_are_whole_after_many_rebalances",),
     ),
