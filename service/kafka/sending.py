@@ -24,7 +24,9 @@ from service.core.errors import OutputTooLarge, PublishFailed, SluiceError
 from service.kafka.producers import Output, Producers
 
 LINGER_S = 0.005
-"""Before a batch leaves: short against a call to a model, long enough to fill requests."""
+"""Between two departures: short against a call to a model, long enough to fill requests. All
+partitions depart together, since the client puts what goes to one broker into one request; what
+comes after a pause departs at once."""
 TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
 """How brokers refuse a batch whose size is above the topic's limit, whichever record it was."""
 
@@ -108,6 +110,7 @@ class Sending:
         self._deadline_s = deadline_s
         self._group = group
         self._queues: dict[TopicPartition, OutputQueue] = {}
+        self._departure_s = 0.0  # nothing leaves before
         self._tasks: set[asyncio.Task[None]] = set()
 
     def hand_over(
@@ -152,16 +155,23 @@ class Sending:
     async def _empty(self, where: TopicPartition, queue: OutputQueue) -> None:
         batch: list[Waiting] = []
         try:
-            await asyncio.sleep(LINGER_S)
+            await self._linger()
             while batch := queue.take(self._batch_max_bytes(where.topic)):
                 queue.since_s = asyncio.get_running_loop().time()
                 await self._send(where, queue, batch)
                 queue.since_s = None
-                await asyncio.sleep(LINGER_S)
+                if queue.waiting:
+                    await self._linger()
         finally:
             queue.running, queue.since_s = False, None
             # Empty but for a cancelled task: those were never acknowledged.
             _fail([*batch, *queue.waiting], f"{_name(where)}: the sink was stopped")
+
+    async def _linger(self) -> None:
+        """Until the next departure, which whoever waits takes together."""
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(max(0.0, self._departure_s - loop.time()))
+        self._departure_s = loop.time() + LINGER_S
 
     async def _send(
         self, where: TopicPartition, queue: OutputQueue, batch: Sequence[Waiting]
