@@ -27,6 +27,7 @@ from service.core.errors import (
     OutputTooLarge,
     PublishFailed,
     ServiceFailure,
+    TransientFailure,
 )
 from service.core.events import (
     Abandoned,
@@ -54,7 +55,6 @@ from service.core.messages import (
     Partition,
     Passed,
     Postponed,
-    Provenance,
     Publishable,
     Reason,
     Rejected,
@@ -492,7 +492,7 @@ class Pipeline:
             self._window.call_ended(entry)
             self._admission.release()
             self._moved_on()
-        self._account(entry, turn, result.provenance)
+        self._account(entry, turn, result)
         match result:
             case NoRoom():
                 self._provider_answers(turn)
@@ -508,13 +508,18 @@ class Pipeline:
         self._admit()
         await self._hand_over(entry.holding, entry.lane)
 
-    def _account(self, entry: Entry, turn: Turn, spent: Provenance | None) -> None:
+    def _account(
+        self, entry: Entry, turn: Turn, result: Extracted | Rejected | CallFailure
+    ) -> None:
         """What an attempt has cost; one that took its answer from the cache has cost nothing."""
+        spent = result.provenance
         if spent is None:
             return
         before, entry.spent = entry.spent, spent
         usd = spent.cost_usd - (0.0 if before is None else before.cost_usd)
-        self._admission.spend.spent(self._now_s(), usd)
+        answered = not (spent.cached or isinstance(result, TransientFailure | ServiceFailure))
+        if usd > 0 or answered:  # what nobody answered says nothing of what a call costs
+            self._admission.spend.spent(self._now_s(), usd)
         if spent.cached:
             self._admission.unused(self._now_s(), turn.estimate)
 

@@ -97,6 +97,23 @@ def test_the_spend_limit_stops_intake_and_heals_by_itself() -> None:
     assert stage.broker.committed == {partition(): 60}
 
 
+def test_a_refusal_does_not_teach_what_a_call_costs() -> None:
+    """Until one was answered they go one at a time: fifty at once could pass the limit."""
+    stage = Limited(Limits(50, spend_usd_per_hour=1.0))
+    priced_at(stage, 0.05)
+    unpaid = Provenance("fake", "p", "s", calls=1)
+    stage.extractor.scripts["text 0"] = [TransientFailure("connection", provenance=unpaid)]
+    for n in range(60):
+        stage.broker.append(f"text {n}")
+
+    async def look() -> None:
+        await asyncio.sleep(600)
+        assert len(stage.extractor.calls) == 21
+        stage.pipeline.force()
+
+    stage.show(look)
+
+
 def priced_at(stage: Stage, usd: float) -> None:
     """Each answer costs so much."""
 
@@ -280,15 +297,32 @@ def test_a_second_call_is_no_second_chance_to_fail() -> None:
 
 def test_no_more_than_one_call_in_twenty_is_a_second_one() -> None:
     """Where all are slow the provider is; and never two for one message, nor beyond the slots."""
-    stage = Limited(Limits(10), bounds=replace(WIDE, concurrency=10, hedge_after_s=0.5))
+    bounds = replace(WIDE, concurrency=450, window=450, hedge_after_s=0.5)
+    stage = Limited(Limits(450), bounds=bounds)
     for n in range(400):
         stage.broker.append(f"text {n}")
     stage.extractor.latency_s = lambda text: 5.0 if int(text.split()[1]) % 2 else 0.1
     stage.show()
     second = len(stage.extractor.calls) - 400
     assert 0 < second <= 400 * HEDGED_SHARE + 1
-    assert stage.extractor.in_flight_max <= 10
+    assert stage.extractor.in_flight_max <= 450
     assert stage.broker.committed == {partition(): 400}
+
+
+def test_a_second_call_needs_a_free_slot() -> None:
+    """While others wait for a slot, none is taken from them."""
+    stage = Limited(Limits(2), bounds=replace(BOUNDS, concurrency=2, hedge_after_s=0.5))
+    for n in range(8):
+        stage.broker.append(f"text {n}")
+    stage.extractor.latency_s = lambda _: 5.0
+
+    async def look() -> None:
+        await asyncio.sleep(14)
+        assert len(stage.extractor.calls) == 6
+        assert stage.extractor.in_flight_max == 2
+        stage.pipeline.force()
+
+    stage.show(look)
 
 
 # --- one budget for several workers --------------------------------------------------------------

@@ -50,6 +50,7 @@ class Stage:
         self.source = FakeSource(self.broker)
         self.extractor = FakeExtractor()
         self.sink = FakeSink(self.broker, ordering=bounds.ordering)
+        self.once_too_large: set[int] = set()  # offsets; of whatever partition
         self.events: list[Event] = []
         self.bounds = bounds
         self.pipeline = self.new_pipeline()

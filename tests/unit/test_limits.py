@@ -5,7 +5,7 @@ import pytest
 from service.core.budgets import NO_TOKENS, Allowance, Estimate, Quota
 from service.core.circuit import CIRCUIT_FAILURES, PROBE_CAP_S, Circuit, CircuitState
 from service.core.limits import RESTART_SLOTS, Admission, Cause, Hold, Limits
-from service.core.retry import RETRY_AFTER_MAX_S
+from service.core.retry import RETRIES_SAVED, RETRY_AFTER_MAX_S
 
 
 def upper(low: float, high: float) -> float:
@@ -179,3 +179,13 @@ def test_the_hours_money_stops_calls() -> None:
     assert "limits.spend_usd_per_hour is reached" in str(admission.spend.exceeded(1))
     assert admission.hold(3661) is None
     assert admission.spend.exceeded(3661) is None
+
+
+def test_retries_are_free_once_the_provider_is_back() -> None:
+    """What an outage has used up of the retries does not slow the return."""
+    admission = of()
+    admission.retries.take(admission.retries.available(0))
+    admission.failed(0, "down", service=True)
+    assert admission.retries.available(0) == 0
+    admission.back()
+    assert admission.retries.available(0) == RETRIES_SAVED

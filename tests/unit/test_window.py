@@ -96,6 +96,21 @@ def test_due_retries_come_before_the_queue_the_earliest_first() -> None:
     assert [window.call_next(2).message.offset for _ in range(3)] == [1, 0, 2]
 
 
+def test_retries_are_woken_but_for_what_the_provider_asked() -> None:
+    """Their own backoff is over at once; a Retry-After is not. No more come than may."""
+    window = full(3)
+    for offset in range(3):
+        entry = window.call_next(0)
+        window.call_ended(entry)
+        entry.not_before_s = 20.0 if offset == 1 else 0.0
+        window.retry(entry, 0, due_s=30.0)
+    window.wake_retries(5.0)
+    assert window.next_retry_s == 5.0
+    assert window.requeue_due(5.0, most=1) == 1
+    assert window.requeue_due(5.0, most=9) == 1
+    assert window.next_retry_s == 20.0
+
+
 def finish(window: Window, entry: Entry) -> None:
     window.call_ended(entry)
     window.answered(entry, Skipped(), 0)
