@@ -75,8 +75,9 @@ class Tracing:
             # Ended by `stop`, in order and bounded, so not once more when the process ends.
             provider = TracerProvider(resource=_resource(), shutdown_on_exit=False)
         except ValueError as error:
+            why = str(error).rstrip(".")
             raise WrongSettings(
-                f"telemetry.tracing: an OTEL_* environment variable has no usable value: {error}."
+                f"telemetry.tracing: an OTEL_* environment variable has no usable value: {why}."
             ) from None
         provider.add_span_processor(self._processor)
         self._tracer = provider.get_tracer("sluice")
