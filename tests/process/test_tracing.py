@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 from service.demo.broker import EmbeddedBroker
 from tests.process.conftest import Scene
 from tests.support.endpoint import Endpoint
-from tests.support.service import run
+from tests.support.service import run, service
 from tests.support.topics import produce, read_topic
 from tests.support.traces import receiver
 
@@ -22,14 +23,21 @@ def create_topics(broker: EmbeddedBroker, scene: Scene) -> None:
 
 async def test_a_trace_goes_from_header_to_header(mock_kafka: EmbeddedBroker) -> None:
     """It begins in a producer's header, goes through message, call and publish, and the output's
-    header names the publish; all of it is sent before the process ends."""
+    header names the publish, an exemplar the trace; all of it is sent before the process ends."""
     async with Endpoint() as endpoint, receiver() as collector:
         scene = Scene(mock_kafka.bootstrap_servers, endpoint)
         create_topics(mock_kafka, scene)
         await produce(scene.servers, scene.input, [b"Ada is 36"], headers=[GIVEN])
-        await scene.catch_up(
-            SLUICE_TELEMETRY__TRACING="true", OTEL_EXPORTER_OTLP_ENDPOINT=collector.url
-        )
+        traced = {
+            "SLUICE_TELEMETRY__TRACING": "true",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
+        }
+        async with service({**scene.environment, **traced}) as running:
+            await running.until("sluice_messages_finished_total", 1)
+            _, exposed = await running.get("/metrics", accept="application/openmetrics-text")
+            running.signal(signal.SIGTERM)
+            assert (await running.ended()).code == 0
+        assert f'# {{trace_id="{TRACE}"}}' in exposed
         message, call, send = map(collector.named, ("process", "chat", "send"))
         assert {bytes.fromhex(TRACE)} == {span.trace_id for span in collector.spans}
         assert bytes.fromhex(PARENT) == message.parent_span_id
