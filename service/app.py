@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from service.core.circuit import Circuit
-from service.core.errors import CannotRun, NotReachable, Stop, WrongSettings
+from service.core.errors import CannotRun, NotReachable, Stop
 from service.core.events import Called, Event, Finished, Streamed
 from service.core.guard import GuardBounds
 from service.core.limits import Admission, Limits
@@ -79,16 +79,11 @@ def run(settings: Settings, *, until_caught_up: bool = False) -> int:
 
 
 def _tracing(settings: Settings) -> Tracing | None:
-    """Imported only where it is on: its package is an extra."""
+    """Imported only where it is on: its packages are an extra."""
     if not settings.telemetry.tracing:
         return None
-    try:
-        from service.telemetry.tracing import Tracing
-    except ImportError:
-        raise WrongSettings(
-            "telemetry.tracing needs OpenTelemetry, which is not installed: "
-            "pip install 'kafka-sluice[tracing]'."
-        ) from None
+    from service.telemetry.tracing import Tracing
+
     return Tracing(settings)
 
 

@@ -1,6 +1,7 @@
 """Traces with OpenTelemetry: a span for each message, for its calls and for its publishes.
 
-Rules of this file: nobody else imports OpenTelemetry, whose packages are the extra `tracing`; no
+Rules of this file: nobody else imports OpenTelemetry, whose packages are the extra `tracing`: where
+they are missing, importing this file raises `WrongSettings`, so it is done where tracing is on. No
 text of a message or an answer, no key and no header's value goes into a span. Names are those of
 the semantic conventions for messaging and gen_ai; what these have no word for begins with
 `sluice.`.
@@ -17,17 +18,6 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 
-from opentelemetry.context import Context
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.propagators.textmap import Getter
-from opentelemetry.sdk.resources import OTELResourceDetector, Resource
-from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
-from opentelemetry.semconv.attributes.service_attributes import SERVICE_NAME
-from opentelemetry.trace import Span, SpanKind, StatusCode, format_trace_id, set_span_in_context
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
 from service.core.errors import WrongSettings
 from service.core.events import Called, Event
 from service.core.messages import (
@@ -43,8 +33,28 @@ from service.core.messages import (
 from service.pipeline import Sink
 from service.settings import Settings
 
+try:
+    from opentelemetry.context import Context
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.propagators.textmap import Getter
+    from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+    from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
+    from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
+    from opentelemetry.semconv.attributes.service_attributes import SERVICE_NAME
+    from opentelemetry.trace import Span, SpanKind, StatusCode, format_trace_id, set_span_in_context
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+except ImportError:
+    raise WrongSettings(
+        "telemetry.tracing needs OpenTelemetry, which is not installed: "
+        "pip install 'kafka-sluice[tracing]'."
+    ) from None
+
 FLUSH_TIMEOUT_S = 3.0
 """At the stop, for spans that have not been sent; an endpoint that is gone costs no more."""
+
+CHECK_TIMEOUT_S = 3.0
+"""For `sluice check`, the exporter's repetitions included."""
 
 ANSWERED = frozenset({"validated", "unsure"})
 """Results of calls that are no errors; an unsure one goes to the next model."""
@@ -207,6 +217,19 @@ class MessageTrace:
         if isinstance(outcome, Rejected):
             _failed(self.span, outcome.reason.value)
         self.span.end()
+
+
+async def look_at_collector() -> tuple[str, ...]:
+    """Sends no span to wherever spans would go: what is well, then what to know besides."""
+    exporter = OTLPSpanExporter(timeout=CHECK_TIMEOUT_S)
+    result = await asyncio.to_thread(exporter.export, ())
+    if result is SpanExportResult.SUCCESS:
+        return ("a collector takes spans",)
+    return (
+        "OpenTelemetry is installed",
+        "no collector takes spans: see to it, or correct OTEL_EXPORTER_OTLP_ENDPOINT. A run goes "
+        "on without one.",
+    )
 
 
 class _Headers(Getter[Headers]):

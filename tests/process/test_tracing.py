@@ -5,7 +5,10 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import pytest
+
 from service.demo.broker import EmbeddedBroker
+from service.telemetry.tracing import look_at_collector
 from tests.process.conftest import Scene
 from tests.support.endpoint import Endpoint
 from tests.support.service import run, service
@@ -63,6 +66,18 @@ async def test_without_a_collector_messages_go_on(mock_kafka: EmbeddedBroker) ->
         assert len(await scene.outputs()) == 1
         assert "could not be sent" in ended.printed
         assert "Ada" not in ended.printed
+
+
+async def test_check_asks_the_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sluice check` says whether somebody takes spans, and sends none."""
+    async with receiver() as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+        assert await look_at_collector() == ("a collector takes spans",)
+        assert collector.spans == []
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("service.telemetry.tracing.CHECK_TIMEOUT_S", 0.2)
+    _, besides = await look_at_collector()
+    assert "OTEL_EXPORTER_OTLP_ENDPOINT" in besides
 
 
 async def test_a_missing_package_is_a_sentence(tmp_path: Path) -> None:
