@@ -1,9 +1,9 @@
 """Traces with OpenTelemetry: a span for each message, for its calls and for its publishes.
 
-Rules of this file: nobody else imports OpenTelemetry, whose packages are the extra `tracing`: where
+Rules of this file: nobody else imports OpenTelemetry, whose packages are the extra `tracing`; where
 they are missing, importing this file raises `WrongSettings`, so it is done where tracing is on. No
-text of a message or an answer, no key and no header's value goes into a span. Names are those of
-the semantic conventions for messaging and gen_ai; what these have no word for begins with
+text of a message or an answer, no key and no header but the trace's own goes into a span. Names are
+those of the semantic conventions for messaging and gen_ai; what these have no word for begins with
 `sluice.`.
 """
 
