@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 from rich.console import Console
@@ -39,6 +40,9 @@ from service.telemetry.logs import configured
 from service.telemetry.metrics import Metrics, StatusGauges, expose_process
 from service.telemetry.probes import Patience, Probes
 
+if TYPE_CHECKING:
+    from service.telemetry.tracing import Tracing
+
 log = logging.getLogger(__name__)
 
 PROGRESS_S = 0.2
@@ -58,18 +62,29 @@ def run(settings: Settings, *, until_caught_up: bool = False) -> int:
     a person. What is unexpected is logged without texts of messages and gives 1.
     """
     registry = CollectorRegistry()
-    metrics = Metrics(registry, models=settings.extraction.model)
+    tracing = _tracing(settings)
+    trace_id = None if tracing is None else tracing.trace_id
+    metrics = Metrics(registry, models=settings.extraction.model, trace_id=trace_id)
     expose_process(registry)
     _look_for_garbage_rarely()
     with configured(settings.telemetry, metrics.log_line):
         try:
-            return asyncio.run(_App(settings, registry, metrics).run(until_caught_up))
+            return asyncio.run(_App(settings, registry, metrics, tracing).run(until_caught_up))
         except Exception as error:  # the boundary of the process: nothing is printed raw
             stop = _stop_in(error)
             if stop is not None:
                 raise stop from None
             log.critical("ended by an unexpected error", exc_info=True)
             return 1
+
+
+def _tracing(settings: Settings) -> Tracing | None:
+    """Imported only where it is on: its packages are an extra."""
+    if not settings.telemetry.tracing:
+        return None
+    from service.telemetry.tracing import Tracing
+
+    return Tracing(settings)
 
 
 def _look_for_garbage_rarely() -> None:
@@ -82,8 +97,14 @@ def _look_for_garbage_rarely() -> None:
 class _App:
     """Everything that one process is made of."""
 
-    def __init__(self, settings: Settings, registry: CollectorRegistry, metrics: Metrics) -> None:
-        self._settings, self._metrics = settings, metrics
+    def __init__(
+        self,
+        settings: Settings,
+        registry: CollectorRegistry,
+        metrics: Metrics,
+        tracing: Tracing | None,
+    ) -> None:
+        self._settings, self._metrics, self._tracing = settings, metrics, tracing
         self._summary = _Summary()
         admission = Admission(limits(settings), Circuit(random.uniform))
         model = OpenAIExtractor(settings, self._observe, admission)
@@ -101,6 +122,7 @@ class _App:
             wall_clock=time.time,
             streams=model if settings.extraction.streaming else None,
             admission=admission,
+            follow=None if tracing is None else tracing.follow,
         )
         registry.register(StatusGauges(self.status))
         self._probes = Probes(
@@ -118,6 +140,8 @@ class _App:
     def _observe(self, event: Event) -> None:
         self._metrics.observe(event)
         self._summary.observe(event)
+        if self._tracing is not None:
+            self._tracing.observe(event)
 
     async def run(self, until_caught_up: bool) -> int:
         """Start, work, stop; 0 when it ended as it should, 1 when its last commit failed."""
@@ -144,6 +168,8 @@ class _App:
     async def _start(self, started: AsyncExitStack) -> None:
         """From what is needed last at the stop to what is needed first."""
         await started.enter_async_context(self._probes)
+        if self._tracing is not None:
+            started.push_async_callback(self._tracing.stop)
         started.push_async_callback(self._extractor.stop)
         await self._extractor.start()
         await self._ask_the_model()

@@ -53,6 +53,8 @@ async def _check(settings: Settings, call: bool, say: Say) -> int:
     await report.look("model", _call if call else _model, settings)
     if settings.cache.mode != "off":
         await report.look("cache", _cache, settings)
+    if settings.telemetry.tracing:
+        await report.look("traces", _traces, settings)
     return report.code
 
 
@@ -210,3 +212,12 @@ async def _extractor(settings: Settings) -> AsyncIterator[OpenAIExtractor]:
         ) from None
     finally:
         await extractor.stop()
+
+
+# --- traces -----------------------------------------------------------------------------------
+
+
+async def _traces(settings: Settings) -> tuple[str, ...]:
+    from service.telemetry.tracing import look_at_collector  # an extra
+
+    return await look_at_collector()

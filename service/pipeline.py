@@ -14,6 +14,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, Protocol, TypeAlias, assert_never
@@ -193,6 +194,21 @@ class Sink(Protocol):
         """
 
 
+class Trace(Protocol):
+    """One message's way through the pipeline, as somebody records it."""
+
+    def asking(self) -> AbstractContextManager[None]:
+        """Around an attempt: what is told in its task belongs to this message."""
+
+    async def publish(
+        self, sink: Sink, message: Message, outcome: Publishable
+    ) -> asyncio.Future[None]:
+        """The sink's `publish`, whose outputs then name this trace."""
+
+    def ended(self, outcome: Outcome | None) -> None:
+        """Its outcome is acknowledged; None: it was let go of or lost, and comes again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Later:
     """Messages that are exhausted wait in the retry topic: how long, and how often."""
@@ -236,6 +252,7 @@ class Pipeline:
         wall_clock: Callable[[], float],
         streams: Streams | None = None,
         admission: Admission | None = None,
+        follow: Callable[[Message], Trace] | None = None,
     ) -> None:
         """With `streams`, records are published while the model still writes. Without an
         `admission`, which the extractor should know too, slots are the only limit."""
@@ -243,6 +260,8 @@ class Pipeline:
         self._decode, self._bounds, self._observe = decode, bounds, observe
         self._uniform, self._wall_clock = uniform, wall_clock
         self._streams = streams
+        self._follow = follow
+        self._traces: dict[Entry, Trace] = {}  # of what is in the window, where it is followed
         self._streaming: dict[Entry, RecordStream] = {}  # of the calls that run
         self._backoff = Backoff()
         self._guard = Guard(bounds.guard)
@@ -312,12 +331,16 @@ class Pipeline:
 
     async def _drain(self) -> None:
         self._draining = self._admission.finishing = True
-        self._window.let_go()
+        self._let_go()
         drained = await self._until(
             lambda: self._forced or not self._window.messages, self._bounds.drain_timeout_s
         )
         if not drained or self._forced:
             self._abandon(len(self._window.calling))
+
+    def _let_go(self) -> None:
+        self._window.let_go()
+        self._end_traces()
 
     def _end(self) -> None:
         """Whatever still runs is called off; nothing may start any more."""
@@ -369,6 +392,8 @@ class Pipeline:
                 continue
             taken += 1
             taken_bytes += message.size_bytes
+            if self._follow is not None:
+                self._traces[entry] = self._follow(message)
             decoded = _died_before(entry) or self._decode(message)
             if isinstance(decoded, str):
                 entry.text = decoded
@@ -482,7 +507,9 @@ class Pipeline:
     async def _call(self, entry: Entry, turn: Turn) -> None:
         """One attempt; then whatever the lane can publish."""
         try:
-            result = await (self._ask_alone(entry, turn) if entry.alone else self._ask(entry, turn))
+            with self._asking(entry):
+                ask = self._ask_alone if entry.alone else self._ask
+                result = await ask(entry, turn)
         except asyncio.CancelledError:
             self._wake_at(self._now_s())  # the slot is free for another
             raise
@@ -564,7 +591,7 @@ class Pipeline:
         delay_s = self._backoff.delay_s(entry.attempts, self._uniform, failure.retry_after_s)
         self._window.retry(entry, now_s, now_s + delay_s)
         if self._draining:
-            self._window.let_go()
+            self._let_go()
 
     def _postponed(self, entry: Entry) -> Postponed | None:
         """An exhausted message goes to the retry topic, where there is one, so and so often."""
@@ -764,7 +791,7 @@ class Pipeline:
     async def _send(self, entry: Entry, piece: Piece) -> asyncio.Future[None]:
         """Not between a revoke and an assignment: one that is lost by it is called off here."""
         await self._until(lambda: not self._held_out)
-        acknowledged = await self._sink.publish(entry.message, piece)
+        acknowledged = await self._give(entry, piece)
         self._sent[acknowledged] = entry.holding
         acknowledged.add_done_callback(self._sent.pop)
         return acknowledged
@@ -802,7 +829,7 @@ class Pipeline:
 
     async def _publish(self, entry: Entry) -> None:
         assert entry.outcome is not None, "handed over without an outcome"
-        acknowledged = await self._sink.publish(entry.message, entry.outcome)
+        acknowledged = await self._give(entry, entry.outcome)
         self._sent[acknowledged] = entry.holding
         acknowledged.add_done_callback(self._sent.pop)
         acknowledged.add_done_callback(partial(self._called_back, self._settled, entry))
@@ -834,6 +861,8 @@ class Pipeline:
                 lane_wait_s=entry.lane_wait_s,
             )
         )
+        if (trace := self._traces.pop(entry, None)) is not None:
+            trace.ended(entry.outcome)
         if reopened:
             self._rest(entry, self._backoff.delay_s(1, self._uniform))
         self._tell_the_guard(entry.outcome)
@@ -957,6 +986,7 @@ class Pipeline:
             for task, holding in work.items():
                 if holding in lost:
                     task.cancel()
+        self._end_traces()
         called_off = sum(1 for entry in self._window.calling if entry.holding in lost)
         if called_off and not self._draining:
             self._abandon(called_off)
@@ -965,6 +995,23 @@ class Pipeline:
         if calls:
             log.warning("%d calls were cut off; their messages may be paid for again", calls)
             self._observe(Abandoned(calls))
+
+    # --- traces ----------------------------------------------------------------------------------
+
+    def _asking(self, entry: Entry) -> AbstractContextManager[None]:
+        trace = self._traces.get(entry)
+        return nullcontext() if trace is None else trace.asking()
+
+    async def _give(self, entry: Entry, outcome: Publishable) -> asyncio.Future[None]:
+        trace = self._traces.get(entry)
+        if trace is None:
+            return await self._sink.publish(entry.message, outcome)
+        return await trace.publish(self._sink, entry.message, outcome)
+
+    def _end_traces(self) -> None:
+        """Of what left the window unfinished."""
+        for entry in [each for each in self._traces if each.gone]:
+            self._traces.pop(entry).ended(None)
 
     # --- what it says of itself ------------------------------------------------------------------
 

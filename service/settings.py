@@ -432,6 +432,9 @@ class TelemetrySettings(Section):
     """Least severe line that is logged; libraries never log below INFO, whatever is set here."""
     log_format: Literal["text", "json"] = "text"
     """Lines for people, or one JSON object each for machines."""
+    tracing: bool = False
+    """Send spans by OTLP over HTTP; where to, and which share of them, as OTEL_* environment
+    variables say. Needs the extra `tracing`."""
 
 
 class Settings(BaseSettings):

@@ -48,6 +48,8 @@ class Message:
     value: bytes | None
     headers: Headers
     timestamp_ms: int
+    trace: Headers = ()
+    """The headers of the trace that its outputs belong to; none: they carry the message's own."""
 
     @property
     def coordinates(self) -> Coordinates:

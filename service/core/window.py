@@ -91,6 +91,11 @@ class Entry:
         self.records_out = 0  # published of answers that were not completed
         self.alone = holding.next_is_suspect()  # it runs by itself
 
+    @property
+    def gone(self) -> bool:
+        """It has left the window: finished, let go of or lost."""
+        return self.message.offset not in self.holding.entries
+
 
 class Holding:
     """One partition under one epoch: its tracker, its lanes, its part of the window."""
@@ -365,7 +370,7 @@ class Window:
 
     def _gone(self, entry: Entry, stage: Stage) -> bool:
         """Queue and heap keep entries that were let go until they come to the front."""
-        return entry.stage is not stage or entry.message.offset not in entry.holding.entries
+        return entry.stage is not stage or entry.gone
 
     def _remove(self, entry: Entry) -> None:
         del entry.holding.entries[entry.message.offset]

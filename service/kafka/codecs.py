@@ -29,6 +29,8 @@ HeaderList: TypeAlias = list[tuple[str, bytes | None]]
 
 OUR_PREFIXES = ("sluice.", "__dlq.errors.")
 """Header names that are ours to write; an input's own are not carried into outputs."""
+TRACE_HEADERS = ("traceparent", "tracestate")
+"""The W3C's names; both are replaced where there is a trace of ours, which follows the input's."""
 AT_THE_END = ("sluice.record.count", "sluice.tokens", "sluice.cost")
 """How header names begin that are known once an answer has ended."""
 
@@ -166,13 +168,21 @@ def tombstone_headers(message: Message) -> HeaderList:
 
 def _source_headers(message: Message, index: int) -> HeaderList:
     return [
-        *own_headers(message.headers),
+        *_carried(message),
         (ID_HEADER, b"%b:%d" % (origin(message), index)),
         ("sluice.source.topic", message.partition.topic.encode()),
         ("sluice.source.partition", b"%d" % message.partition.partition),
         ("sluice.source.offset", b"%d" % message.offset),
         ("sluice.source.timestamp", b"%d" % first_timestamp_ms(message)),
     ]
+
+
+def _carried(message: Message) -> HeaderList:
+    """The message's own headers, in the trace of what was done with it, where there is one."""
+    headers = own_headers(message.headers)
+    if not message.trace:
+        return headers
+    return [*(each for each in headers if each[0] not in TRACE_HEADERS), *message.trace]
 
 
 def own_headers(headers: Headers) -> HeaderList:

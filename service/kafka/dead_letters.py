@@ -66,6 +66,7 @@ def dead_letter(
         *_broker_headers(message, rejected, group),
         *(_connect_headers(message, rejected, group) if connect else ()),
         *_our_headers(message, rejected, now_ms),
+        *message.trace,  # behind the marker: the message's own stay what they were
     ]
     return DeadLetter(message.key, message.value, headers)
 

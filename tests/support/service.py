@@ -50,12 +50,13 @@ class Service:
     def printed(self) -> str:
         return "".join(self.lines)
 
-    async def get(self, path: str) -> tuple[int, str]:
+    async def get(self, path: str, accept: str = "*/*") -> tuple[int, str]:
         """Status and body of a page of its telemetry port."""
         await self._listening.wait()
         assert self.port is not None, f"it never said where its metrics are:\n{self.printed}"
         url = f"http://127.0.0.1:{self.port}{path}"
-        async with aiohttp.ClientSession() as session, session.get(url) as response:
+        asking = aiohttp.ClientSession(headers={"Accept": accept})
+        async with asking as session, session.get(url) as response:
             return response.status, await response.text()
 
     async def metrics(self) -> dict[str, float]:

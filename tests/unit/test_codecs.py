@@ -230,3 +230,14 @@ def test_a_message_sent_again_keeps_its_origin() -> None:
 def test_a_malformed_origin_is_not_taken_over(claimed: bytes | None) -> None:
     """Anything else under that name is ignored: ids stay the message's own coordinates."""
     assert origin(message(b"text", (("sluice.id", claimed),))) == b"notes:3:41"
+
+
+def test_a_trace_takes_the_place_of_the_inputs() -> None:
+    """Where the message is traced, outputs carry its trace alone; else the input's own."""
+    own: Headers = (("traceparent", b"theirs"), ("a", b"1"), ("tracestate", b"theirs"))
+    ours: Headers = (("traceparent", b"ours"),)
+    untraced = message(b"x", own)
+    assert tombstone_headers(untraced)[:3] == list(own)
+    traced = tombstone_headers(replace(untraced, trace=ours))
+    assert traced[:2] == [("a", b"1"), ("traceparent", b"ours")]
+    assert "tracestate" not in dict(traced)

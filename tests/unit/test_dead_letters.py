@@ -1,5 +1,7 @@
 """A rejected message as a dead letter."""
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -165,3 +167,13 @@ def test_kafka_connects_names_by_choice() -> None:
         ),
     ]
     assert original_headers(tuple(letter.headers)) == (("a", b"1"),)
+
+
+def test_a_trace_stands_behind_the_message() -> None:
+    """Readers, who take the last header of a name, go on from our span; what is sent again is
+    the message with the trace that it came with."""
+    own: Headers = (("traceparent", b"theirs"),)
+    traced = replace(message(own), trace=(("traceparent", b"ours"),))
+    letter = dead_letter(traced, REJECTED, "group", NOW_MS)
+    assert dict(letter.headers)["traceparent"] == b"ours"
+    assert original_headers(tuple(letter.headers)) == own
