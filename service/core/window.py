@@ -32,6 +32,9 @@ stands before the map."""
 MAP_FULL = 0.75
 """A partition whose map is so full takes no more: the messages that are out need the rest."""
 
+FIRST_MAX = 3
+"""Attempts after which a retry does not go before the others any more."""
+
 
 class Stage(Enum):
     """Where a message in the window stands."""
@@ -260,14 +263,20 @@ class Window:
         heapq.heappush(self._retries, (due_s, next(self._sequence), entry))
 
     def requeue_due(self, now_s: float, most: int) -> int:
-        """Put retries whose time has come before everything queued, and say how many."""
+        """Queue retries whose time has come, and say how many.
+
+        They go first: what stands behind them in their lanes waits. One that has been turned away
+        again and again goes last: where there is room for one call at a time, it would have them
+        all.
+        """
         due: list[Entry] = []
         while len(due) < most and self._retries and self._retries[0][0] <= now_s:
             entry = heapq.heappop(self._retries)[2]
             if not self._gone(entry, Stage.RETRYING):
                 self._move(entry, Stage.QUEUED, now_s)
                 due.append(entry)
-        self._queue.extendleft(reversed(due))
+        self._queue.extendleft(entry for entry in reversed(due) if entry.attempts < FIRST_MAX)
+        self._queue.extend(entry for entry in due if entry.attempts >= FIRST_MAX)
         return len(due)
 
     def queue_first(self, entry: Entry, now_s: float) -> None:

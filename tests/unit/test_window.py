@@ -6,7 +6,7 @@ from random import Random
 from service.core.completed import decode, encode
 from service.core.messages import Message, Partition, Skipped
 from service.core.offsets import UNCLEAN_ENDS_MAX, Given, Progress
-from service.core.window import MAP_CHARS_MAX, MAP_FULL, Entry, Holding, Stage, Window
+from service.core.window import FIRST_MAX, MAP_CHARS_MAX, MAP_FULL, Entry, Holding, Stage, Window
 
 WHERE = Partition("in", 0)
 
@@ -94,6 +94,17 @@ def test_due_retries_come_before_the_queue_the_earliest_first() -> None:
     assert window.next_retry_s == 1.0
     window.requeue_due(2.0, most=9)
     assert [window.call_next(2).message.offset for _ in range(3)] == [1, 0, 2]
+
+
+def test_a_retry_that_is_turned_away_again_and_again_lets_others_go_first() -> None:
+    """One call at a time, and it would have them all."""
+    window = full(3)
+    entry = window.call_next(0)
+    window.call_ended(entry)
+    entry.attempts = FIRST_MAX
+    window.retry(entry, 0, 1.0)
+    window.requeue_due(1.0, most=9)
+    assert [window.call_next(1).message.offset for _ in range(3)] == [1, 2, 0]
 
 
 def test_retries_are_woken_but_for_what_the_provider_asked() -> None:
