@@ -22,6 +22,12 @@ HEARD_MAX_S = 60.0
 """What a provider said of its limits holds so long: a minute's limit is full again by then, and
 what lasts longer comes with a Retry-After."""
 
+CHARGE_MAX = 8.0
+"""A refusal with more room than for so many such calls has another cause than the count."""
+
+CHARGE_MORE = 1.05
+"""Beyond what a refusal proves, so that a few of them find what the provider counts."""
+
 CONTINUOUS_SHARE = 0.1
 """A reset within a tenth (and a second) of what a bucket that fills evenly would need means that
 it is one; else the limit comes back all at once, at the reset."""
@@ -56,6 +62,8 @@ class Allowance:
     asked_at_s: float
     requests: Quota | None = None
     tokens: Quota | None = None
+    refused: Estimate | None = None
+    """What its call was charged with, where it was refused for a limit."""
 
 
 @dataclass(slots=True)
@@ -72,14 +80,22 @@ class ProviderQuota:
     level: float = 0.0
     rate_per_s: float = 0.0
     full_at_s: float = 0.0
+    charge: float = 1.0  # what the provider counts for one that we count
     asked_at_s: float = float("-inf")
     heard_at_s: float = float("-inf")
     at_s: float = float("-inf")
     _taken: float = 0.0
     _history: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=4096))
 
-    def heard(self, now_s: float, quota: Quota, asked_at_s: float) -> None:
-        """An answer told; one of an older call than the last is old news."""
+    def heard(
+        self, now_s: float, quota: Quota, asked_at_s: float, refused: float | None = None
+    ) -> None:
+        """An answer told; one of an older call than the last is old news.
+
+        `refused` is the amount of the call where it was turned away.
+        """
+        if refused:
+            self._learn_charge(quota.remaining / refused)
         if quota.limit <= 0 or asked_at_s < self.asked_at_s:
             return
         self._fill(now_s)
@@ -89,6 +105,11 @@ class ProviderQuota:
         self.limit, self.asked_at_s = quota.limit, asked_at_s
         self.heard_at_s = self.at_s = now_s
         self._judge_reset(now_s, quota)
+
+    def _learn_charge(self, room: float) -> None:
+        """A call was refused for which there was room, by our count: the provider counts more."""
+        if self.charge <= room <= CHARGE_MAX:
+            self.charge = min(CHARGE_MAX, room * CHARGE_MORE)
 
     def _judge_reset(self, now_s: float, quota: Quota) -> None:
         needed_s = (quota.limit - quota.remaining) / quota.limit * 60.0
@@ -102,7 +123,7 @@ class ProviderQuota:
         if now_s - self.heard_at_s >= HEARD_MAX_S:
             return 0.0
         self._fill(now_s)
-        missing = min(amount, self.limit) - self.level
+        missing = min(amount * self.charge, self.limit) - self.level
         if missing <= self.limit * ROUNDING:
             return 0.0
         rate = self.rate_per_s * self.share
@@ -111,6 +132,7 @@ class ProviderQuota:
 
     def take(self, now_s: float, amount: float) -> None:
         self._fill(now_s)
+        amount *= self.charge
         self.level -= amount
         self._taken += amount
         self._history.append((now_s, self._taken))
@@ -166,5 +188,7 @@ class Budget:
         if self._own is not None:
             self._own.take(now_s, used - estimated)
 
-    def heard(self, now_s: float, quota: Quota, asked_at_s: float) -> None:
-        self._provider.heard(now_s, quota, asked_at_s)
+    def heard(
+        self, now_s: float, quota: Quota, asked_at_s: float, refused: float | None = None
+    ) -> None:
+        self._provider.heard(now_s, quota, asked_at_s, refused)

@@ -195,7 +195,8 @@ class Admission:
         if allowance.requests is not None:
             self.requests.heard(now_s, allowance.requests, allowance.asked_at_s)
         if allowance.tokens is not None:
-            self.tokens.heard(now_s, allowance.tokens, allowance.asked_at_s)
+            refused = None if allowance.refused is None else allowance.refused.tokens_max
+            self.tokens.heard(now_s, allowance.tokens, allowance.asked_at_s, refused)
 
     # --- what came of it -------------------------------------------------------------------------
 

@@ -219,10 +219,19 @@ class OpenAIExtractor:
         if isinstance(then, CallFailure):
             raise then
 
-    def _told(self, headers: Mapping[str, str], asked_at_s: float) -> None:
+    def _told(
+        self, headers: Mapping[str, str], asked_at_s: float, refused: Estimate | None = None
+    ) -> None:
         allowance = read_allowance(headers, asked_at_s)
         if allowance is not None:
-            self._meter.told(time.monotonic(), allowance)
+            self._meter.told(time.monotonic(), replace(allowance, refused=refused))
+
+    def _told_failure(
+        self, step: Step, error: openai.APIStatusError, body: bytes, asked_at_s: float
+    ) -> None:
+        charged = self._estimator.estimate(step.model, len(body))
+        limited = error.status_code == 429
+        self._told(error.response.headers, asked_at_s, charged if limited else None)
 
     def _used(self, step: Step, answer: Completion | Failure, size: int, charged: Estimate) -> None:
         """What is known of a call's tokens; one without an answer keeps what was charged."""
@@ -281,7 +290,7 @@ class OpenAIExtractor:
         except TimeoutError:
             return Transient("timeout")
         except openai.APIStatusError as error:
-            self._told(error.response.headers, asked_at_s)
+            self._told_failure(step, error, body, asked_at_s)
             return self._classified(step, error.status_code, error.response, error.body)
         except openai.APIConnectionError:
             # The SDK's own timeout too: only connecting has one.
@@ -296,11 +305,13 @@ class OpenAIExtractor:
         self, step: Step, body: bytes, talk: Conversation, publish: Publish
     ) -> Completion | Failure:
         """As `_send`, and what `publish` raises is none of the model's doing: it passes through."""
+        asked_at_s = time.monotonic()
         try:
             return await self._streaming.ask(self._client, body, publish, talk.spent)
         except TimeoutError:
             return Transient("timeout")
         except openai.APIStatusError as error:
+            self._told_failure(step, error, body, asked_at_s)
             return self._classified(step, error.status_code, error.response, error.body)
         except (openai.APIConnectionError, httpx2.HTTPError):
             return Transient("connection")

@@ -779,6 +779,7 @@ async def test_rate_headers_are_heard_of_answers_and_of_refusals(
                 await extractor.call(ADA, None)
             await extractor.call(ADA, None)
     assert [each.requests for each in ear.allowances] == [Quota(60, 59, 1.0)] * 2
+    assert [each.refused is not None for each in ear.allowances] == [False, True]
 
 
 async def test_a_probe_is_a_call_as_any_other_and_nobody_reads_its_answer(

@@ -108,6 +108,28 @@ def test_the_providers_bucket_is_followed_between_its_answers() -> None:
     assert quota.level < 2, "older news than the last"
 
 
+def test_a_provider_that_counts_more_than_we_do_is_found_out() -> None:
+    """Some count the request's bytes and the whole answer: a few refusals with room left by our
+    count show how much more it is; a refusal with room for many has another cause."""
+    quota, refusals, now_s = ProviderQuota(), 0, 0.0
+    remaining = 0.0
+    for _ in range(200):
+        now_s += 0.5
+        remaining = min(30_000.0, remaining + 250.0)
+        if quota.wait_s(now_s, 369) > 0:
+            continue
+        quota.take(now_s, 369)
+        refused = remaining < 520
+        remaining -= 0 if refused else 520
+        refusals += refused
+        told = Quota(30_000, remaining, (30_000 - remaining) / 500)
+        quota.heard(now_s + 0.05, told, now_s, 369 if refused else None)
+    assert refusals <= 5
+    assert 520 / 369 <= quota.charge <= 1.05 * 520 / 369
+    quota.heard(now_s + 1, Quota(30_000, 20_000, 20.0), now_s + 1, 369)
+    assert quota.charge <= 1.05 * 520 / 369
+
+
 def test_a_limit_that_comes_back_all_at_once_is_waited_for() -> None:
     """A reset that is no bucket's: nothing until then, everything afterwards."""
     quota = ProviderQuota()
