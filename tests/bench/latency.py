@@ -12,9 +12,10 @@ import asyncio
 import json
 import time
 from dataclasses import dataclass, replace
-from statistics import quantiles
+from statistics import median, quantiles
 
 from aiokafka import AIOKafkaConsumer
+from aiokafka.structs import ConsumerRecord
 
 from tests.bench.driver import (
     START_S,
@@ -46,11 +47,14 @@ class Added:
     p50_ms: float
     p99_ms: float
     memory_mb: float
+    before_p50_ms: float = 0.0  # from the input topic to the call's beginning
+    after_p50_ms: float = 0.0  # from its end to the output topic
 
     def __str__(self) -> str:
         return (
             f"{self.slots:>6} slots, {self.rate:.0f} messages/s: added p50 {self.p50_ms:.1f} ms, "
-            f"p99 {self.p99_ms:.1f} ms over {self.messages} messages; {self.memory_mb:.0f} MB"
+            f"p99 {self.p99_ms:.1f} ms over {self.messages} messages (p50 before the call "
+            f"{self.before_p50_ms:.1f}, after it {self.after_p50_ms:.1f}); {self.memory_mb:.0f} MB"
         )
 
 
@@ -69,11 +73,12 @@ async def added(servers: str, load: Load, seconds: float) -> Added:
             async with asyncio.TaskGroup() as tasks:
                 sending = tasks.create_task(_send(place, rate))
                 reading = tasks.create_task(_read(servers, output, seconds))
-                found_ms = await reading
+                ways_ms = await reading
                 sending.cancel()
             held_mb = memory_mb(process.pid)
-    cuts = quantiles(found_ms, n=100)
-    return Added(load.slots, len(found_ms), rate, cuts[49], cuts[98], held_mb)
+    cuts = quantiles(map(sum, ways_ms), n=100)
+    before_ms, after_ms = map(median, zip(*ways_ms, strict=True))
+    return Added(load.slots, len(ways_ms), rate, cuts[49], cuts[98], held_mb, before_ms, after_ms)
 
 
 async def _first_call(place: Place, url: str) -> None:
@@ -96,9 +101,9 @@ async def _send(place: Place, rate: float) -> None:
             await asyncio.sleep(PACE_S)
 
 
-async def _read(servers: str, topic: str, seconds: float) -> list[float]:
-    """What was added to each message, once the slots are as busy as they get."""
-    found_ms: list[float] = []
+async def _read(servers: str, topic: str, seconds: float) -> list[tuple[float, float]]:
+    """What was added before and after each call, once the slots are as busy as they get."""
+    found_ms: list[tuple[float, float]] = []
     consumer = AIOKafkaConsumer(topic, bootstrap_servers=servers, auto_offset_reset="earliest")
     await consumer.start()
     try:
@@ -116,9 +121,7 @@ async def _read(servers: str, topic: str, seconds: float) -> list[float]:
     return found_ms
 
 
-def _added_ms(record: object) -> float:
-    headers = dict(record.headers)  # type: ignore[attr-defined]
-    value = json.loads(record.value)  # type: ignore[attr-defined]
-    call_ms = (value["ended_us"] - value["began_us"]) / 1000
-    took_ms = record.timestamp - int(headers["sluice.source.timestamp"])  # type: ignore[attr-defined]
-    return float(took_ms - call_ms)
+def _added_ms(record: ConsumerRecord) -> tuple[float, float]:
+    headers, value = dict(record.headers), json.loads(record.value)
+    came_ms = int(headers["sluice.source.timestamp"])
+    return value["began_us"] / 1000 - came_ms, record.timestamp - value["ended_us"] / 1000
