@@ -25,8 +25,12 @@ from service.kafka.producers import Output, Producers
 
 LINGER_S = 0.005
 """Between two departures: short against a call to a model, long enough to fill requests. All
-partitions depart together, since the client puts what goes to one broker into one request; what
-comes after a pause departs at once."""
+partitions depart together, since the client puts what goes to one broker into one request."""
+GATHERED_MIN = 1.5
+"""Where fewer would gather between two departures, each leaves at once: waiting for nobody costs
+time and saves no request."""
+GAP_WEIGHT = 1 / 16
+"""Of the latest gap in the mean of gaps: a rate is known after some dozen outputs."""
 TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
 """How brokers refuse a batch whose size is above the topic's limit, whichever record it was."""
 
@@ -110,7 +114,9 @@ class Sending:
         self._deadline_s = deadline_s
         self._group = group
         self._queues: dict[TopicPartition, OutputQueue] = {}
-        self._departure_s = 0.0  # nothing leaves before
+        self._departure_s = 0.0  # nothing leaves before, unless too few come
+        self._handed_over_s = 0.0
+        self._gap_s = LINGER_S  # on average, between two hand-overs
         self._tasks: set[asyncio.Task[None]] = set()
 
     def hand_over(
@@ -121,6 +127,7 @@ class Sending:
         The future ends when all are acknowledged. Cancelling it withdraws what has not left yet.
         """
         handover = Handover(len(outputs), on_failure)
+        self._measure_gap()
         for partition, output in outputs:
             where = TopicPartition(output.topic, partition)
             queue = self._queues.get(where)
@@ -167,10 +174,18 @@ class Sending:
             # Empty but for a cancelled task: those were never acknowledged.
             _fail([*batch, *queue.waiting], f"{_name(where)}: the sink was stopped")
 
+    def _measure_gap(self) -> None:
+        now_s = asyncio.get_running_loop().time()
+        # After a pause the rate is not known to be low: the pause counts as one short of it.
+        gap_s = min(now_s - self._handed_over_s, 2 * LINGER_S)
+        self._gap_s += (gap_s - self._gap_s) * GAP_WEIGHT
+        self._handed_over_s = now_s
+
     async def _linger(self) -> None:
         """Until the next departure, which whoever waits takes together."""
         loop = asyncio.get_running_loop()
-        await asyncio.sleep(max(0.0, self._departure_s - loop.time()))
+        gathers = GATHERED_MIN * self._gap_s <= LINGER_S
+        await asyncio.sleep(max(0.0, self._departure_s - loop.time()) if gathers else 0)
         self._departure_s = loop.time() + LINGER_S
 
     async def _send(
