@@ -237,13 +237,6 @@ MUTATIONS = (
         (REBALANCE + "slots_are_whole_after_many_rebalances",),
     ),
     Mutation(
-        "11 the one slot of an open circuit is lost with the partition of its call",
-        PIPELINE,
-        "            self._admission.circuit.cancelled()\n",
-        "",
-        (REBALANCE + "a_probe_that_is_lost_with_its_partition_lets_another_go",),
-    ),
-    Mutation(
         "12 markers behind the last message hold the next offset back",
         OFFSETS,
         "return max(self._position, self._last_delivered + 1)",
