@@ -49,7 +49,7 @@ class Load:
     keys: int = 1000
     text_bytes: int = 24
     records: int = 0  # in one answer; 0: one that stands alone
-    rate_max: float = 2000.0  # messages/s that nobody here exceeds: how long the backlog is
+    rate_max: float = 5000.0  # messages/s that nobody here exceeds: how long the backlog is
 
     @property
     def slots_rate(self) -> float:
@@ -80,6 +80,7 @@ class Place:
     servers: str
     load: Load
     input: str
+    messages: int = 0
 
 
 async def fill(servers: str, load: Load, seconds: float) -> Place:
@@ -87,12 +88,13 @@ async def fill(servers: str, load: Load, seconds: float) -> Place:
     topic = unique_name(f"input-{load.letter}")
     await create_topic(servers, topic, load.partitions)
     filling = "Ada Lovelace is 36. " * (load.text_bytes // 20 + 1)
+    count = load.messages(seconds)
     messages = (
         (b"key-%d" % (n % load.keys), (f"{n}: " + filling)[: load.text_bytes].encode())
-        for n in range(load.messages(seconds))
+        for n in range(count)
     )
     await produce(servers, topic, messages)
-    return Place(servers, load, topic)
+    return Place(servers, load, topic, count)
 
 
 async def measure(place: Place, peer: str, seconds: float, warm_up_s: float) -> Figures:
@@ -105,6 +107,8 @@ async def measure(place: Place, peer: str, seconds: float, warm_up_s: float) -> 
         async with running(_command(peer), environment) as process:
             await _until_warm(url, process, warm_up_s)
             figures = await _observed(peer, place.load, url, process, seconds)
+            left = place.messages - (await stats(url))["calls"]
+            assert left > place.load.slots, f"{peer} ran out of messages: enlarge rate_max"
             await _until_published(place.servers, output, url)
     return figures
 
