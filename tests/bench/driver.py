@@ -49,7 +49,7 @@ class Load:
     keys: int = 1000
     text_bytes: int = 24
     records: int = 0  # in one answer; 0: one that stands alone
-    rate_max: float = 5000.0  # messages/s that nobody here exceeds: how long the backlog is
+    rate_max: float = 8000.0  # messages/s that nobody here exceeds: how long the backlog is
 
     @property
     def slots_rate(self) -> float:
