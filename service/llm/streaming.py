@@ -126,11 +126,6 @@ class StreamedAnswer:
         self._id = uuid.uuid4().hex
         self._out = 0  # records handed over
 
-    @property
-    def whole(self) -> bool:
-        """The list is closed."""
-        return self._elements.ended
-
     async def hear(self, piece: str) -> None:
         """Publish what is complete now, up to the first element that does not validate."""
         if self._failure is not None:
@@ -215,8 +210,8 @@ class Streaming:
             if piece := gathered.add(chunk):
                 idle_s = IDLE_MAX_S
                 await answer.hear(piece)
-        # A connection that was closed too early can look like an end.
-        if gathered.finish_reason is None and not answer.whole:
+        # A connection that was closed too early can look like an end, and like a whole answer.
+        if gathered.finish_reason is None:
             raise BrokenAnswer
         return replace(gathered.completion(), streamed=answer)
 

@@ -70,3 +70,34 @@ async def test_the_judge_passes_the_service(scene: Scene, options: tuple[str, ..
     assert verdict["attempts"] > verdict["calls"], "nothing was put to the test"
     assert await scene.outcomes() == await scene.everything()
     assert [letter.header["sluice.error.detail"] for letter in await scene.letters()] == []
+
+
+STREAM_FAULTS = [
+    word
+    for kind in ("disconnect", "truncate", "stall", "malformed")
+    for word in ("--stream-fault", f"{kind}=0.08")
+]
+
+
+async def test_the_judge_passes_streams(scene: Scene) -> None:
+    """Streams that are cut, broken or stand still, a text over the context: verdict PASS."""
+    texts = [f"Ada number {n} is {n % 90}" for n in range(60)]
+    await scene.send(*(text.encode() for text in texts), b"long " * 4000)
+    options = ("--stream-stall-seconds", "2", "--context-window", "2000", "--latency-ms", "20")
+    async with judge(*options, *STREAM_FAULTS) as url:
+        await scene.catch_up(
+            within_s=110,
+            OPENAI_BASE_URL=f"{url}/v1",
+            SLUICE_EXTRACTION__MODEL="gpt-4o-mini",
+            SLUICE_EXTRACTION__OUTPUT_TOKENS_MAX="200",
+            SLUICE_EXTRACTION__CARDINALITY="many",
+            SLUICE_EXTRACTION__STREAMING="true",
+            SLUICE_DELIVERY__ORDERING="none",
+            SLUICE_LIMITS__CONCURRENCY="50",
+        )
+        async with aiohttp.ClientSession() as session:
+            verdict = await (await session.get(f"{url}/_llmock/verdict")).json()
+    assert verdict["passed"], verdict["findings"]
+    assert verdict["attempts"] > verdict["calls"], "nothing was put to the test"
+    reasons = [letter.header["sluice.error.reason"] for letter in await scene.letters()]
+    assert reasons == ["too_long"]
