@@ -245,6 +245,9 @@ class DeadLetterSettings(Section):
     connect_headers: bool = False
     """Write the headers of Kafka Connect's dead letter queues (`__connect.errors.…`) besides, for
     tools that know those."""
+    redacted: bool = False
+    """Leave out what can repeat a text in other words: the model's answer, and the detail of the
+    reason. Key, value and headers of the message itself stay as they are."""
     guard: GuardSettings = Field(default_factory=GuardSettings)
 
 

@@ -87,6 +87,11 @@ def smaller(
         yield dead_letter(message, replace(rejected, detail=""), group, now_ms, connect=connect)
 
 
+def redacted(rejected: Rejected) -> Rejected:
+    """Without what can repeat the text: the answer, and the detail, which can quote both."""
+    return replace(rejected, answer=None, detail="")
+
+
 def original_headers(headers: Headers) -> Headers:
     """The headers that the message had when it was read: all before the last marker."""
     for index in range(len(headers) - 1, -1, -1):

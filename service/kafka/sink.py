@@ -39,7 +39,7 @@ from service.kafka.codecs import (
     tombstone_headers,
 )
 from service.kafka.connection import client_options, reach, stop_for, within
-from service.kafka.dead_letters import smaller
+from service.kafka.dead_letters import redacted, smaller
 from service.kafka.lane_failures import LaneFailures
 from service.kafka.producers import BATCH_MAX_BYTES, Output, Producers
 from service.kafka.sending import Sending
@@ -267,6 +267,8 @@ class KafkaSink:
         group = self._settings.kafka.group_id
         size = 0
         connect = self._settings.dead_letters.connect_headers
+        if self._settings.dead_letters.redacted:
+            rejected = redacted(rejected)
         for letter in smaller(message, rejected, group, _now_ms(), connect=connect):
             size = size_alone(letter.key, letter.value, letter.headers)
             if size <= self._sizes.known(topic) or size <= await self._sizes.fresh(topic):

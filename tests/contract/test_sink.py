@@ -253,6 +253,18 @@ async def test_a_dead_letter_is_the_message_and_why(kafka: Kafka) -> None:
     assert await kafka.outputs() == []
 
 
+async def test_a_redacted_dead_letter_repeats_nothing(kafka: Kafka) -> None:
+    """Neither the model's answer nor a detail that can quote it; the message itself stays."""
+    rejected = Rejected(Reason.INVALID, "quotes Ada", answer='{"name": "Ada"}')
+    async with kafka.sink(dead_letters={"redacted": True}) as sink:
+        assert await publish_all(sink, [(message(7, value=b"Ada"), rejected)]) == [None]
+    (read,) = await kafka.letters()
+    header = dict(read.headers)
+    assert (read.value, header["sluice.error.reason"]) == (b"Ada", b"invalid")
+    assert "sluice.answer" not in header
+    assert not any(b"Ada" in (value or b"") for value in header.values())
+
+
 async def test_a_rejected_tombstone_without_key_can_be_written_too(kafka: Kafka) -> None:
     """Neither key nor value is still a dead letter."""
     async with kafka.sink() as sink:
