@@ -31,3 +31,4 @@ async def test_a_replay_after_kill_9_costs_nothing(scene: Scene, redis: RealRedi
     assert first["sluice.tokens.input"] != "0"
     assert {header["sluice.tokens.input"] for header in others} == {"0"}
     assert len({header["sluice.answer.id"] for header in others}) == TEXTS
+    assert {header["sluice.cached"] for header in others} == {"true"}
