@@ -439,7 +439,7 @@ class Pipeline:
             if self._alone is not None or (entry.alone and self._window.calling):
                 break  # the end of a call goes on with it
             if (held_s := self._guard.wait_s(now_s)) > 0.0:
-                ask_again_s = min(now_s + held_s, ask_again_s or now_s + held_s)
+                ask_again_s = _earlier(ask_again_s, now_s + held_s)
                 break
             estimate = self._extractor.estimate(entry.text, entry.progress)
             self._hold = self._admission.hold(now_s, estimate)

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import uuid
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Protocol
 
@@ -34,6 +33,7 @@ from service.core.budgets import Estimate
 from service.core.errors import CallFailure, NoRoom, ServiceFailure, TransientFailure
 from service.core.events import CacheLooked, CacheLookup, CacheWritten, Observe
 from service.core.messages import Extracted, Provenance, Rejected
+from service.llm.records import new_answer_id
 from service.llm.stores import Store, StoreFailed, open_store
 from service.pipeline import Extractor
 from service.settings import CacheSettings
@@ -241,10 +241,6 @@ def _theirs(failure: CallFailure, progress: object | None) -> CallFailure:
         )
     other.shared = True
     return other
-
-
-def new_answer_id() -> str:
-    return uuid.uuid4().hex
 
 
 def _framed(text: str) -> bytes:

@@ -9,7 +9,6 @@ Rules of this file: no I/O; `Conversation` holds all state.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -26,7 +25,7 @@ from service.llm.answers import Completion
 from service.llm.conversation import Conversation
 from service.llm.failures import Failure, Refused, Transient, Unserviceable
 from service.llm.prices import Bill, Cost, bill
-from service.llm.records import RecordType
+from service.llm.records import RecordType, new_answer_id
 from service.llm.request import RequestTemplate
 from service.settings import ExtractionSettings
 
@@ -212,7 +211,7 @@ class Cascade:
         # The user's validators and serializers: what else they raise concerns this message alone.
         except Exception as error:
             return _rejected("user_code", Reason.USER_CODE, _described(error), talk, answer)
-        return Verdict("validated", Extracted(records, talk.spent, secrets.token_hex(16)))
+        return Verdict("validated", Extracted(records, talk.spent, new_answer_id()))
 
     def _parsed(self, answer: Completion) -> BaseModel:
         """Strict, as instructor is: "30" is no age. Raises what validation raises."""

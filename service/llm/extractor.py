@@ -229,9 +229,10 @@ class OpenAIExtractor:
     def _told_failure(
         self, step: Step, error: openai.APIStatusError, body: bytes, asked_at_s: float
     ) -> None:
-        charged = self._estimator.estimate(step.model, len(body))
-        limited = error.status_code == 429
-        self._told(error.response.headers, asked_at_s, charged if limited else None)
+        refused = None
+        if error.status_code == 429:
+            refused = self._estimator.estimate(step.model, len(body))
+        self._told(error.response.headers, asked_at_s, refused)
 
     def _used(self, step: Step, answer: Completion | Failure, size: int, charged: Estimate) -> None:
         """What is known of a call's tokens; one without an answer keeps what was charged."""

@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import json
 import operator
+import secrets
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
@@ -254,3 +255,8 @@ def _one_line(error: Exception) -> str:
     text = error.msg if isinstance(error, SyntaxError) else str(error)
     first = text.strip().splitlines()[0] if text.strip() else ""
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def new_answer_id() -> str:
+    """The name of one set of records, for readers; drawn, so that no two answers share one."""
+    return secrets.token_hex(16)

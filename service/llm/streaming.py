@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-import uuid
 from collections.abc import Awaitable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -27,7 +26,7 @@ from pydantic_core import to_json
 
 from service.core.messages import Extracted, Part, Provenance, Record
 from service.llm.answers import BrokenAnswer, Completion, Mode, read_completion
-from service.llm.records import RecordType
+from service.llm.records import RecordType, new_answer_id
 from service.streams import Publish
 
 T = TypeVar("T")
@@ -123,7 +122,7 @@ class StreamedAnswer:
         self._elements = Elements()
         self._last: Record | None = None
         self._failure: Exception | None = None
-        self._id = uuid.uuid4().hex
+        self._id = new_answer_id()
         self._out = 0  # records handed over
 
     async def hear(self, piece: str) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import AsyncIterator
 from typing import Any
 
-import httpx2
 import pytest
 
 from service.core.errors import ServiceFailure, TransientFailure, WrongSettings
@@ -24,13 +22,7 @@ PRICES = {
 CASCADE = ("small", "large")
 
 
-@pytest.fixture(autouse=True)
-def _read_certificates_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each client would read the system's certificates anew, a tenth of a second each."""
-    monkeypatch.setattr(httpx2, "create_ssl_context", _tls)
-
-
-_tls = functools.cache(httpx2.create_ssl_context)
+pytestmark = pytest.mark.usefixtures("certificates_read_once")
 
 
 @pytest.fixture

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import traceback
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import httpx2
 import instructor
 import openai
 import pytest
@@ -42,21 +40,7 @@ INSTRUCTOR_MODES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _read_certificates_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each client would read the system's certificates anew, a tenth of a second each."""
-    monkeypatch.setattr(httpx2, "create_ssl_context", _tls)
-
-
-_tls = functools.cache(httpx2.create_ssl_context)
-
-
-@pytest.fixture
-async def endpoint(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Endpoint]:
-    async with Endpoint() as serving:
-        monkeypatch.setenv("OPENAI_BASE_URL", serving.url)
-        monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-        yield serving
+pytestmark = pytest.mark.usefixtures("certificates_read_once")
 
 
 def called(events: Events) -> list[tuple[str, bool]]:

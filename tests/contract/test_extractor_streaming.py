@@ -27,14 +27,6 @@ ALL = [
 ]
 
 
-@pytest.fixture
-async def endpoint(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Endpoint]:
-    async with Endpoint() as serving:
-        monkeypatch.setenv("OPENAI_BASE_URL", serving.url)
-        monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-        yield serving
-
-
 class Reader:
     """Keeps what was published, and when."""
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -33,19 +34,9 @@ class Limited(Stage):
         self.limits = limits
         super().__init__(bounds=bounds)  # type: ignore[arg-type]
 
-    def new_pipeline(self) -> Pipeline:
+    def new_pipeline(self, **more: Any) -> Pipeline:
         self.admission = limited(self.limits)
-        return Pipeline(
-            self.source,
-            self.extractor,
-            self.sink,
-            decode,
-            self.bounds,
-            observe=self.events.append,
-            uniform=lambda low, high: high,
-            wall_clock=lambda: asyncio.get_running_loop().time(),
-            admission=self.admission,
-        )
+        return super().new_pipeline(admission=self.admission, **more)
 
 
 def now_s() -> float:

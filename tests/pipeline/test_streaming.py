@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from service.core.status import State
 from service.pipeline import Pipeline
 from service.streams import UNACKNOWLEDGED_MAX
 from tests.chaos.reader import first_complete_sets
-from tests.pipeline.test_way import BOUNDS, SETTLED, Stage, decode
+from tests.pipeline.test_way import BOUNDS, SETTLED, Stage
 from tests.support.fakes import FakeStreams, partition
 
 
@@ -25,18 +26,8 @@ class Streaming(Stage):
         super().__init__(bounds=replace(BOUNDS, ordering="none"))
         self.sink.streaming = True
 
-    def new_pipeline(self) -> Pipeline:
-        return Pipeline(
-            self.source,
-            self.extractor,
-            self.sink,
-            decode,
-            self.bounds,
-            observe=self.events.append,
-            uniform=lambda low, high: high,
-            wall_clock=lambda: asyncio.get_running_loop().time(),
-            streams=self.streams,
-        )
+    def new_pipeline(self, **more: Any) -> Pipeline:
+        return super().new_pipeline(streams=self.streams, **more)
 
     @property
     def published(self) -> list[Publishable]:

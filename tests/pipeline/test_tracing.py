@@ -5,6 +5,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan
@@ -19,7 +20,7 @@ from service.core.messages import Extracted, Headers, Rejected
 from service.pipeline import Pipeline
 from service.settings import Settings
 from service.telemetry.tracing import Tracing
-from tests.pipeline.test_way import BOUNDS, Stage, decode
+from tests.pipeline.test_way import BOUNDS, Stage
 from tests.support.fakes import FakeExtractor, FakeStreams, partition
 
 CANARY = "canary"
@@ -70,24 +71,14 @@ class Traced(Stage):
         self.streams: FakeStreams | None = None
         super().__init__(partitions, BOUNDS)
 
-    def new_pipeline(self) -> Pipeline:
+    def new_pipeline(self, **more: Any) -> Pipeline:
         self.telling = self.extractor = TellingExtractor()
         self.telling.observe = self.observe
-        return Pipeline(
-            self.source,
-            self.extractor,
-            self.sink,
-            decode,
-            self.bounds,
-            observe=self.observe,
-            uniform=lambda low, high: high,
-            wall_clock=lambda: asyncio.get_running_loop().time(),
-            streams=self.streams,
-            follow=self.tracing.follow,
-        )
+        own = {"streams": self.streams, "follow": self.tracing.follow}
+        return super().new_pipeline(**own, **more)
 
     def observe(self, event: Event) -> None:
-        self.events.append(event)
+        super().observe(event)
         self.tracing.observe(event)
         if isinstance(event, Called):
             self.trace_ids.append(self.tracing.trace_id())

@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -55,17 +56,22 @@ class Stage:
         self.bounds = bounds
         self.pipeline = self.new_pipeline()
 
-    def new_pipeline(self) -> Pipeline:
+    def new_pipeline(self, **more: Any) -> Pipeline:
+        """With what a stage of another kind adds."""
         return Pipeline(
             self.source,
             self.extractor,
             self.sink,
             decode,
             self.bounds,
-            observe=self.events.append,
+            observe=self.observe,
             uniform=lambda low, high: high,
             wall_clock=lambda: asyncio.get_running_loop().time(),
+            **more,
         )
+
+    def observe(self, event: Event) -> None:
+        self.events.append(event)
 
     def show(self, act: Callable[[], Awaitable[None]] | None = None) -> bool:
         """Run until caught up; `act` happens beside it. What `run` says in the end."""

@@ -44,6 +44,22 @@ async def answers(session: aiohttp.ClientSession, url: str) -> bool:
         return False
 
 
+async def judged(scene: Scene, url: str, **settings: str) -> None:
+    """Everything that was sent has its outcome, at 50 slots, and the verdict is PASS."""
+    await scene.catch_up(
+        within_s=110,
+        OPENAI_BASE_URL=f"{url}/v1",
+        SLUICE_EXTRACTION__MODEL="gpt-4o-mini",
+        SLUICE_EXTRACTION__OUTPUT_TOKENS_MAX="200",
+        SLUICE_LIMITS__CONCURRENCY="50",
+        **settings,
+    )
+    async with aiohttp.ClientSession() as session:
+        verdict = await (await session.get(f"{url}/_llmock/verdict")).json()
+    assert verdict["passed"], verdict["findings"]
+    assert verdict["attempts"] > verdict["calls"], "nothing was put to the test"
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -57,17 +73,7 @@ async def test_the_judge_passes_the_service(scene: Scene, options: tuple[str, ..
     """With quotas and faults, at 50 slots: verdict PASS, and an outcome for every message."""
     await scene.send(*(f"Ada number {n} is {n % 90}".encode() for n in range(90)))
     async with judge(*options) as url:
-        await scene.catch_up(
-            within_s=110,
-            OPENAI_BASE_URL=f"{url}/v1",
-            SLUICE_EXTRACTION__MODEL="gpt-4o-mini",
-            SLUICE_EXTRACTION__OUTPUT_TOKENS_MAX="200",
-            SLUICE_LIMITS__CONCURRENCY="50",
-        )
-        async with aiohttp.ClientSession() as session:
-            verdict = await (await session.get(f"{url}/_llmock/verdict")).json()
-    assert verdict["passed"], verdict["findings"]
-    assert verdict["attempts"] > verdict["calls"], "nothing was put to the test"
+        await judged(scene, url)
     assert await scene.outcomes() == await scene.everything()
     assert [letter.header["sluice.error.detail"] for letter in await scene.letters()] == []
 
@@ -85,19 +91,12 @@ async def test_the_judge_passes_streams(scene: Scene) -> None:
     await scene.send(*(text.encode() for text in texts), b"long " * 4000)
     options = ("--stream-stall-seconds", "2", "--context-window", "2000", "--latency-ms", "20")
     async with judge(*options, *STREAM_FAULTS) as url:
-        await scene.catch_up(
-            within_s=110,
-            OPENAI_BASE_URL=f"{url}/v1",
-            SLUICE_EXTRACTION__MODEL="gpt-4o-mini",
-            SLUICE_EXTRACTION__OUTPUT_TOKENS_MAX="200",
+        await judged(
+            scene,
+            url,
             SLUICE_EXTRACTION__CARDINALITY="many",
             SLUICE_EXTRACTION__STREAMING="true",
             SLUICE_DELIVERY__ORDERING="none",
-            SLUICE_LIMITS__CONCURRENCY="50",
         )
-        async with aiohttp.ClientSession() as session:
-            verdict = await (await session.get(f"{url}/_llmock/verdict")).json()
-    assert verdict["passed"], verdict["findings"]
-    assert verdict["attempts"] > verdict["calls"], "nothing was put to the test"
     reasons = [letter.header["sluice.error.reason"] for letter in await scene.letters()]
     assert reasons == ["too_long"]
