@@ -791,10 +791,7 @@ class Pipeline:
     async def _send(self, entry: Entry, piece: Piece) -> asyncio.Future[None]:
         """Not between a revoke and an assignment: one that is lost by it is called off here."""
         await self._until(lambda: not self._held_out)
-        acknowledged = await self._give(entry, piece)
-        self._sent[acknowledged] = entry.holding
-        acknowledged.add_done_callback(self._sent.pop)
-        return acknowledged
+        return await self._give(entry, piece)
 
     async def _before_sending_again(self, attempts: int) -> None:
         self._observe(PublishRetried())
@@ -830,8 +827,6 @@ class Pipeline:
     async def _publish(self, entry: Entry) -> None:
         assert entry.outcome is not None, "handed over without an outcome"
         acknowledged = await self._give(entry, entry.outcome)
-        self._sent[acknowledged] = entry.holding
-        acknowledged.add_done_callback(self._sent.pop)
         acknowledged.add_done_callback(partial(self._called_back, self._settled, entry))
 
     def _settled(self, entry: Entry, acknowledged: asyncio.Future[None]) -> None:
@@ -1003,10 +998,15 @@ class Pipeline:
         return nullcontext() if trace is None else trace.asking()
 
     async def _give(self, entry: Entry, outcome: Publishable) -> asyncio.Future[None]:
+        """To the sink; it is withdrawn with its partition for as long as it has not left."""
         trace = self._traces.get(entry)
         if trace is None:
-            return await self._sink.publish(entry.message, outcome)
-        return await trace.publish(self._sink, entry.message, outcome)
+            acknowledged = await self._sink.publish(entry.message, outcome)
+        else:
+            acknowledged = await trace.publish(self._sink, entry.message, outcome)
+        self._sent[acknowledged] = entry.holding
+        acknowledged.add_done_callback(self._sent.pop)
+        return acknowledged
 
     def _end_traces(self) -> None:
         """Of what left the window unfinished."""
