@@ -1,10 +1,11 @@
 """One request of the SDK's, sent many times: only its body differs, so only that is made anew.
 
 The SDK builds the request (address, credentials, organisation, its own headers) and says what an
-error answer means; both through its public face. In between, the bytes go straight to the aiohttp
-session on which its transport stands, with that transport's certificates, proxy and connections.
-That leaves out what it does for each call and what comes out the same each time: about half of a
-message's CPU. What is not an ordinary answer (a redirect) is left to the SDK altogether.
+error answer means; both through its public face. In between, the bytes go straight to a connection
+of the aiohttp session on which its transport stands: that session's pool, certificates and parser,
+without the request and response objects that it builds around each call and that come out the same
+each time. What is not an ordinary answer (a redirect) is left to the SDK altogether, and so is the
+way through a proxy to that session.
 """
 
 from __future__ import annotations
@@ -16,16 +17,21 @@ from typing import Any, NamedTuple
 import aiohttp
 import httpx2
 import openai
+from aiohttp.client_proto import ResponseHandler
 from yarl import URL
+
+from service.core.errors import WrongSettings
 
 IN_PLAIN = frozenset({"", "identity"})
 """Content encodings that need no decoding."""
 
 
 class Answered(NamedTuple):
-    """A successful answer; the names are httpx's. Header names don't mind their case."""
+    """An answer with its body read; the names are httpx's. Header names don't mind their case."""
 
+    status_code: int
     headers: Mapping[str, str]
+    raw_headers: tuple[tuple[bytes, bytes], ...]
     content: bytes
 
 
@@ -37,7 +43,7 @@ class LeanPost:
         self._client, self._http, self._path = client, http, path
 
     async def open(self) -> None:
-        """Have the SDK make its request once; no traffic."""
+        """Have the SDK and aiohttp make their request once; no traffic. Raises `WrongSettings`."""
         self._request = await self._as_the_sdk_makes_it()
         transport = self._http._transport_for_url(self._request.url)
         # The SDK's own transport opens its session at the first request; here it does so now.
@@ -45,6 +51,9 @@ class LeanPost:
         self._session: aiohttp.ClientSession = session
         self._address = URL(str(self._request.url), encoded=True)
         self._options = _options(self._request, transport)
+        self._made = await self._as_aiohttp_makes_it()
+        self._head = _head(self._made)
+        self._exchange = self._directly if self._made.proxy is None else self._by_the_session
 
     async def post(self, body: bytes) -> Answered | httpx2.Response:
         """Send it; raises what `AsyncOpenAI.post` raises: `APIStatusError`, `APIConnectionError`.
@@ -52,17 +61,66 @@ class LeanPost:
         Cancelled, the connection is closed and the request may have been answered.
         """
         try:
-            async with self._session.post(self._address, data=body, **self._options) as response:
-                content = await response.read()
+            answer = await self._exchange(body)
         except TimeoutError as error:
             raise openai.APITimeoutError(request=self._request) from error
         except Exception as error:  # the SDK draws the line here too
             raise openai.APIConnectionError(request=self._request) from error
-        if response.status == 200 and response.headers.get("Content-Encoding", "") in IN_PLAIN:
-            return Answered(response.headers, content)
-        if 300 <= response.status < 400 and "Location" in response.headers:
+        if answer.status_code == 200 and answer.headers.get("Content-Encoding", "") in IN_PLAIN:
+            return answer
+        if 300 <= answer.status_code < 400 and "Location" in answer.headers:
             return await self._client.post(self._path, cast_to=httpx2.Response, content=body)
-        return await self._as_the_sdk_takes_it(response, content)
+        return await self._as_the_sdk_takes_it(answer)
+
+    async def _directly(self, body: bytes) -> Answered:
+        """On a connection of the session's pool, which gets it back only after a whole answer."""
+        assert self._session.connector is not None, "the session is open"
+        connection = await self._session.connector.connect(
+            self._made, traces=[], timeout=self._options["timeout"]
+        )
+        whole = False
+        try:
+            assert connection.protocol is not None, "connected"
+            answer = await self._asked(connection.protocol, body)
+            whole = not _has_unsent(connection.protocol)
+            return answer
+        finally:
+            if whole:
+                connection.release()
+            else:
+                connection.close()
+
+    async def _asked(self, protocol: ResponseHandler, body: bytes) -> Answered:
+        protocol.set_response_params(read_until_eof=True, auto_decompress=False)
+        if protocol.transport is None:
+            raise aiohttp.ServerDisconnectedError
+        # At once, so that it is one packet and one system call. It is not waited for that a large
+        # body has left: it is in memory either way.
+        protocol.transport.write(b"%b%d\r\n\r\n%b" % (self._head, len(body), body))
+        while True:
+            message, payload = await protocol.read()
+            if message.code >= 200:
+                content = await payload.read()
+                return Answered(message.code, message.headers, message.raw_headers, content)
+
+    async def _by_the_session(self, body: bytes) -> Answered:
+        """Through a proxy, which may want a tunnel and credentials for each connection."""
+        async with self._session.post(self._address, data=body, **self._options) as response:
+            content = await response.read()
+            return Answered(response.status, response.headers, response.raw_headers, content)
+
+    async def _as_aiohttp_makes_it(self) -> aiohttp.ClientRequest:
+        made: list[aiohttp.ClientRequest] = []
+
+        async def keep(request: aiohttp.ClientRequest, _: object) -> aiohttp.ClientResponse:
+            made.append(request)
+            raise _Kept
+
+        try:
+            await self._session.post(self._address, data=b"", **self._options, middlewares=[keep])
+        except _Kept:
+            return made[0]
+        raise AssertionError("aiohttp sent a request that was only to be made")
 
     async def _as_the_sdk_makes_it(self) -> httpx2.Request:
         made: list[httpx2.Request] = []
@@ -74,13 +132,11 @@ class LeanPost:
         await self._through_the_sdk(keep)
         return made[0]
 
-    async def _as_the_sdk_takes_it(
-        self, response: aiohttp.ClientResponse, content: bytes
-    ) -> httpx2.Response:
+    async def _as_the_sdk_takes_it(self, answer: Answered) -> httpx2.Response:
         """Decoded where it is encoded; an error is raised as the SDK raises it."""
         return await self._through_the_sdk(
             lambda _: httpx2.Response(
-                response.status, headers=list(response.raw_headers), content=content
+                answer.status_code, headers=list(answer.raw_headers), content=answer.content
             )
         )
 
@@ -92,6 +148,29 @@ class LeanPost:
         async with httpx2.AsyncClient(transport=inner) as http:
             client = self._client.copy(http_client=http)
             return await client.post(self._path, cast_to=httpx2.Response, content=b"{}")
+
+
+class _Kept(Exception):
+    """The request was made; it is not to be sent."""
+
+
+def _head(request: aiohttp.ClientRequest) -> bytes:
+    """Of a direct request, up to the value of its content length."""
+    lines = [f"{request.method} {request.url.raw_path_qs} HTTP/1.1"]
+    for name, value in request.headers.items():
+        if any(character in value for character in "\r\n\0"):
+            raise WrongSettings(
+                f"The header {name} for the model endpoint holds a line break: look at "
+                "OPENAI_ORG_ID, OPENAI_PROJECT_ID and OPENAI_CUSTOM_HEADERS."
+            )
+        if name.lower() != "content-length":
+            lines.append(f"{name}: {value}")
+    return "\r\n".join([*lines, "Content-Length: "]).encode()
+
+
+def _has_unsent(protocol: ResponseHandler) -> bool:
+    """Answered before all of the request had left: what is left would go before the next."""
+    return protocol.transport is None or protocol.transport.get_write_buffer_size() > 0
 
 
 def _options(request: httpx2.Request, transport: Any) -> dict[str, Any]:
