@@ -277,7 +277,8 @@ class Pipeline:
         self._alone: Entry | None = None  # the only call that may run now
         self._lanes_at_work: set[Lane] = set()  # a task is handing over their outcomes
         self._lanes_resting: set[Lane] = set()  # a send failed; a timer will go on with them
-        self._moved = asyncio.Event()  # set whenever something may have become possible
+        self._waiting: dict[asyncio.Future[None], Callable[[], bool]] = {}  # see `_until`
+        self._looks = False  # what waits is looked at after this step of a task
         self._wake: asyncio.TimerHandle | None = None
         self._committing = asyncio.Lock()
         self._held_out = True  # from a revoke until the next assignment
@@ -322,7 +323,7 @@ class Pipeline:
     def stop(self) -> None:
         """Take no more, finish what is in flight, commit, return from `run`."""
         self._stopping = True
-        self._moved.set()
+        self._look()
 
     def force(self) -> None:
         """Stop without waiting: what is in flight is abandoned, what is finished committed."""
@@ -455,7 +456,7 @@ class Pipeline:
             turn = self._admission.admit(now_s, estimate)
             self._start(entry.holding, self._call, entry, turn)
         if held and not self._waits_for_budget:
-            self._moved.set()  # there may be room to fetch
+            self._look()  # there may be room to fetch
         self._wake_at(ask_again_s)
 
     def _requeue(self, now_s: float) -> float | None:
@@ -791,7 +792,9 @@ class Pipeline:
     async def _send(self, entry: Entry, piece: Piece) -> asyncio.Future[None]:
         """Not between a revoke and an assignment: one that is lost by it is called off here."""
         await self._until(lambda: not self._held_out)
-        return await self._give(entry, piece)
+        acknowledged = await self._give(entry, piece)
+        acknowledged.add_done_callback(self._sent.pop)
+        return acknowledged
 
     async def _before_sending_again(self, attempts: int) -> None:
         self._observe(PublishRetried())
@@ -831,6 +834,7 @@ class Pipeline:
 
     def _settled(self, entry: Entry, acknowledged: asyncio.Future[None]) -> None:
         """The sink's word on one outcome; too late if the partition is not ours any more."""
+        del self._sent[acknowledged]
         failure = PublishFailed() if acknowledged.cancelled() else acknowledged.exception()
         if entry.holding.lost:
             return
@@ -964,7 +968,7 @@ class Pipeline:
         for entry in tuple(self._window.entries()):
             self._start_hand_over(entry)
         self._admit()
-        self._moved.set()
+        self._look()
 
     def seen(self, lags: Mapping[Partition, int | None]) -> None:
         self._lags = lags
@@ -1005,7 +1009,6 @@ class Pipeline:
         else:
             acknowledged = await trace.publish(self._sink, entry.message, outcome)
         self._sent[acknowledged] = entry.holding
-        acknowledged.add_done_callback(self._sent.pop)
         return acknowledged
 
     def _end_traces(self) -> None:
@@ -1131,7 +1134,7 @@ class Pipeline:
 
     def _moved_on(self) -> None:
         self._moved_at_s = self._now_s()
-        self._moved.set()
+        self._look()
 
     def _called_back(self, act: Callable[..., None], *arguments: object) -> None:
         """What the loop calls outside of a task: an unexpected exception ends the run as well."""
@@ -1142,15 +1145,37 @@ class Pipeline:
                 self._tasks.create_task(_raise(error))
 
     async def _until(self, possible: Callable[[], bool], timeout_s: float | None = None) -> bool:
-        """Wait until `possible`, at most `timeout_s`; says whether it is."""
+        """Wait until `possible`, at most `timeout_s`; says whether it is.
+
+        It is asked when something has moved; who waits is woken only when it has become true.
+        """
         try:
             async with asyncio.timeout(timeout_s):
                 while not possible():
-                    self._moved.clear()
-                    await self._moved.wait()
+                    await self._woken(possible)
         except TimeoutError:
             return possible()
         return True
+
+    async def _woken(self, possible: Callable[[], bool]) -> None:
+        woken = asyncio.get_running_loop().create_future()
+        self._waiting[woken] = possible
+        try:
+            await woken
+        finally:
+            del self._waiting[woken]
+
+    def _look(self) -> None:
+        """Something may have become possible: once this step is done, see who waits for it."""
+        if self._waiting and not self._looks:
+            self._looks = True
+            asyncio.get_running_loop().call_soon(self._called_back, self._wake_waiting)
+
+    def _wake_waiting(self) -> None:
+        self._looks = False
+        for woken, possible in self._waiting.items():
+            if not woken.done() and possible():
+                woken.set_result(None)
 
 
 async def _raise(failure: BaseException) -> None:

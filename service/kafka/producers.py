@@ -65,22 +65,20 @@ class Producer:
         """Fetch a topic's metadata; retries within the request timeout, then raises."""
         await self._client.partitions_for(topic)
 
-    async def send(self, where: TopicPartition, outputs: Sequence[Output]) -> None:
-        """Write a batch; returns when all in-sync replicas have it. Raises `KafkaError`.
-
-        The caller must have no other batch of this partition under way, in any producer.
-        Cancelled, the batch may still be written.
-        """
-        self.batches += 1
-        try:
-            await (await self.enqueue(where, outputs))
-        finally:
-            self.batches -= 1
+    def knows(self, where: TopicPartition) -> bool:
+        """Whether it can be sent to without looking anything up."""
+        return where.partition in (
+            self._client.client.cluster.partitions_for_topic(where.topic) or ()
+        )
 
     async def enqueue(
         self, where: TopicPartition, outputs: Sequence[Output]
     ) -> asyncio.Future[Any]:
-        """Give the client a batch; the future ends with its acknowledgement, or `KafkaError`."""
+        """Give the client a batch; the future ends when all in-sync replicas have it, or with
+        `KafkaError`, which this itself may raise.
+
+        The caller must have no other batch of this partition under way, in any producer.
+        """
         if where.partition not in await self._client.partitions_for(where.topic):
             raise UnknownTopicOrPartitionError
         batch = self._batch(outputs)

@@ -4,13 +4,17 @@ Whoever hands outputs over need not wait, and never overtakes itself: what is ha
 a batch stays here until that batch is settled. If it fails, everything queued behind it fails
 with it and nothing of it has left. aiokafka sends one batch a partition at a time as well, so
 this costs no throughput.
+
+All partitions with something to send depart together, in one task: the client puts what goes to
+one broker at the same moment into one request, and requests are what costs.
 """
 
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from aiokafka import TopicPartition
 from aiokafka.errors import (
@@ -21,11 +25,10 @@ from aiokafka.errors import (
 )
 
 from service.core.errors import OutputTooLarge, PublishFailed, SluiceError
-from service.kafka.producers import Output, Producers
+from service.kafka.producers import Output, Producer, Producers
 
 LINGER_S = 0.005
-"""Between two departures: short against a call to a model, long enough to fill requests. All
-partitions depart together, since the client puts what goes to one broker into one request."""
+"""Between two departures: short against a call to a model, long enough to fill requests."""
 GATHERED_MIN = 1.5
 """Where fewer would gather between two departures, each leaves at once: waiting for nobody costs
 time and saves no request."""
@@ -72,12 +75,16 @@ class Waiting:
 
 
 class OutputQueue:
-    """What waits for one output partition, and since when its present batch is under way."""
+    """What waits for one output partition, and its batch that is under way, and since when.
 
-    __slots__ = ("running", "since_s", "waiting")
+    `running` from when it boards for a departure until nothing waits behind its last batch.
+    """
+
+    __slots__ = ("running", "since_s", "under_way", "waiting")
 
     def __init__(self) -> None:
         self.waiting: deque[Waiting] = deque()
+        self.under_way: list[Waiting] = []
         self.running = False
         self.since_s: float | None = None
 
@@ -114,6 +121,7 @@ class Sending:
         self._deadline_s = deadline_s
         self._group = group
         self._queues: dict[TopicPartition, OutputQueue] = {}
+        self._boarding: dict[TopicPartition, OutputQueue] = {}  # they leave with the next departure
         self._departure_s = 0.0  # nothing leaves before, unless too few come
         self._handed_over_s = 0.0
         self._gap_s = LINGER_S  # on average, between two hand-overs
@@ -135,7 +143,7 @@ class Sending:
                 queue = self._queues[where] = OutputQueue()
             queue.waiting.append(Waiting(output, handover))
             if not queue.running:
-                self._run(where, queue)
+                self._board(where, queue)
         return handover.future
 
     @property
@@ -146,33 +154,44 @@ class Sending:
 
     async def stop(self, flush_timeout_s: float) -> bool:
         """Give what is queued this long, then fail the rest; whether nothing was left."""
-        if self._tasks:
-            await asyncio.wait(set(self._tasks), timeout=flush_timeout_s)
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + flush_timeout_s
+        while self._tasks and (rest_s := deadline_s - loop.time()) > 0:
+            await asyncio.wait(self._tasks, timeout=rest_s)
         left = set(self._tasks)
         for task in left:
             task.cancel()
+        for where, queue in self._queues.items():
+            queue.since_s = None
+            _fail_all(queue, f"{_name(where)}: the sink was stopped")
         return not left
 
-    def _run(self, where: TopicPartition, queue: OutputQueue) -> None:
+    def _board(self, where: TopicPartition, queue: OutputQueue) -> None:
         queue.running = True
-        task = self._group.create_task(self._empty(where, queue))
+        self._boarding[where] = queue
+        if len(self._boarding) == 1:
+            self._start(self._depart())
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        task = self._group.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _empty(self, where: TopicPartition, queue: OutputQueue) -> None:
-        batch: list[Waiting] = []
+    async def _depart(self) -> None:
+        """Wait for the next departure, then send a batch of each queue that has boarded."""
+        await self._linger()
+        boarded, self._boarding = self._boarding, {}
         try:
-            await self._linger()
-            while batch := queue.take(self._batch_max_bytes(where.topic)):
-                queue.since_s = asyncio.get_running_loop().time()
-                await self._send(where, queue, batch)
-                queue.since_s = None
-                if queue.waiting:
-                    await self._linger()
-        finally:
-            queue.running, queue.since_s = False, None
-            # Empty but for a cancelled task: those were never acknowledged.
-            _fail([*batch, *queue.waiting], f"{_name(where)}: the sink was stopped")
+            producer = await self._producers.open()
+        except PublishFailed as error:
+            for where, queue in boarded.items():
+                queue.running = False
+                _fail_all(queue, f"{_name(where)}: {error}")
+            return
+        for where in [each for each in boarded if not producer.knows(each)]:
+            # What has to be looked up first holds up nobody else.
+            self._start(self._send(producer, {where: boarded.pop(where)}))
+        await self._send(producer, boarded)
 
     def _measure_gap(self) -> None:
         now_s = asyncio.get_running_loop().time()
@@ -189,39 +208,77 @@ class Sending:
         self._departure_s = loop.time() + LINGER_S
 
     async def _send(
-        self, where: TopicPartition, queue: OutputQueue, batch: Sequence[Waiting]
+        self, producer: Producer, boarded: Mapping[TopicPartition, OutputQueue]
     ) -> None:
-        """Settle a batch: acknowledged, put back to be tried otherwise, or failed."""
-        try:
-            producer = await self._producers.open()
-        except PublishFailed as error:
-            _fail_all(queue, batch, f"{_name(where)}: {error}")
-            return
+        """Send a batch of each; it is settled when its answer is there or the time is over."""
+        unsettled = dict(boarded)
+        sent: dict[asyncio.Future[Any], TopicPartition] = {}
+        producer.batches += len(boarded)
         try:
             async with asyncio.timeout(self._deadline_s):
-                await producer.send(where, [each.output for each in batch])
+                for where, queue in boarded.items():
+                    sent[await self._sent(producer, where, queue)] = where
+                while sent:
+                    answered, _ = await asyncio.wait(sent, return_when=asyncio.FIRST_COMPLETED)
+                    for each in answered:
+                        where = sent.pop(each)
+                        self._settle(producer, where, unsettled.pop(where), each.exception())
         except TimeoutError:
-            why = f"{_name(where)}: not acknowledged within {self._deadline_s:g} s"
-            self._producers.cut_off(producer, why)
-            _fail_all(queue, batch, why)
-        except KafkaError as error:
-            why = f"{_name(where)}: {type(error).__name__}"
-            self._producers.distrust(producer, why)
-            self._settle_refused(where, queue, batch, error)
-        else:
-            for each in batch:
-                each.handover.acknowledged()
+            why = f"not acknowledged within {self._deadline_s:g} s"
+            self._producers.cut_off(producer, f"{', '.join(map(_name, unsettled))}: {why}")
+            for where, queue in unsettled.items():
+                _fail_all(queue, f"{_name(where)}: {why}")
+                self._ended(where, queue)
         finally:
+            for each in sent:
+                each.cancel()  # nobody wants to hear of it any more
+            producer.batches -= len(unsettled)
             self._producers.release(producer)
 
-    def _settle_refused(
+    async def _sent(
+        self, producer: Producer, where: TopicPartition, queue: OutputQueue
+    ) -> asyncio.Future[Any]:
+        """The queue's next batch is with the client; the answer to it."""
+        queue.since_s = asyncio.get_running_loop().time()
+        queue.under_way = queue.take(self._batch_max_bytes(where.topic))
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if not queue.under_way:  # all of it was withdrawn
+            answer.set_result(None)
+            return answer
+        try:
+            return await producer.enqueue(where, [each.output for each in queue.under_way])
+        except KafkaError as error:
+            answer.set_exception(error)
+            return answer
+
+    def _settle(
         self,
+        producer: Producer,
         where: TopicPartition,
         queue: OutputQueue,
-        batch: Sequence[Waiting],
-        error: KafkaError,
+        error: BaseException | None,
     ) -> None:
+        """Acknowledged, put back to be tried otherwise, or failed."""
+        producer.batches -= 1
+        match error:
+            case None:
+                for each in queue.under_way:
+                    each.handover.acknowledged()
+            case KafkaError():
+                self._producers.distrust(producer, f"{_name(where)}: {type(error).__name__}")
+                self._settle_refused(where, queue, error)
+            case _:
+                raise error
+        self._ended(where, queue)
+
+    def _ended(self, where: TopicPartition, queue: OutputQueue) -> None:
+        queue.under_way, queue.since_s, queue.running = [], None, False
+        if queue.waiting:
+            self._board(where, queue)
+
+    def _settle_refused(self, where: TopicPartition, queue: OutputQueue, error: KafkaError) -> None:
         """What a broker's answer means for a batch, and for what waits behind it."""
+        batch = queue.under_way
         if isinstance(error, TOO_LARGE):
             self._refused(where.topic, sum(each.output.size_bytes for each in batch))
         failure = after_refusal(batch, error)
@@ -230,7 +287,7 @@ class Sending:
         elif isinstance(error, TOO_LARGE):
             batch[0].handover.fail(failure)
         else:
-            _fail_all(queue, batch, f"{_name(where)}: {failure}")
+            _fail_all(queue, f"{_name(where)}: {failure}")
 
 
 def after_refusal(batch: Sequence[Waiting], error: KafkaError) -> SluiceError | None:
@@ -254,14 +311,10 @@ def after_refusal(batch: Sequence[Waiting], error: KafkaError) -> SluiceError | 
     return None
 
 
-def _fail_all(queue: OutputQueue, batch: Sequence[Waiting], why: str) -> None:
+def _fail_all(queue: OutputQueue, why: str) -> None:
     """Nothing that was handed over later may land before these are sent again."""
     behind, queue.waiting = queue.waiting, deque()
-    _fail([*batch, *behind], why)
-
-
-def _fail(those: Sequence[Waiting], why: str) -> None:
-    for each in those:
+    for each in (*queue.under_way, *behind):
         each.handover.fail(PublishFailed(why))
 
 

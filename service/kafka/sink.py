@@ -78,7 +78,6 @@ class KafkaSink:
         self._sizes = TopicSizes(lambda topic: ask_broker(topic, self._create_admin))
         self._partitioner = DefaultPartitioner()
         self._failures = LaneFailures(settings.delivery.ordering)
-        self._handed_over = 0
         self._held_logged_s = -HELD_LOG_EVERY_S
         self._started = False
         self._group = asyncio.TaskGroup()
@@ -107,11 +106,6 @@ class KafkaSink:
                 group=self._group,
                 observe=observe,
             )
-
-    @property
-    def unacknowledged(self) -> int:
-        """Messages handed over whose outcome is neither acknowledged nor failed."""
-        return self._handed_over
 
     @property
     def blocked_s(self) -> float:
@@ -169,10 +163,7 @@ class KafkaSink:
             return _settled(error)
         except OutputTooLarge as error:
             return _settled(error)
-        future = self._hand_over(message, placed)
-        self._handed_over += 1
-        future.add_done_callback(self._settle)
-        return future
+        return self._hand_over(message, placed)
 
     def _hand_over(
         self, message: Message, placed: list[tuple[int, Output]]
@@ -307,9 +298,6 @@ class KafkaSink:
         if self._settings.delivery.ordering != "partition":
             spread += message.offset
         return partitions[spread % len(partitions)]
-
-    def _settle(self, future: asyncio.Future[None]) -> None:
-        self._handed_over -= 1
 
     async def _find_topics(self) -> None:
         kafka = self._settings.kafka

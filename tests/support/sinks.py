@@ -54,7 +54,7 @@ class Kafka:
             yield sink
         finally:
             await sink.stop()
-            assert sink.unacknowledged == 0
+            assert sink.blocked_s == 0.0
 
     def break_sends(
         self,
