@@ -47,7 +47,7 @@ from service.core.guard import NEVER, Guard, GuardBounds
 from service.core.hedges import Hedges
 from service.core.history import lived_on
 from service.core.lanes import Lane, Ordering
-from service.core.limits import BUDGETS, Admission, Cause, Hold, Limits, Turn
+from service.core.limits import BUDGETS, NO_SLOT, Admission, Cause, Hold, Limits, Turn
 from service.core.messages import (
     Batch,
     Extracted,
@@ -441,6 +441,9 @@ class Pipeline:
                 break  # the end of a call goes on with it
             if (held_s := self._guard.wait_s(now_s)) > 0.0:
                 ask_again_s = _earlier(ask_again_s, now_s + held_s)
+                break
+            if self._admission.full(now_s):
+                self._hold = NO_SLOT
                 break
             estimate = self._extractor.estimate(entry.text, entry.progress)
             self._hold = self._admission.hold(now_s, estimate)

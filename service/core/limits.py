@@ -35,7 +35,7 @@ RATE_LIMITED = "rate_limited"
 
 
 class Cause(StrEnum):
-    """What keeps the next call from starting, slots apart."""
+    """What keeps the next call from starting, slots apart; in the order of `Admission.waits`."""
 
     REQUESTS = "requests"  # the budget of requests, ours or the provider's
     TOKENS = "tokens"  # of tokens
@@ -66,6 +66,9 @@ class Hold:
 
     wait_s: float | None
     cause: Cause | None
+
+
+NO_SLOT = Hold(None, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +123,8 @@ class Admission:
 
     def hold(self, now_s: float, estimate: Estimate = NO_TOKENS) -> Hold | None:
         """None: a call may start. Asking changes nothing that matters to others."""
-        self._restart_now(now_s)
-        if self.busy >= self.limit:
-            return Hold(None, None)
+        if self.full(now_s):
+            return NO_SLOT
         if self.circuit.state is CircuitState.PROBING:
             return Hold(None, Cause.CIRCUIT)
         waits = self.waits(now_s, estimate)
@@ -131,17 +133,24 @@ class Admission:
         cause = max(waits, key=waits.__getitem__)
         return Hold(waits[cause], cause)
 
+    def full(self, now_s: float) -> bool:
+        """All slots that may be in use now are."""
+        self._restart_now(now_s)
+        return self.busy >= self.limit
+
     def waits(self, now_s: float, estimate: Estimate = NO_TOKENS) -> Mapping[Cause, float]:
         """Seconds to wait by each cause that holds the next call up; slots apart."""
-        waits = {
-            Cause.CIRCUIT: self._circuit_s(now_s),
-            Cause.COOLDOWN: self.cooldown_until_s - now_s,
-            Cause.SPEND: self.spend.wait_s(now_s, self.busy),
-            Cause.REQUESTS: self.requests.wait_s(now_s, 1.0, 1.0),
-            Cause.TOKENS: self.tokens.wait_s(now_s, estimate.tokens, estimate.tokens_max),
-            Cause.PACE: self.pace.wait_s(now_s),
-        }
-        return {cause: wait_s for cause, wait_s in waits.items() if wait_s > 0.0}
+        waits = (
+            self.requests.wait_s(now_s, 1.0, 1.0),
+            self.tokens.wait_s(now_s, estimate.tokens, estimate.tokens_max),
+            self.spend.wait_s(now_s, self.busy),
+            self.pace.wait_s(now_s),
+            self.cooldown_until_s - now_s,
+            self._circuit_s(now_s),
+        )
+        if max(waits) <= 0.0:  # as a rule, and asked for each call
+            return {}
+        return {cause: wait_s for cause, wait_s in zip(Cause, waits, strict=True) if wait_s > 0.0}
 
     def _circuit_s(self, now_s: float) -> float:
         """While it is not closed only a probe may go, so that a call never may."""

@@ -32,16 +32,26 @@ class BrokenAnswer(Exception):
 class Completion:
     """One answer. `text` is the JSON that we asked for, None where it was not given.
 
-    `message` is the answer as it can be said again in a re-ask.
+    `said` is the answer's message as it came.
     """
 
-    message: Mapping[str, Any] = field(repr=False)
+    said: Mapping[str, Any] = field(repr=False)
     text: str | None = field(repr=False)
     refusal: str | None = field(repr=False)
     finish_reason: str | None
     tokens: Tokens
     streamed: StreamedAnswer | None = None
     """Where it was read while it was written: what has become of its records."""
+
+    @property
+    def message(self) -> Mapping[str, Any]:
+        """The message as it can be said again in a re-ask: with a role, and without calls that
+        could not be referred to."""
+        calls = self.said.get("tool_calls") or ()
+        kept = {key: value for key, value in self.said.items() if key != "tool_calls"}
+        if calls and all(map(_is_call, calls)):
+            kept["tool_calls"] = calls
+        return {**kept, "role": "assistant"}
 
 
 def read_completion(body: bytes, mode: Mode) -> Completion:
@@ -58,7 +68,7 @@ def read_completion(body: bytes, mode: Mode) -> Completion:
         case _:
             raise BrokenAnswer
     return Completion(
-        message=_repeatable(message),
+        said=message,
         text=_arguments(message) if mode == "tools" else _content(message),
         refusal=_text_or_none(message.get("refusal")),
         finish_reason=_text_or_none(choice.get("finish_reason")),
@@ -78,15 +88,6 @@ def _arguments(message: Mapping[str, Any]) -> str | None:
             return to_json(arguments).decode()  # some servers send the object itself
         case _:
             return None
-
-
-def _repeatable(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The message with a role, and without calls that could not be referred to."""
-    calls = message.get("tool_calls") or ()
-    kept = {key: value for key, value in message.items() if key != "tool_calls"}
-    if calls and all(map(_is_call, calls)):
-        kept["tool_calls"] = calls
-    return {**kept, "role": "assistant"}
 
 
 def _is_call(call: object) -> bool:
