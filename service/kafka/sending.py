@@ -27,9 +27,9 @@ from aiokafka.errors import (
 from service.core.errors import OutputTooLarge, PublishFailed, SluiceError
 from service.kafka.producers import Output, Producer, Producers
 
-LINGER_S = 0.005
+LINGER_S = 0.007
 """Between two departures: short against a call to a model, long enough to fill requests."""
-GATHERED_MIN = 1.5
+GATHERED_MIN = 2.0
 """Where fewer would gather between two departures, each leaves at once: waiting for nobody costs
 time and saves no request."""
 GAP_WEIGHT = 1 / 16

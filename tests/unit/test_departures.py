@@ -66,7 +66,7 @@ async def hand_over(sending: Sending, number: int, gap_s: float, partitions: int
 
 
 def test_a_lone_output_leaves_at_once() -> None:
-    """Where one comes every 4 ms, hardly another would come within a wait of 5 ms."""
+    """Where one comes every 4 ms, hardly another would come within a wait of 7 ms."""
     waits, _ = waits_and_departures(gap_s=0.004)
     assert max(waits) == pytest.approx(ROUND_TRIP_S)
 
