@@ -363,6 +363,9 @@ class LimitSettings(Section):
     """US dollars that the calls of a rolling hour may cost, of all workers of the group together:
     then nothing is called until they are an hour old. A worker that starts knows of none before;
     needs a price for the model."""
+    workers: int = Field(default=1, ge=1, le=64)
+    """Processes of this one command, for more than one core: each is a member of the group with
+    its own concurrency, window and memory cache. `sluice run --workers` overrides it."""
 
     @property
     def shared(self) -> bool:
