@@ -23,7 +23,7 @@ async def finished(running: Service) -> dict[str, float]:
     """Messages finished, by the worker whose they were."""
     _, page = await running.get("/metrics", OPENMETRICS)
     found: dict[str, float] = {}
-    for family in text_string_to_metric_families(page):  # type: ignore[no-untyped-call]
+    for family in text_string_to_metric_families(page):
         for sample in family.samples:
             if sample.name == "sluice_messages_finished_total":
                 worker = sample.labels["worker"]
