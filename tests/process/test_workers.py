@@ -6,13 +6,12 @@ import asyncio
 import os
 import re
 import signal
-from pathlib import Path
 
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from tests.process.conftest import Scene
 from tests.support.endpoint import Latency
-from tests.support.service import Service, run, service
+from tests.support.service import Service, children, run, service
 
 COUNT = 800
 ARGUMENTS = ("run", "--workers", "2")
@@ -35,19 +34,6 @@ async def until_both_finish(running: Service, least: float) -> None:
     async with asyncio.timeout(60):
         while min((found := await finished(running)).values(), default=0) < least or len(found) < 2:
             await asyncio.sleep(0.1)
-
-
-def children(pid: int) -> dict[int, str]:
-    """The processes that a process has started, and what each is."""
-    found = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, parent = stat.read_text().rsplit(")", 1)[1].split()[:2]
-        except OSError:
-            continue  # it has ended meanwhile
-        if int(parent) == pid and state != "Z":
-            found[int(stat.parent.name)] = (stat.parent / "cmdline").read_text()
-    return found
 
 
 def alive(pid: int) -> bool:
