@@ -49,13 +49,15 @@ async def test_two_workers_of_one_command(scene: Scene) -> None:
     nothing is lost; SIGTERM ends all with 0, and no process is left."""
     scene.endpoint.latency = Latency(median_s=0.08)
     await scene.send(*((b"key-%d" % (n % 50), b"Text number %d" % n) for n in range(COUNT)))
-    environment = {**scene.environment, "SLUICE_LIMITS__CONCURRENCY": "8"}
+    settings = {"SLUICE_LIMITS__CONCURRENCY": "8", "SLUICE_DELIVERY__DRAIN_TIMEOUT_S": "30"}
+    environment = {**scene.environment, **settings}
     async with service(environment, ARGUMENTS) as running:
         await until_both_finish(running, COUNT / 40)
         assert (await running.get("/livez"))[0] == 200
         assert '"state": {"1": "running", "2": "running"}' in (await running.get("/readyz"))[1]
         workers = children(running.process.pid)
         assert len(workers) == 2
+        assert all(os.getsid(one) == one for one in workers), "Ctrl-C would reach them too"
         os.kill(min(workers), signal.SIGKILL)
         await running.until("sluice_worker_restarts_total", 1)
         await running.until("sluice_workers", 2)
@@ -72,6 +74,7 @@ async def test_two_workers_of_one_command(scene: Scene) -> None:
     assert re.search(
         r"ERROR .* worker \d was killed by SIGKILL; it is started again", ended.printed
     )
+    assert ended.printed.count("delivery.drain_timeout_s is 30") == 1
     assert re.search(r"INFO .* stopped: .* worker=1$", ended.printed, re.MULTILINE)
     assert (await scene.outcomes()).keys() == (await scene.everything()).keys()
     assert scene.endpoint.total() - COUNT <= 32 + 100

@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -14,7 +16,7 @@ from service.core.errors import CannotRun, Stop, WrongSettings
 from service.settings import Settings
 from service.telemetry.merged import Worker
 from service.telemetry.metrics import WorkerMetrics
-from service.workers import STEADY_S, ChildProcess, Line, Workers, of_worker, stop_within_s
+from service.workers import STEADY_S, ChildProcess, Line, Workers, of_worker, started, stop_within_s
 from tests.support import virtual_time
 
 STOP_WITHIN_S = 100.0
@@ -413,6 +415,30 @@ async def test_what_a_worker_says_arrives() -> None:
     assert (process.port, process.up) == (4711, True)
     assert isinstance(process.failure, WrongSettings)
     assert str(process.failure) == "Set it.\nAnd this."
+
+
+async def test_a_worker_is_told_its_settings_and_imports_what_its_parent_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A real process in a folder with modules named as ours and Python's: what it says of its
+    settings comes back with the exit code."""
+    for name in ("json", "service", "asyncio"):
+        (tmp_path / f"{name}.py").write_text("raise AssertionError('a module of the folder')")
+    monkeypatch.chdir(tmp_path)
+    settings = Settings.model_validate({"extraction": {"record": "nowhere.py:Ship"}})
+    async with started(settings, False, 1) as process:
+        assert await process.ended() == 2
+    assert isinstance(process.failure, WrongSettings)
+    assert "nowhere.py" in str(process.failure)
+    assert not process.up
+
+
+async def test_a_worker_whose_parent_gives_up_is_killed() -> None:
+    """On leaving, its process is gone, whatever it was about."""
+    async with started(Settings(), False, 1) as process:
+        pid = process.pid
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 def test_a_parent_that_is_gone_is_no_error_to_its_worker() -> None:
