@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
+from service import workers
 from service.core.errors import CannotRun, Stop, WrongSettings
 from service.settings import Settings
 from service.telemetry.merged import Worker
@@ -322,6 +323,8 @@ def test_a_stop_ends_the_wait_for_a_restart() -> None:
         scene.process(1).ends(KILLED)
         await asyncio.sleep(0.5)
         scene.workers.stop()
+        await asyncio.sleep(0.1)
+        assert scene.workers.seen() == {}
         await asyncio.sleep(10)
         assert len(scene.processes) == 2
         assert scene.value("sluice_worker_restarts_total") == 0
@@ -399,22 +402,40 @@ def test_a_stop_has_time_for_the_drain() -> None:
     assert stop_within_s(settings) == 50 + 60 + 25
 
 
+class Gone:
+    """A process that has ended before anybody asked."""
+
+    async def wait(self) -> int:
+        return 2
+
+
 async def test_what_a_worker_says_arrives() -> None:
     """Its port, that it has come up, and why it could not run, with the kind that makes the exit
-    code."""
+    code; also what it said just before its end."""
     ours, theirs = socket.socketpair()
     reader, writer = await asyncio.open_connection(sock=ours)
-    process = ChildProcess(None, reader)
+    process = ChildProcess(Gone(), reader)
     with theirs:
         line = Line(theirs, 2)
         line.listening(4711)
         line.up()
         line.failed(WrongSettings("Set it.\nAnd this."))
-    await process._listen()
+    assert await process.ended() == 2
     writer.close()
     assert (process.port, process.up) == (4711, True)
     assert isinstance(process.failure, WrongSettings)
     assert str(process.failure) == "Set it.\nAnd this."
+
+
+async def test_a_line_held_open_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that a worker has left behind may have inherited it."""
+    monkeypatch.setattr(workers, "LAST_WORDS_S", 0.05)
+    ours, theirs = socket.socketpair()
+    reader, writer = await asyncio.open_connection(sock=ours)
+    with theirs:
+        async with asyncio.timeout(5):
+            assert await ChildProcess(Gone(), reader).ended() == 2
+    writer.close()
 
 
 async def test_a_worker_is_told_its_settings_and_imports_what_its_parent_does(
@@ -424,12 +445,16 @@ async def test_a_worker_is_told_its_settings_and_imports_what_its_parent_does(
     settings comes back with the exit code."""
     for name in ("json", "service", "asyncio"):
         (tmp_path / f"{name}.py").write_text("raise AssertionError('a module of the folder')")
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "ships.py").write_text("Boat = str")
+    monkeypatch.syspath_prepend(tmp_path / "lib")
     monkeypatch.chdir(tmp_path)
-    settings = Settings.model_validate({"extraction": {"record": "nowhere.py:Ship"}})
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    settings = Settings.model_validate({"extraction": {"record": "ships:Ship"}})
     async with started(settings, False, 1) as process:
         assert await process.ended() == 2
     assert isinstance(process.failure, WrongSettings)
-    assert "nowhere.py" in str(process.failure)
+    assert "has no 'Ship'" in str(process.failure)
     assert not process.up
 
 
