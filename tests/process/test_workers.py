@@ -80,6 +80,15 @@ async def test_two_workers_of_one_command(scene: Scene) -> None:
     assert scene.endpoint.total() - COUNT <= 32 + 100
 
 
+async def test_two_workers_catch_up(scene: Scene) -> None:
+    """Each ends once what it holds has reached the ends, and the command with the last."""
+    await scene.send(*((b"key-%d" % n, b"Text number %d" % n) for n in range(60)))
+    ended = await run(scene.environment, *ARGUMENTS, "--until-caught-up")
+    assert ended.code == 0, ended.printed
+    assert await scene.outcomes() == await scene.everything()
+    assert scene.endpoint.total() == 60
+
+
 async def test_a_topic_that_is_not_there(scene: Scene) -> None:
     """What no worker can start with is said once, as by one alone, and ends them all with 1."""
     wrong = {**scene.environment, "SLUICE_INPUT__TOPICS": "nowhere"}
@@ -100,9 +109,13 @@ async def test_orphans_do_not_stay(scene: Scene) -> None:
         await running.until("sluice_ready", 2)
         workers = children(running.process.pid)
         running.signal(signal.SIGKILL)
-        async with asyncio.timeout(60):
-            while any(map(alive, workers)):
-                await asyncio.sleep(0.1)
+        try:
+            async with asyncio.timeout(30):
+                while any(map(alive, workers)):
+                    await asyncio.sleep(0.1)
+        finally:
+            for one in filter(alive, workers):
+                os.kill(one, signal.SIGKILL)
         printed = running.printed
     assert len(workers) == 2
     assert printed.count("is gone") == printed.count("stopped: 0 messages") == 2
