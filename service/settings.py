@@ -178,7 +178,8 @@ class KafkaSettings(Section):
     group_instance_id: str | None = Field(default=None, pattern=r"^[a-zA-Z0-9._-]{1,249}$")
     """A name of this worker alone, that it keeps over a restart (the pod's name in a StatefulSet):
     one that is back within session_timeout_s gets its partitions again and disturbs nobody. One
-    that leaves for good holds them until then, so not together with autoscaling."""
+    that leaves for good holds them until then, so not together with autoscaling. With
+    limits.workers above 1 each has its number behind it: name-1, name-2."""
     client_id: str = Field(default="sluice", min_length=1)
     """What brokers call us in their logs and quotas."""
     session_timeout_s: float = Field(default=10.0, ge=1, le=300)
