@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from prometheus_client import CollectorRegistry
 from rich.console import Console
@@ -38,7 +38,7 @@ from service.pipeline import Bounds, Later, Pipeline
 from service.settings import RetrySettings, Settings, warnings
 from service.telemetry.logs import configured
 from service.telemetry.metrics import Metrics, StatusGauges, expose_process
-from service.telemetry.probes import Patience, Probes
+from service.telemetry.probes import OwnAnswers, Patience, Probes
 
 if TYPE_CHECKING:
     from service.telemetry.tracing import Tracing
@@ -55,8 +55,27 @@ at more than a fifth of its CPU. What is looked for are cycles alone, which erro
 some megabytes of them may now wait to be found."""
 
 
-def run(settings: Settings, *, until_caught_up: bool = False) -> int:
+class Parent(Protocol):
+    """The process that has started this one, as one of several workers."""
+
+    @property
+    def worker(self) -> int:
+        """Which of them this one is, from 1."""
+
+    def listening(self, port: int) -> None:
+        """Metrics and probes can be had there."""
+
+    def up(self) -> None:
+        """All has started."""
+
+    def fileno(self) -> int:
+        """Readable once the parent is gone."""
+
+
+def run(settings: Settings, *, until_caught_up: bool = False, parent: Parent | None = None) -> int:
     """Run until a signal, or until caught up; returns the exit code.
+
+    With a `parent` also until it is gone, so that a worker is never left alone.
 
     Raises `Stop` (wrong settings, no broker, no topic, refused credentials) with a sentence for
     a person. What is unexpected is logged without texts of messages and gives 1.
@@ -67,9 +86,11 @@ def run(settings: Settings, *, until_caught_up: bool = False) -> int:
     metrics = Metrics(registry, models=settings.extraction.model, trace_id=trace_id)
     expose_process(registry)
     _look_for_garbage_rarely()
-    with configured(settings.telemetry, metrics.log_line):
+    worker = None if parent is None else parent.worker
+    with configured(settings.telemetry, metrics.log_line, worker=worker):
         try:
-            return asyncio.run(_App(settings, registry, metrics, tracing).run(until_caught_up))
+            app = _App(settings, registry, metrics, tracing, parent)
+            return asyncio.run(app.run(until_caught_up))
         except Exception as error:  # the boundary of the process: nothing is printed raw
             stop = _stop_in(error)
             if stop is not None:
@@ -103,8 +124,10 @@ class _App:
         registry: CollectorRegistry,
         metrics: Metrics,
         tracing: Tracing | None,
+        parent: Parent | None,
     ) -> None:
         self._settings, self._metrics, self._tracing = settings, metrics, tracing
+        self._parent = parent
         self._summary = _Summary()
         admission = Admission(limits(settings), Circuit(random.uniform))
         model = OpenAIExtractor(settings, self._observe, admission)
@@ -128,9 +151,7 @@ class _App:
         self._probes = Probes(
             settings.telemetry.host,
             settings.telemetry.port,
-            registry,
-            self.status,
-            Patience.of(settings),
+            OwnAnswers(registry, self.status, Patience.of(settings)),
         )
         self._started = False
 
@@ -145,14 +166,17 @@ class _App:
 
     async def run(self, until_caught_up: bool) -> int:
         """Start, work, stop; 0 when it ended as it should, 1 when its last commit failed."""
-        for sentence in warnings(self._settings):
-            log.warning("%s", sentence)
+        if self._parent is None:  # else it has said so, once for all
+            for sentence in warnings(self._settings):
+                log.warning("%s", sentence)
         with self._signals():
             try:
                 async with AsyncExitStack() as started:
                     await self._start(started)
                     until = await self._source.ends() if until_caught_up else None
                     self._started = True
+                    if self._parent is not None:
+                        self._parent.up()
                     committed = await self._work(until)
             except asyncio.CancelledError:
                 if self._started:
@@ -168,6 +192,8 @@ class _App:
     async def _start(self, started: AsyncExitStack) -> None:
         """From what is needed last at the stop to what is needed first."""
         await started.enter_async_context(self._probes)
+        if self._parent is not None:
+            self._parent.listening(self._probes.port)
         if self._tracing is not None:
             started.push_async_callback(self._tracing.stop)
         started.push_async_callback(self._extractor.stop)
@@ -194,7 +220,7 @@ class _App:
                 tasks.create_task(self._metrics.watch(self.status)),
                 tasks.create_task(self._source.supervise()),
             ]
-            if until is not None and sys.stderr.isatty():
+            if until is not None and self._parent is None and sys.stderr.isatty():
                 beside.append(tasks.create_task(self._show_progress(until)))
             committed = await self._pipeline.run(until)
             for task in beside:
@@ -223,11 +249,22 @@ class _App:
         assert running is not None, "runs inside a task"
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled, running)
+        if self._parent is not None:
+            loop.add_reader(self._parent.fileno(), self._left_alone, running)
         try:
             yield
         finally:
+            if self._parent is not None:
+                loop.remove_reader(self._parent.fileno())
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
+
+    def _left_alone(self, running: asyncio.Task[object]) -> None:
+        assert self._parent is not None, "nobody else is listened to"
+        asyncio.get_running_loop().remove_reader(self._parent.fileno())
+        log.warning("the process that had started this worker is gone")
+        if not self._pipeline.stopping:
+            self._signalled(running)
 
     def _signalled(self, running: asyncio.Task[object]) -> None:
         if not self._started:

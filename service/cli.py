@@ -91,9 +91,18 @@ def run(
         bool,
         typer.Option("--until-caught-up", help="Stop at the end offsets seen at the start."),
     ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, max=64, help="Processes; without it limits.workers says how many."),
+    ] = None,
 ) -> None:
     """Read, extract, publish, until SIGTERM or Ctrl-C (a second one does not wait)."""
     settings = _settings(config)
+    count = workers or settings.limits.workers
+    if count > 1:
+        from service.workers import run as run_workers
+
+        raise typer.Exit(run_workers(settings, count, until_caught_up=until_caught_up))
     from service.app import run as run_app
 
     raise typer.Exit(run_app(settings, until_caught_up=until_caught_up))

@@ -178,7 +178,8 @@ class KafkaSettings(Section):
     group_instance_id: str | None = Field(default=None, pattern=r"^[a-zA-Z0-9._-]{1,249}$")
     """A name of this worker alone, that it keeps over a restart (the pod's name in a StatefulSet):
     one that is back within session_timeout_s gets its partitions again and disturbs nobody. One
-    that leaves for good holds them until then, so not together with autoscaling."""
+    that leaves for good holds them until then, so not together with autoscaling. With
+    limits.workers above 1 each has its number behind it: name-1, name-2."""
     client_id: str = Field(default="sluice", min_length=1)
     """What brokers call us in their logs and quotas."""
     session_timeout_s: float = Field(default=10.0, ge=1, le=300)
@@ -363,6 +364,9 @@ class LimitSettings(Section):
     """US dollars that the calls of a rolling hour may cost, of all workers of the group together:
     then nothing is called until they are an hour old. A worker that starts knows of none before;
     needs a price for the model."""
+    workers: int = Field(default=1, ge=1, le=64)
+    """Processes of this one command, for more than one core: each is a member of the group with
+    its own concurrency, window and memory cache. `sluice run --workers` overrides it."""
 
     @property
     def shared(self) -> bool:

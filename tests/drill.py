@@ -279,9 +279,9 @@ async def play(phase: Phase, stage: Stage) -> Seen:
 
 
 def substituted(query: str) -> str:
-    """As Grafana would ask it: all instances, and four scrapes a rate."""
+    """As Grafana would ask it: all instances and workers, and four scrapes a rate."""
     query = query.replace("$__rate_interval", f"{4 * SCRAPE_S}s")
-    return query.replace("$job", ".+").replace("$instance", ".+")
+    return query.replace("$job", ".+").replace("$instance", ".+").replace("$worker", ".*")
 
 
 def asked() -> dict[str, str]:

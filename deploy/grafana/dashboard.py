@@ -25,7 +25,11 @@ FOLDER = Path(__file__).parent / "dashboards"
 WIDTH = 24
 """Columns of Grafana's grid."""
 
-CHOSEN = 'job=~"$job", instance=~"$instance"'
+CHOSEN = 'job=~"$job", instance=~"$instance", worker=~"$worker"'
+"""With one worker an instance has no label `worker`, which All of them (.*) takes in too."""
+WORKER, NAMED = "instance, worker", "{{instance}} {{worker}}"
+"""What tells workers apart, and what they are called. The process that has started several workers
+is there too where processes are looked at, without a number."""
 DATASOURCE = dashboard.DataSourceRef(type_val="prometheus", uid="${datasource}")
 
 STATES = {
@@ -114,6 +118,11 @@ def rate(metric: str, by: str = "", **labels: str) -> str:
 def total(metric: str, by: str = "", **labels: str) -> str:
     """A gauge summed over all chosen instances."""
     return f"sum{_by(by)} ({_select(metric, labels)})"
+
+
+def largest(metric: str) -> str:
+    """A gauge of the chosen worker for which it is largest."""
+    return f"max ({_select(metric, {})})"
 
 
 def quantile(share: float, metric: str, **labels: str) -> str:
@@ -228,7 +237,7 @@ FULL_WINDOW = Panel(
     "Which share of the time was the window full?",
     "With idle slots meanwhile: enlarge limits.window.",
     "percentunit",
-    (Query(rate("sluice_window_full_seconds_total", "instance"), "{{instance}}"),),
+    (Query(rate("sluice_window_full_seconds_total", WORKER), NAMED),),
     maximum=1,
 )
 LAG_BY_PARTITION = Panel(
@@ -273,14 +282,14 @@ CPU = Panel(
     "How much of a core does each worker use?",
     "One is the most a process can: then add workers.",
     "percentunit",
-    (Query(rate("process_cpu_seconds_total", "instance"), "{{instance}}"),),
+    (Query(rate("process_cpu_seconds_total", WORKER), NAMED),),
 )
 MEMORY = Panel(
     "Memory",
     "How much memory does each worker hold?",
     "It should be flat; limits.window_bytes bounds what messages take of it.",
     "bytes",
-    (Query(total("process_resident_memory_bytes", "instance"), "{{instance}}"),),
+    (Query(total("process_resident_memory_bytes", WORKER), NAMED),),
 )
 
 WELL = Row(
@@ -538,7 +547,7 @@ NOW = Row(
         figure(
             "Ready",
             "Does it take messages?",
-            "1 is yes; else /readyz says why not.",
+            "1 for each worker is yes; else /readyz says why not.",
             "short",
             Query(total("sluice_ready"), "ready"),
         ),
@@ -687,10 +696,10 @@ KAFKA = Row(
             "Above a minute or two /livez fails, and a restart helps.",
             "s",
             (
-                Query(total("sluice_poll_turn_age_seconds"), "poll loop"),
-                Query(total("sluice_look_age_seconds"), "watchdog"),
-                Query(total("sluice_call_overdue_seconds"), "overdue call"),
-                Query(total("sluice_group_unsettled_seconds"), "unsettled group"),
+                Query(largest("sluice_poll_turn_age_seconds"), "poll loop"),
+                Query(largest("sluice_look_age_seconds"), "watchdog"),
+                Query(largest("sluice_call_overdue_seconds"), "overdue call"),
+                Query(largest("sluice_group_unsettled_seconds"), "unsettled group"),
             ),
         ),
     ),
@@ -811,10 +820,13 @@ def _variables(page: Page) -> tuple[build.DatasourceVariable | build.QueryVariab
         .current(prometheus_of),
         _choice("job", "sluice_build_info", several=page.several),
         _choice("instance", 'sluice_build_info{job=~"$job"}', several=page.several),
+        _choice("worker", 'sluice_build_info{job=~"$job", instance=~"$instance"}', everything=".*"),
     )
 
 
-def _choice(label: str, series: str, *, several: bool) -> build.QueryVariable:
+def _choice(
+    label: str, series: str, *, several: bool = True, everything: str = ".+"
+) -> build.QueryVariable:
     choice = (
         build.QueryVariable(label)
         .label(label.capitalize())
@@ -825,8 +837,8 @@ def _choice(label: str, series: str, *, several: bool) -> build.QueryVariable:
         .sort(dashboard.VariableSort.ALPHABETICAL_ASC)
     )
     if several:
-        everything = dashboard.VariableOption(text="All", value="$__all", selected=True)
-        choice.multi(True).include_all(True).all_value(".+").current(everything)
+        chosen = dashboard.VariableOption(text="All", value="$__all", selected=True)
+        choice.multi(True).include_all(True).all_value(everything).current(chosen)
     return choice
 
 

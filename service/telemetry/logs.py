@@ -62,13 +62,14 @@ def configured(
     telemetry: TelemetrySettings,
     count: Callable[[Level], None] | None = None,
     stream: TextIO | None = None,
+    worker: int | None = None,
 ) -> Iterator[None]:
     """Log as the settings say, and as before again afterwards; `count` hears of each warning and
-    error."""
+    error. Where there are several workers, each line says which one's it is."""
     root, shown_before = logging.getLogger(), warnings.showwarning
     level, handlers = root.level, root.handlers[:]
     formatter = JsonLines() if telemetry.log_format == "json" else TextLines()
-    root.handlers[:] = [_Lines(formatter, count, stream)]
+    root.handlers[:] = [_Lines(formatter, count, stream, worker)]
     root.setLevel(telemetry.log_level)
     warnings.showwarning = _warned
     try:
@@ -87,15 +88,18 @@ class _Lines(logging.StreamHandler[TextIO]):
         formatter: logging.Formatter,
         count: Callable[[Level], None] | None,
         stream: TextIO | None,
+        worker: int | None,
     ) -> None:
         super().__init__(stream)
-        self._follows_stderr = stream is None
+        self._follows_stderr, self._worker = stream is None, worker
         self.setFormatter(formatter)
         self.addFilter(may_be_logged)
         self.addFilter(_Repeats())
         self._count = count
 
     def emit(self, record: logging.LogRecord) -> None:
+        if self._worker is not None:
+            record.__dict__["worker"] = self._worker
         if self._follows_stderr:
             self.stream = sys.stderr  # a progress bar puts itself before it
         super().emit(record)

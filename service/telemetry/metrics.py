@@ -743,6 +743,24 @@ def _by_partition(name: str, meaning: str, read: _Read, status: Status) -> Gauge
     return family
 
 
+class WorkerMetrics:
+    """What the parent of several workers counts; with one there is no parent, and none of these."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.running = Gauge(
+            "sluice_workers",
+            "Workers that run now, of limits.workers; only there with more than one.",
+            registry=registry,
+        )
+        self.restarts = Counter(
+            "sluice_worker_restarts",
+            "Workers that ended and were started again, the log says how; only there with "
+            "limits.workers above one.",
+            registry=registry,
+        )
+
+
 def expose_process(registry: CollectorRegistry) -> None:
     """Add the process's memory, CPU and file descriptors, and Python's version and collector."""
     ProcessCollector(registry=registry)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from aiohttp import hdrs, web
 from prometheus_client import CollectorRegistry
@@ -80,22 +80,51 @@ def not_alive(status: Status, patience: Patience) -> tuple[str, ...]:
     return tuple(reasons)
 
 
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """Why messages are not taken that should be, and what goes on: a word, or one a worker."""
+
+    reasons: Sequence[str]
+    state: str | Mapping[str, str]
+
+
+class Answers(Protocol):
+    """What the three pages tell."""
+
+    async def metrics(self) -> CollectorRegistry: ...
+
+    async def not_alive(self) -> Sequence[str]: ...
+
+    async def readiness(self) -> Readiness: ...
+
+
+@dataclass(frozen=True, slots=True)
+class OwnAnswers:
+    """Of the process itself."""
+
+    registry: CollectorRegistry
+    status: Callable[[], Status]
+    patience: Patience
+
+    async def metrics(self) -> CollectorRegistry:
+        return self.registry
+
+    async def not_alive(self) -> Sequence[str]:
+        return not_alive(self.status(), self.patience)
+
+    async def readiness(self) -> Readiness:
+        status = self.status()
+        return Readiness(status.not_ready, status.state.value)
+
+
 class Probes:
     """The HTTP server; an async context manager that leaves nothing behind.
 
     Entering raises `CannotRun` where the address cannot be had. `port` is the one that was bound.
     """
 
-    def __init__(
-        self,
-        host: str,
-        port: int,
-        registry: CollectorRegistry,
-        status: Callable[[], Status],
-        patience: Patience,
-    ) -> None:
-        self.host, self.port = host, port
-        self._registry, self._status, self._patience = registry, status, patience
+    def __init__(self, host: str, port: int, answers: Answers) -> None:
+        self.host, self.port, self._answers = host, port, answers
         application = web.Application()
         application.add_routes(
             [
@@ -127,17 +156,17 @@ class Probes:
 
     async def _metrics(self, request: web.Request) -> web.Response:
         encode, content_type = choose_encoder(",".join(request.headers.getall(hdrs.ACCEPT, [])))
-        body = encode(self._registry)
+        body = encode(await self._answers.metrics())
         return web.Response(body=body, headers={hdrs.CONTENT_TYPE: content_type})
 
     async def _livez(self, _: web.Request) -> web.Response:
-        reasons = not_alive(self._status(), self._patience)
+        reasons = await self._answers.not_alive()
         return _answer({"alive": not reasons, "reasons": reasons}, good=not reasons)
 
     async def _readyz(self, _: web.Request) -> web.Response:
-        status = self._status()
-        ready = not status.not_ready
-        body = {"ready": ready, "state": status.state.value, "reasons": status.not_ready}
+        found = await self._answers.readiness()
+        ready = not found.reasons
+        body = {"ready": ready, "state": found.state, "reasons": found.reasons}
         return _answer(body, good=ready)
 
 

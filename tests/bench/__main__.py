@@ -2,6 +2,7 @@
 
     python -m tests.bench [--scenarios a,b,c,d,e] [--peers sluice,window,bare,…] [--seconds 20]
                           [--rounds 1] [--pictures FOLDER]
+    python -m tests.bench --scenarios b --peers sluice,sluice-2    (one worker; two of one command)
 
 Prints a table for each scenario and the ratios that matter. On a machine that does other things as
 well the CPU figures and ratios hold; rates are what was left over. It needs Go, for Kafka and

@@ -23,7 +23,7 @@ from pathlib import Path
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from tests.bench import built
-from tests.support.service import ROOT
+from tests.support.service import ROOT, children
 from tests.support.topics import create_topic, produce, unique_name
 
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
@@ -103,7 +103,7 @@ async def measure(place: Place, peer: str, seconds: float, warm_up_s: float) -> 
     for topic in (output, letters):
         await create_topic(place.servers, topic, 6)
     async with endpoint(place.load) as url:
-        environment = environment_of(place, output, letters, url)
+        environment = environment_of(place, output, letters, url) | _workers(peer, place.load)
         async with running(_command(peer), environment) as process:
             await _until_warm(url, process, warm_up_s)
             figures = await _observed(peer, place.load, url, process, seconds)
@@ -194,7 +194,8 @@ async def running(
         yield process
     finally:
         if process.returncode is None:
-            process.send_signal(signal.SIGKILL)
+            for pid in _family(process.pid):
+                os.kill(pid, signal.SIGKILL)
         await process.wait()
 
 
@@ -205,12 +206,19 @@ def sluice() -> list[str]:
 
 def _command(peer: str) -> list[str]:
     match peer:
-        case "sluice":
+        case "sluice" | "sluice-2":
             return sluice()
         case "parallel-consumer":
             return built.parallel_consumer()
         case _:
             return [sys.executable, "-m", "tests.bench.peers", peer]
+
+
+def _workers(peer: str, load: Load) -> dict[str, str]:
+    """Of `sluice-2`: two workers, which have the slots of the others between them."""
+    if peer != "sluice-2":
+        return {}
+    return {"SLUICE_LIMITS__WORKERS": "2", "SLUICE_LIMITS__CONCURRENCY": str(load.slots // 2)}
 
 
 def environment_of(place: Place, output: str, letters: str, url: str) -> dict[str, str]:
@@ -256,14 +264,27 @@ def _stats(url: str) -> dict[str, float]:
     return found
 
 
+def _family(pid: int) -> list[int]:
+    """A process and those that it has started."""
+    return [pid, *children(pid)]
+
+
 def cpu_s(pid: int) -> float:
-    """CPU of all threads of a process so far, in user and kernel, in seconds."""
+    """CPU of all threads so far, in user and kernel, of a process and its children, in seconds."""
+    return sum(map(_cpu_s, _family(pid)))
+
+
+def _cpu_s(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) * TICK_S
 
 
 def memory_mb(pid: int) -> float:
-    """The most memory that a process has held so far."""
+    """The most memory that a process and each of its children has held so far, added up."""
+    return sum(map(_memory_mb, _family(pid)))
+
+
+def _memory_mb(pid: int) -> float:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) / 1024

@@ -121,12 +121,28 @@ def test_partitions_and_quota_bound_the_pods(scaling: dict[str, Any], most: int)
     assert only("ScaledObject", rendered(values))["spec"]["maxReplicaCount"] == most
 
 
+def test_workers_of_a_pod_count_towards_its_ceiling() -> None:
+    """Two of 50 slots make 3,000 requests a minute and take two partitions: half as many pods."""
+    for scaling, most in (
+        ({"partitions": 11}, 6),
+        ({"partitions": 12, "requestsPerMinute": 6000}, 2),
+    ):
+        values = {
+            "settings": {**BROKERS, "limits": {"workers": 2}},
+            "autoscaling": {"kind": "keda", **scaling},
+            "resources": {"limits": {"memory": "2Gi"}},
+        }
+        assert only("ScaledObject", rendered(values))["spec"]["maxReplicaCount"] == most
+
+
 @pytest.mark.parametrize(
     ("settings", "threshold"),
     [
         ({}, "1500"),
         ({"limits": {"window": 9000}}, "9000"),
         ({"limits": {"concurrency": 10}}, "300"),
+        ({"limits": {"concurrency": 10, "workers": 2}}, "600"),
+        ({"limits": {"window": 9000, "workers": 2}}, "18000"),
     ],
 )
 def test_a_full_window_calls_for_no_second_pod(settings: dict[str, Any], threshold: str) -> None:
@@ -134,10 +150,12 @@ def test_a_full_window_calls_for_no_second_pod(settings: dict[str, Any], thresho
     values = {
         "settings": {**BROKERS, **settings},
         "autoscaling": {"kind": "keda", "partitions": 12},
+        "resources": {"limits": {"memory": "2Gi"}},
     }
     trigger = only("ScaledObject", rendered(values))["spec"]["triggers"][0]["metadata"]
     assert trigger["lagThreshold"] == threshold
-    assert int(threshold) >= Settings(**settings).window
+    given = Settings(**settings)
+    assert int(threshold) >= given.window * given.limits.workers
 
 
 def test_topics_with_commas_are_several() -> None:
@@ -181,6 +199,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"kafkaSecret": {"existingSecret": "a"}}, "no entry of it"),
     ({"replicas": 4, "autoscaling": {"partitions": 3}}, "the others would have nothing to do"),
+    (
+        {
+            "autoscaling": {"partitions": 3},
+            "settings": {"limits": {"workers": 2}},
+            "resources": {"limits": {"memory": "2Gi"}},
+            "replicas": 3,
+        },
+        "the others would have nothing to do",
+    ),
+    ({"settings": {"limits": {"workers": 2}}}, "of each of 2 workers can fill 1088Mi"),
     ({"autoscaling": {"kind": "keda"}}, "needs autoscaling.partitions"),
     ({"mode": "job", "autoscaling": KEDA}, "a job is not scaled"),
     ({"autoscaling": {**KEDA, "maxReplicas": 13}}, "there are 12 partitions"),

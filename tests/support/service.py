@@ -88,6 +88,19 @@ class Service:
         return Ended(code, self.printed)
 
 
+def children(pid: int) -> set[int]:
+    """The processes that a process has started and that run."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text().rsplit(")", 1)[1].split()[:2]
+        except OSError:
+            continue  # it has ended meanwhile
+        if int(parent) == pid and state != "Z":
+            found.add(int(stat.parent.name))
+    return found
+
+
 @asynccontextmanager
 async def service(
     environment: Mapping[str, str], arguments: Sequence[str] = ("run",)

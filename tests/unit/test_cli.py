@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from service import reading
+from service import app as application
+from service import reading, workers
 from service.cli import main
 from service.wording import table
 
@@ -135,6 +136,7 @@ def test_bounds_of_options(sluice: Run, bad: str) -> None:
     """Numbers that make no sense are refused before anything is started."""
     assert sluice("demo", "--messages", bad)[0] == 2
     assert sluice("topics", "create", "--partitions", bad)[0] == 2
+    assert sluice("run", "--workers", bad)[0] == 2
 
 
 @pytest.mark.parametrize(
@@ -152,6 +154,30 @@ def test_wrong_choices_of_dead_letters(sluice: Run, arguments: list[str], said: 
     code, _, err = sluice("dead-letters", *arguments)
     assert code == 2
     assert said in " ".join(err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "started"),
+    [
+        ([], {}, None),
+        ([], {"SLUICE_LIMITS__WORKERS": "3"}, 3),
+        (["--workers", "2"], {"SLUICE_LIMITS__WORKERS": "3"}, 2),
+        (["--workers", "1"], {"SLUICE_LIMITS__WORKERS": "3"}, None),
+    ],
+)
+def test_how_many_workers(
+    sluice: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    environ: dict[str, str],
+    started: int | None,
+) -> None:
+    """The option wins over limits.workers; one alone is this very process."""
+    runs: list[int | None] = []
+    monkeypatch.setattr(workers, "run", lambda _, count, **__: runs.append(count) or 0)
+    monkeypatch.setattr(application, "run", lambda _, **__: runs.append(None) or 0)
+    assert sluice("run", *arguments, **environ)[0] == 0
+    assert runs == [started]
 
 
 def test_version(sluice: Run) -> None:

@@ -98,7 +98,8 @@ def overlaps(shown: list[dict[str, Any]]) -> bool:
 
 def test_variables_follow_the_linter(page: Any, model: dict[str, Any]) -> None:
     """A data source called so; job and instance that follow the time range, and where several may
-    be chosen, all of them at first. Not where one worker is looked at: its page is for one."""
+    be chosen, all of them at first. Not where one worker is looked at: its page is for one
+    instance. Workers of an instance last, all of them or the only one, which has no number."""
     source, *choices = model["templating"]["list"]
     assert (source["name"], source["label"], source["type"]) == (
         "datasource",
@@ -108,12 +109,14 @@ def test_variables_follow_the_linter(page: Any, model: dict[str, Any]) -> None:
     assert [(one["name"], one["label"]) for one in choices] == [
         ("job", "Job"),
         ("instance", "Instance"),
+        ("worker", "Worker"),
     ]
     for one in choices:
         assert one["datasource"]["uid"] == "${datasource}"
         assert one["refresh"] == 2
-        if page.several:
-            assert (one["multi"], one["includeAll"], one["allValue"]) == (True, True, ".+")
+        if page.several or one["name"] == "worker":
+            everything = ".*" if one["name"] == "worker" else ".+"
+            assert (one["multi"], one["includeAll"], one["allValue"]) == (True, True, everything)
 
 
 def test_nobody_edits_it_in_place(model: dict[str, Any]) -> None:
@@ -138,7 +141,7 @@ def test_every_query_is_bound_to_the_chosen_instances(model: dict[str, Any]) -> 
 def test_every_metric_exists(model: dict[str, Any]) -> None:
     """Names and labels in queries are those of the golden list of metrics."""
     exposed = exposed_series()
-    own = {"job", "instance"}
+    own = {"job", "instance", "worker"}
     for query in queries(model):
         names = set(re.findall(r"sluice_\w+", query))
         assert names <= exposed.keys(), query

@@ -23,6 +23,7 @@ BELOW: dict[str, set[str]] = {
 BELOW["service.app"] = set(BELOW) - {"service"}
 BELOW["service.checks"] = BELOW["service.app"]
 BELOW["service.dead_letters"] = BELOW["service.app"]
+BELOW["service.workers"] = {*BELOW["service.app"], "service.app"}
 BELOW["service.demo"] = {*BELOW["service.app"], "service.app"}
 BELOW["service.wording"] = {"service.settings"}
 BELOW["service.reading"] = {"service.core", "service.settings", "service.wording"}

@@ -101,6 +101,19 @@ def test_a_line_is_a_line(format_: str) -> None:
     assert len(lines.getvalue().splitlines()) == 1
 
 
+@pytest.mark.parametrize("format_", ["text", "json"])
+def test_a_line_says_which_worker_it_is_of(format_: str) -> None:
+    """Where there are several: of each line, libraries' too. Otherwise nothing of the kind."""
+    settings = TelemetrySettings.model_validate({"log_format": format_})
+    for worker, said in ((2, {"text": "worker=2", "json": '"worker": 2'}[format_]), (None, None)):
+        lines = Lines()
+        with configured(settings, None, lines, worker=worker):
+            ours.warning("one", extra={"key": "three"})
+            logging.getLogger("aiohttp").warning("two")
+        for line in lines.getvalue().splitlines():
+            assert said in line if said else "worker" not in line
+
+
 def test_level_is_kept() -> None:
     """Lines below telemetry.log_level are not written."""
     lines = Lines()

@@ -48,6 +48,7 @@ from service.telemetry.metrics import (
     Metrics,
     StatusGauges,
     TraceId,
+    WorkerMetrics,
     expose_process,
 )
 
@@ -82,11 +83,13 @@ STATUS = Status(
 
 
 class Bench:
-    """Metrics on a registry of their own, and what a scrape would show."""
+    """Metrics on a registry of their own, and what a scrape would show of several workers: of each
+    its own, of their parent the few that are the parent's."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.metrics = Metrics(self.registry, models=("small",))
+        self.workers = WorkerMetrics(self.registry)
 
     def value(self, name: str, **labels: str) -> float | None:
         return self.registry.get_sample_value(name, labels)
@@ -132,6 +135,14 @@ def test_names_are_a_contract(bench: Bench) -> None:
     bench.registry.register(StatusGauges(lambda: STATUS))
     expected = [line for line in GOLDEN.read_text().splitlines() if not line.startswith("#")]
     assert sorted(golden(bench.registry)) == expected
+
+
+def test_one_worker_alone_has_no_parents_metrics() -> None:
+    """What is counted of workers is not there, not even as 0, where nobody counts them."""
+    registry = CollectorRegistry()
+    Metrics(registry)
+    registry.register(StatusGauges(lambda: STATUS))
+    assert not [family for family in registry.collect() if "sluice_worker" in family.name]
 
 
 def test_names_follow_the_conventions(bench: Bench) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import aiohttp
 import pytest
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as openmetrics_families,
 )
@@ -17,7 +17,7 @@ from service.core.events import Called
 from service.core.status import GroupStatus, State, Status
 from service.settings import Settings
 from service.telemetry.metrics import Metrics, StatusGauges
-from service.telemetry.probes import Patience, Probes, not_alive
+from service.telemetry.probes import OwnAnswers, Patience, Probes, not_alive
 
 PATIENCE = Patience(poll_turn_s=90, call_overdue_s=60, unsettled_s=110, look_s=120)
 
@@ -37,6 +37,8 @@ WELL = Status(
     not_ready=(),
     group=GroupStatus(settled=True, broker_answers=True),
 )
+
+OF_NONE = OwnAnswers(CollectorRegistry(), lambda: WELL, PATIENCE)
 
 
 # --- liveness ---
@@ -116,7 +118,8 @@ class Served:
         self.registry = CollectorRegistry()
         self.metrics = Metrics(self.registry, models=("small",))
         self.registry.register(StatusGauges(lambda: self.status))
-        self.probes = Probes("127.0.0.1", 0, self.registry, lambda: self.status, PATIENCE)
+        answers = OwnAnswers(self.registry, lambda: self.status, PATIENCE)
+        self.probes = Probes("127.0.0.1", 0, answers)
 
     async def get(self, path: str, accept: str = "*/*") -> tuple[int, str, str]:
         """Status, content type and body."""
@@ -232,7 +235,7 @@ async def test_taken_port() -> None:
     """A port that is taken is a sentence that names the setting, and leaves nothing open."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        probes = Probes("127.0.0.1", port, CollectorRegistry(), lambda: WELL, PATIENCE)
+        probes = Probes("127.0.0.1", port, OF_NONE)
         with pytest.raises(CannotRun, match=rf"^127.0.0.1 port {port} .* is taken; set telemetry"):
             await probes.__aenter__()
         assert probes._runner.server is None
@@ -240,7 +243,7 @@ async def test_taken_port() -> None:
 
 async def test_address_of_another_machine() -> None:
     """An address that is not ours is a sentence too."""
-    probes = Probes("192.0.2.1", 0, CollectorRegistry(), lambda: WELL, PATIENCE)
+    probes = Probes("192.0.2.1", 0, OF_NONE)
     with pytest.raises(CannotRun, match=r"set telemetry\.host to an address of this machine"):
         await probes.__aenter__()
 
@@ -249,9 +252,7 @@ async def test_port_of_the_settings_is_kept() -> None:
     """A port that is given is the one that is served; 0 becomes the free one that was found."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    registry = CollectorRegistry()
-    Gauge("one", "One.", registry=registry)
-    async with Probes("127.0.0.1", port, registry, lambda: WELL, PATIENCE) as probes:
+    async with Probes("127.0.0.1", port, OF_NONE) as probes:
         assert probes.port == port
-    async with Probes("127.0.0.1", 0, registry, lambda: WELL, PATIENCE) as probes:
+    async with Probes("127.0.0.1", 0, OF_NONE) as probes:
         assert probes.port > 0

@@ -131,17 +131,28 @@ of Kubernetes starts before preStop. */}}
 {{- addf (include "sluice.graceSeconds" . | float64) $start $rebalance 60 | ceil | int -}}
 {{- end -}}
 
+{{/* Of a pod, over its workers: messages in windows, calls in flight, partitions that feed it. */}}
 {{- define "sluice.window" -}}
 {{- $factor := ternary 16 4 (eq .settings.delivery.ordering "partition") -}}
-{{- .settings.limits.window | default (mul $factor .settings.limits.concurrency) | int -}}
+{{- $window := .settings.limits.window | default (mul $factor .settings.limits.concurrency) | int -}}
+{{- mul $window (int .settings.limits.workers) -}}
+{{- end -}}
+
+{{- define "sluice.slots" -}}
+{{- mul (int .settings.limits.concurrency) (int .settings.limits.workers) -}}
+{{- end -}}
+
+{{- define "sluice.partitionPods" -}}
+{{- divf (float64 .values.autoscaling.partitions) (float64 .settings.limits.workers) | ceil | int -}}
 {{- end -}}
 
 {{/* Pods that the provider's quota can feed; empty without a quota. A pod makes
-concurrency × 60 ÷ callSeconds requests a minute; at least one pod always has something to do. */}}
+concurrency × workers × 60 ÷ callSeconds requests a minute; at least one pod always has something
+to do. */}}
 {{- define "sluice.quotaPods" -}}
 {{- $auto := .values.autoscaling -}}
 {{- $limits := .settings.limits -}}
-{{- $perPod := divf (mulf (float64 $limits.concurrency) 60) (float64 $auto.callSeconds) -}}
+{{- $perPod := divf (mulf (include "sluice.slots" . | float64) 60) (float64 $auto.callSeconds) -}}
 {{- $pods := list -}}
 {{- with $auto.requestsPerMinute | default (get $limits "requests_per_minute") -}}
 {{- $pods = append $pods (divf (float64 .) $perPod | ceil | int) -}}
@@ -157,7 +168,7 @@ concurrency × 60 ÷ callSeconds requests a minute; at least one pod always has 
 {{/* More pods than this only add rebalances. */}}
 {{- define "sluice.ceiling" -}}
 {{- $quota := include "sluice.quotaPods" . -}}
-{{- $partitions := .values.autoscaling.partitions | int -}}
+{{- $partitions := include "sluice.partitionPods" . | int -}}
 {{- ternary (min $partitions (int $quota)) $partitions (ne $quota "") | max 1 -}}
 {{- end -}}
 
@@ -167,7 +178,7 @@ concurrency × 60 ÷ callSeconds requests a minute; at least one pod always has 
 
 {{- define "sluice.lagThreshold" -}}
 {{- $auto := .values.autoscaling -}}
-{{- $done := divf (mulf (float64 .settings.limits.concurrency) (float64 $auto.catchUpSeconds)) (float64 $auto.callSeconds) | floor | int -}}
+{{- $done := divf (mulf (include "sluice.slots" . | float64) (float64 $auto.catchUpSeconds)) (float64 $auto.callSeconds) | floor | int -}}
 {{- $auto.lagThreshold | default (max $done (include "sluice.window" . | int)) | int -}}
 {{- end -}}
 
@@ -237,9 +248,14 @@ concurrency × 60 ÷ callSeconds requests a minute; at least one pod always has 
 {{- if eq $settings.cache.mode "memory" -}}
 {{- $needed = addf $needed (float64 $settings.cache.memory_max_bytes) -}}
 {{- end -}}
+{{- $workers := int $settings.limits.workers -}}
+{{- $each := ternary (printf " of each of %d workers" $workers) "" (gt $workers 1) -}}
+{{- if gt $workers 1 -}}
+{{- $needed = addf (mulf $needed (float64 $workers)) 67108864 -}}
+{{- end -}}
 {{- with $values.resources.limits.memory -}}
 {{- if lt (include "sluice.bytes" . | float64) $needed -}}
-{{- fail (printf "%s: resources.limits.memory is %s, but the process (256Mi), limits.window_bytes and a cache in memory can fill %dMi: a full window would be an OOM kill. Raise the limit, or lower those." $.id . (divf $needed 1048576 | ceil | int)) -}}
+{{- fail (printf "%s: resources.limits.memory is %s, but the process (256Mi), limits.window_bytes and a cache in memory%s can fill %dMi: a full window would be an OOM kill. Raise the limit, or lower those." $.id . $each (divf $needed 1048576 | ceil | int)) -}}
 {{- end -}}
 {{- end -}}
 {{- if and .values.kafkaSecret.existingSecret (not (compact (values .values.kafkaSecret.keys))) -}}
@@ -247,7 +263,7 @@ concurrency × 60 ÷ callSeconds requests a minute; at least one pod always has 
 {{- end -}}
 {{- if ne $auto.kind "none" -}}
 {{- include "sluice.checkScaling" . -}}
-{{- else if and (eq $values.mode "deployment") $auto.partitions (gt (int $values.replicas) (int $auto.partitions)) -}}
+{{- else if and (eq $values.mode "deployment") $auto.partitions (gt (int $values.replicas) (include "sluice.partitionPods" . | int)) -}}
 {{- fail (printf "%s: replicas is %d, but there are %d partitions: the others would have nothing to do." .id (int $values.replicas) (int $auto.partitions)) -}}
 {{- end -}}
 {{- end -}}
