@@ -40,6 +40,8 @@ STARTS = "service/kafka/starts.py"
 HOLDINGS = "service/kafka/holdings.py"
 SOURCE = "service/kafka/source.py"
 SINK = "service/kafka/sink.py"
+SENDING = "service/kafka/sending.py"
+LEAN = "service/llm/lean.py"
 MEMBERSHIP = "service/kafka/membership.py"
 TRANSACTIONS = "service/kafka/transactions.py"
 WRITERS = "service/kafka/writers.py"
@@ -57,6 +59,8 @@ CONTRACT = "tests/contract/test_source.py::test_"
 CONTRACT_SINK = "tests/contract/test_sink.py::test_"
 ONCE = "tests/contract/test_transactions.py::test_"
 SUPERVISION = "tests/contract/test_supervision.py::test_"
+LEAN_TESTS = "tests/contract/test_lean.py::test_"
+UNIT_DEPARTURES = "tests/unit/test_departures.py::test_"
 UNIT_WATCHDOG = "tests/unit/test_watchdog.py::test_"
 
 
@@ -391,6 +395,27 @@ MUTATIONS = (
         "if self._given is given and not self._membership.reassigning:",
         "if True:",
         (UNIT_HOLDINGS + "a_restore_that_is_overtaken_by_a_revoke_holds_nothing",),
+    ),
+    Mutation(
+        "21 the answer to a call that was cut off is taken for the next one's",
+        LEAN,
+        "        whole = False\n",
+        "        whole = True\n",
+        (LEAN_TESTS + "a_connection_whose_call_was_cut_off_is_not_used_again",),
+    ),
+    Mutation(
+        "21 the rest of a request is taken for the next one's beginning",
+        LEAN,
+        "whole = not _has_unsent(connection.protocol)",
+        "whole = True",
+        (LEAN_TESTS + "an_answer_before_the_whole_request_ends_its_connection",),
+    ),
+    Mutation(
+        "21 a topic that has to be looked up holds up the others",
+        SENDING,
+        "if not producer.knows(each)",
+        "if False",
+        (UNIT_DEPARTURES + "what_has_to_be_looked_up_holds_up_nobody_else",),
     ),
     Mutation(
         "22 the call of a lost partition goes on",

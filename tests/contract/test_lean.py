@@ -13,6 +13,7 @@ import httpx2
 import openai
 import pytest
 
+from service.core.errors import WrongSettings
 from service.llm.lean import LeanPost
 
 PATH = "/chat/completions"
@@ -41,12 +42,18 @@ class Server:
     answers: list[bytes] = field(default_factory=list)
     requests: list[bytes] = field(default_factory=list)
     hangs_up: bool = False  # after each answer
+    hasty: bool = False  # answers before it has read the body, and reads no further
+    connections: int = 0
     port: int = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
         try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
+                if self.hasty:
+                    writer.write(self.answers.pop(0))
+                    await asyncio.sleep(5)
                 length = head.lower().split(b"content-length: ")[1].split(b"\r\n")[0]
                 self.requests.append(head + await reader.readexactly(int(length)))
                 said = self.answers.pop(0) if self.answers else answer("200 OK", COMPLETION)
@@ -187,3 +194,68 @@ async def test_calls_share_their_connections(server: Server) -> None:
     async with posts(f"http://127.0.0.1:{server.port}/v1") as (client, lean):
         await lean.post(BODY)
         assert lean._session is client._client._transport.client  # type: ignore[attr-defined]
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+TO_THE_END = b"HTTP/1.1 200 OK\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "used_again"),
+    [
+        (b"HTTP/1.1 100 Continue\r\n\r\n" + answer("200 OK", COMPLETION), True),
+        (
+            CHUNKED + b"8\r\n" + COMPLETION[:8] + b"\r\n6\r\n" + COMPLETION[8:] + b"\r\n0\r\n\r\n",
+            True,
+        ),
+        (answer("200 OK", COMPLETION, "Connection: close"), False),
+        (TO_THE_END + COMPLETION, False),
+    ],
+    ids=["after a 100", "in chunks", "the last one", "until it hangs up"],
+)
+async def test_answers_of_every_shape_are_read(
+    server: Server, said: bytes, used_again: bool
+) -> None:
+    """Whole, and the connection serves the next call where it can."""
+    server.answers, server.hangs_up = [said], not used_again
+    async with posts(f"http://127.0.0.1:{server.port}/v1") as (_, lean):
+        assert (await lean.post(BODY)).content == COMPLETION
+        assert (await lean.post(BODY)).content == COMPLETION
+    assert server.connections == (1 if used_again else 2)
+
+
+@pytest.mark.parametrize("said", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 14\r\n\r\n"])
+async def test_a_connection_whose_call_was_cut_off_is_not_used_again(
+    server: Server, said: bytes
+) -> None:
+    """The answer that still comes on it would be taken for the next call's."""
+    server.answers = [said]
+    async with posts(f"http://127.0.0.1:{server.port}/v1") as (_, lean):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await lean.post(BODY)
+        assert (await lean.post(BODY)).content == COMPLETION
+    assert server.connections == 2
+
+
+async def test_an_answer_before_the_whole_request_ends_its_connection(server: Server) -> None:
+    """What has not left of the request would be taken for the beginning of the next one."""
+    refused = answer("413 Too Large", b"{}")
+    server.answers, server.hasty = [refused, refused], True
+    large = b'{"x":"' + b"x" * 50_000_000 + b'"}'
+    async with posts(f"http://127.0.0.1:{server.port}/v1") as (_, lean):
+        for _ in range(2):
+            with pytest.raises(openai.APIStatusError) as found:
+                await lean.post(large)
+            assert found.value.status_code == 413
+    assert server.connections == 2
+
+
+async def test_a_header_with_a_line_break_is_refused(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be two headers; said at the start, in a sentence."""
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-1\r\nX-Other: 1")
+    with pytest.raises(WrongSettings, match="OPENAI_ORG_ID"):
+        async with posts(f"http://127.0.0.1:{server.port}/v1"):
+            pass

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from aiokafka import TopicPartition
 
 from service.kafka.producers import Output
 from service.kafka.sending import LINGER_S, Sending
@@ -18,18 +19,23 @@ ROUND_TRIP_S = 0.001
 class Broker:
     """Stands for the producers: notes when each batch left, acknowledges after a round trip."""
 
-    def __init__(self) -> None:
+    def __init__(self, unknown: str | None = None) -> None:
+        self.unknown = unknown  # a topic that has to be looked up, for a second
         self.left_s: list[float] = []
         self.batches = 0
 
     async def open(self) -> Broker:
         return self
 
-    def knows(self, _: object) -> bool:
-        return True
+    def knows(self, where: TopicPartition) -> bool:
+        return where.topic != self.unknown
 
-    async def enqueue(self, _: object, outputs: Sequence[Output]) -> asyncio.Future[None]:
+    async def enqueue(
+        self, where: TopicPartition, outputs: Sequence[Output]
+    ) -> asyncio.Future[None]:
         assert outputs, "an empty batch"
+        if not self.knows(where):
+            await asyncio.sleep(1)
         loop = asyncio.get_running_loop()
         self.left_s.append(loop.time())
         answer: asyncio.Future[None] = loop.create_future()
@@ -40,13 +46,21 @@ class Broker:
         pass
 
 
+def output(topic: str = "records") -> Output:
+    return Output(topic, None, b"{}", [], None, 10)
+
+
+def sending_to(broker: Any, group: asyncio.TaskGroup) -> Sending:
+    return Sending(broker, lambda _: 1000, lambda *_: None, 60.0, group)
+
+
 def waits_and_departures(gap_s: float, partitions: int = 6) -> tuple[list[float], int]:
     """How long each output waited until it was acknowledged, and how often batches left."""
 
     async def play() -> tuple[list[float], int]:
-        broker: Any = Broker()
+        broker = Broker()
         async with asyncio.TaskGroup() as group:
-            sending = Sending(broker, lambda _: 1000, lambda *_: None, 60.0, group)
+            sending = sending_to(broker, group)
             waits = [
                 group.create_task(hand_over(sending, number, gap_s, partitions))
                 for number in range(200)
@@ -60,8 +74,7 @@ async def hand_over(sending: Sending, number: int, gap_s: float, partitions: int
     loop = asyncio.get_running_loop()
     await asyncio.sleep(number * gap_s)
     began_s = loop.time()
-    output = Output("records", None, b"{}", [], None, 10)
-    await sending.hand_over([(number % partitions, output)], lambda: None)
+    await sending.hand_over([(number % partitions, output())], lambda: None)
     return loop.time() - began_s
 
 
@@ -84,3 +97,23 @@ def test_a_burst_after_a_pause_soon_gathers() -> None:
     waits, departures = waits_and_departures(gap_s=0.0)
     assert departures < 10
     assert max(waits) < 0.1
+
+
+def test_what_has_to_be_looked_up_holds_up_nobody_else() -> None:
+    """One topic without metadata delays what goes there, and nothing that departs with it."""
+
+    async def play() -> list[float]:
+        loop = asyncio.get_running_loop()
+        async with asyncio.TaskGroup() as group:
+            sending = sending_to(Broker(unknown="letters"), group)
+            began_s, waits_s = loop.time(), []
+            letter = sending.hand_over([(0, output("letters"))], lambda: None)
+            record = sending.hand_over([(0, output())], lambda: None)
+            for each in (record, letter):
+                await each
+                waits_s.append(loop.time() - began_s)
+        return waits_s
+
+    record_s, letter_s = virtual_time.run(play())
+    assert record_s < 2 * LINGER_S
+    assert letter_s > 1

@@ -1,0 +1,112 @@
+"""Whether a message costs the same, however many there are and over however many partitions.
+
+    python -m tests.bench.scale [--messages 1000000] [--seconds 15]
+
+One run through a long backlog, looked at in stretches: what is kept for each message that was ever
+seen would show in the later ones. Then backlogs over more and more input partitions. The endpoint
+answers at once, so that the process is always at work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from tests.bench.__main__ import LOADS, kafka
+from tests.bench.driver import (
+    Place,
+    cpu_s,
+    endpoint,
+    environment_of,
+    fill,
+    measure,
+    memory_mb,
+    running,
+    sluice,
+    stats,
+)
+from tests.support.topics import create_topic, unique_name
+
+AT_ONCE = next(load for load in LOADS if load.letter == "b")
+FIRST = 10_000
+"""Messages before the first look: the process has started, and learned what it learns."""
+STRETCHES = (FIRST, 50_000, 100_000, 300_000, 600_000, 1_000_000)
+"""Where one stretch ends and the next one begins."""
+PARTITIONS = (1, 6, 50, 200)
+WARM_UP_S = 5.0
+SPREAD_MAX = 1.10
+"""The dearest against the cheapest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a process has done so far."""
+
+    messages: int
+    cpu_s: float
+    memory_mb: float
+
+
+async def long_run(servers: str, messages: int) -> list[Look]:
+    """One process through all of them; a look at each end of a stretch."""
+    seconds = messages / AT_ONCE.rate_max
+    place = await fill(servers, AT_ONCE, seconds)
+    topics = unique_name("output"), unique_name("letters")
+    for topic in topics:
+        await create_topic(servers, topic, 6)
+    looks = []
+    async with endpoint(place.load) as url:
+        environment = environment_of(place, *topics, url)
+        async with running(sluice(), environment) as process:
+            for end in (each for each in STRETCHES if each <= messages):
+                while (calls := (await stats(url))["calls"]) < end:
+                    assert process.returncode is None, "it ended"
+                    await asyncio.sleep(0.1)
+                looks.append(Look(int(calls), cpu_s(process.pid), memory_mb(process.pid)))
+    return looks
+
+
+async def over_partitions(servers: str, seconds: float) -> list[tuple[int, float]]:
+    """Partitions of the input, and CPU in ms a message."""
+    found = []
+    for partitions in PARTITIONS:
+        load = replace(AT_ONCE, letter=f"p{partitions}", partitions=partitions)
+        place: Place = await fill(servers, load, seconds + 2 * WARM_UP_S)
+        figures = await measure(place, "sluice", seconds, WARM_UP_S)
+        found.append((partitions, figures.cpu_ms))
+        print(f"{partitions:>12}{figures.cpu_ms:>12.3f}{figures.memory_mb:>8.0f}", flush=True)
+    return found
+
+
+def verdict(claim: str, costs_ms: list[float]) -> str:
+    spread = max(costs_ms) / min(costs_ms)
+    kept = "✓" if spread <= SPREAD_MAX else "✗"
+    return f"{kept} {claim}, the dearest against the cheapest: {spread:.3f} (at most {SPREAD_MAX})"
+
+
+async def run(servers: str, messages: int, seconds: float) -> None:
+    print(f"{'messages':>22}{'CPU ms/msg':>12}{'MB':>8}", flush=True)
+    costs_ms = []
+    for before, after in pairwise(await long_run(servers, messages)):
+        cost_ms = (after.cpu_s - before.cpu_s) * 1000 / (after.messages - before.messages)
+        costs_ms.append(cost_ms)
+        print(f"{before.messages:>10} – {after.messages:>9}{cost_ms:>12.3f}{after.memory_mb:>8.0f}")
+    print(f"\n{'partitions':>12}{'CPU ms/msg':>12}{'MB':>8}", flush=True)
+    partitions = await over_partitions(servers, seconds)
+    print("\n" + verdict("cost of a message in a long run", costs_ms))
+    print(verdict("cost of a message over partitions", [cost for _, cost in partitions]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.scale", description=__doc__)
+    parser.add_argument("--messages", type=int, default=STRETCHES[-1])
+    parser.add_argument("--seconds", type=float, default=15.0, help="of one measurement")
+    given = parser.parse_args()
+    with kafka() as servers:
+        asyncio.run(run(servers, given.messages, given.seconds))
+
+
+if __name__ == "__main__":
+    main()
