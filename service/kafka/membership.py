@@ -1,8 +1,8 @@
 """What aiokafka knows of a group member and does not say in public, all in one place.
 
 Each of these reads private state of aiokafka 0.14, which the requirement pins: positions that
-are read without a chance that they move, one commit attempt that cannot outlive its generation,
-and an end for a consumer that doesn't stop.
+are read without a chance that they move, messages of one partition without a look at all others,
+one commit attempt that cannot outlive its generation, and an end for a consumer that doesn't stop.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.consumer.fetcher import FetchError, FetchResult
 from aiokafka.errors import KafkaError, UnknownMemberIdError
-from aiokafka.structs import OffsetAndMetadata
+from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 
 from service.core.messages import Partition
 from service.kafka.starts import Stored
@@ -91,6 +92,27 @@ class Membership:
         finally:
             subscription._fetch_count = 0  # polls do not overlap
             subscription._last_fetch_ended = time.monotonic()
+
+    def fetched(self, partition: TopicPartition, limit: int) -> list[ConsumerRecord]:
+        """At most `limit` messages of those that the client has fetched of a partition.
+
+        As `getmany` hands them out, which looks through all partitions each time. Raises the
+        `KafkaError` of its fetch.
+        """
+        fetcher = self._consumer._fetcher
+        found = fetcher._records.get(partition)
+        if found is None:
+            return []
+        records: list[ConsumerRecord] = []
+        if type(found) is FetchResult:
+            records = found.getall(limit)
+            if found.has_more():
+                return records
+        del fetcher._records[partition]  # so that it fetches on
+        fetcher._notify(fetcher._wait_consume_future)
+        if type(found) is FetchError:
+            found.check_raise()
+        return records
 
     def knows(self, topic: str) -> int:
         """How many partitions of a topic the client's own metadata has."""

@@ -263,18 +263,29 @@ class KafkaSource:
         share = -(-min(limit, POLL_RECORDS_MAX) // len(open_))
         first = next(self._turns) % len(open_)
         messages: list[Message] = []
-        for partition in open_[first:] + open_[:first]:
-            wanted = min(share, limit - len(messages))
-            if wanted and not self._membership.reassigning:
-                self._supervision.asked(partition)
-                # Without a wait nothing can happen to what is already taken.
-                messages += await self._get([TopicPartition(*partition)], 0.0, wanted)
+        self._hear_what_failed()
+        if self._failure is not None:
+            return []
+        with self._membership.polling():
+            # Without a wait nothing can happen to what is already taken.
+            for partition in open_[first:] + open_[:first]:
+                if wanted := min(share, limit - len(messages)):
+                    self._supervision.asked(partition)
+                    messages += self._fetched(TopicPartition(*partition), wanted)
         if messages or self._failure is not None:
             return messages
-        for partition in open_:
-            self._supervision.asked(partition)
         any_of_them = [TopicPartition(*partition) for partition in open_]
         return await self._get(any_of_them, POLL_WAIT_S, min(share, limit))
+
+    def _fetched(self, partition: TopicPartition, limit: int) -> list[Message]:
+        """What the client holds of it already; an error as in `_get`."""
+        try:
+            records = self._membership.fetched(partition, limit)
+        except (KafkaError, UnicodeDecodeError) as error:
+            self._rewind([partition])
+            self._failure = [partition], error
+            return []
+        return self._messages(records) if records else []
 
     async def _get(
         self, partitions: list[TopicPartition], wait_s: float, limit: int
@@ -353,9 +364,10 @@ class KafkaSource:
             for partition in error.args[0]:
                 self._started.broken(Partition(*partition))
         elif isinstance(error, UNREADABLE):
-            # Of one among many it is known only when they are asked one by one.
-            for partition in partitions if len(partitions) == 1 else ():
-                self._unreadable(Partition(*partition), error)
+            if len(partitions) == 1:
+                self._unreadable(Partition(*partitions[0]), error)
+            else:  # which of them it is shows when they are fetched again and asked one by one
+                await asyncio.sleep(POLL_WAIT_S)
         elif is_lasting(error):
             raise stop_for(error, self._kafka) from error
         else:
@@ -382,16 +394,21 @@ class KafkaSource:
         await asyncio.sleep(POLL_WAIT_S)
 
     async def _wait_for_the_restore(self, holdings: Holdings, limit: int) -> None:
-        try:
-            self._membership.raise_what_failed()
-        except KafkaError as error:
-            self._failure = [], error
+        self._hear_what_failed()
+        if self._failure is not None:
             return
         with self._membership.polling():
             try:
                 await within(POLL_WAIT_S if limit else 0.0, holdings.restored.wait())
             except TimeoutError:
                 return
+
+    def _hear_what_failed(self) -> None:
+        """What the group's own task waits to tell."""
+        try:
+            self._membership.raise_what_failed()
+        except KafkaError as error:
+            self._failure = [], error
 
     async def _see_to_the_rest(self, holdings: Holdings) -> None:
         failure, self._failure = self._failure, None

@@ -92,7 +92,7 @@ async def run(servers: str, messages: int, seconds: float) -> None:
     for before, after in pairwise(await long_run(servers, messages)):
         cost_ms = (after.cpu_s - before.cpu_s) * 1000 / (after.messages - before.messages)
         costs_ms.append(cost_ms)
-        print(f"{before.messages:>10} – {after.messages:>9}{cost_ms:>12.3f}{after.memory_mb:>8.0f}")
+        print(f"{before.messages:>10} - {after.messages:>9}{cost_ms:>12.3f}{after.memory_mb:>8.0f}")
     print(f"\n{'partitions':>12}{'CPU ms/msg':>12}{'MB':>8}", flush=True)
     partitions = await over_partitions(servers, seconds)
     print("\n" + verdict("cost of a message in a long run", costs_ms))

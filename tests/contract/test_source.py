@@ -17,6 +17,7 @@ from random import Random
 import pytest
 from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
+from aiokafka.consumer.fetcher import FetchResult
 from aiokafka.consumer.group_coordinator import GroupCoordinator
 from aiokafka.errors import (
     CorruptRecordException,
@@ -228,17 +229,17 @@ async def test_an_error_of_the_client_skips_nothing(
     topic, group = await kafka.topic(2), topics.unique_name("g")
     await kafka.send(topic, *"abc", partition=0)
     await kafka.send(topic, *"def", partition=1)
-    getmany, failed = AIOKafkaConsumer.getmany, 0
+    getall, failed = FetchResult.getall, 0
 
-    async def failing(self: AIOKafkaConsumer, *args: object, **options: object) -> object:
+    def failing(self: FetchResult, limit: int) -> object:
         nonlocal failed
-        found = await getmany(self, *args, **options)
+        found = getall(self, limit)
         if found and failed < 3:
             failed += 1
             raise KafkaError("after the messages were taken")
         return found
 
-    monkeypatch.setattr(AIOKafkaConsumer, "getmany", failing)
+    monkeypatch.setattr(FetchResult, "getall", failing)
     async with member(kafka, topic, group) as one:
         await one.until(lambda: len(one.messages) == 6, limit=2)
     assert sorted(one.texts) == list("abcdef")
@@ -253,15 +254,14 @@ async def test_what_cannot_be_read_holds_its_own_partition_only(
     topic, group = await kafka.topic(2), topics.unique_name("g")
     await kafka.send(topic, "a", partition=0)
     await kafka.send(topic, "b", partition=1)
-    getmany, readable = AIOKafkaConsumer.getmany, False
-    damaged = TopicPartition(topic, 0)
+    getall, readable = FetchResult.getall, False
 
-    async def damaging(self: AIOKafkaConsumer, *args: object, **options: object) -> object:
-        if damaged in args and not readable:
+    def damaging(self: FetchResult, limit: int) -> object:
+        if self._topic_partition.partition == 0 and not readable:
             raise CorruptRecordException
-        return await getmany(self, *args, **options)
+        return getall(self, limit)
 
-    monkeypatch.setattr(AIOKafkaConsumer, "getmany", damaging)
+    monkeypatch.setattr(FetchResult, "getall", damaging)
     async with member(kafka, topic, group) as one:
         await one.until(lambda: one.texts == ["b"] and one.source.group().problem is not None)
         assert f"{topic}[0] at offset 0" in (one.source.group().problem or "")

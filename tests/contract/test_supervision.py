@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
+from aiokafka.consumer.fetcher import FetchResult
 from aiokafka.errors import (
     CorruptRecordException,
     IncompatibleBrokerVersion,
     KafkaError,
     UnknownTopicOrPartitionError,
 )
-from aiokafka.structs import TopicPartition
 
 from service.core.errors import CannotRun, CommitFailed
 from service.core.events import ClientReplaced, Event, StopForced
@@ -126,10 +126,10 @@ def go_stale(consumer: AIOKafkaConsumer, monkeypatch: pytest.MonkeyPatch) -> Non
 def fail(consumer: AIOKafkaConsumer, monkeypatch: pytest.MonkeyPatch) -> None:
     """It raises at every poll."""
 
-    async def raising(*_: object, **__: object) -> object:
+    def raising() -> None:
         raise KafkaError("again")
 
-    monkeypatch.setattr(consumer, "getmany", raising)
+    monkeypatch.setattr(consumer._coordinator, "check_errors", raising)
     monkeypatch.setattr("service.kafka.source.FAILING_S", 1.0)
 
 
@@ -274,14 +274,14 @@ async def test_what_cannot_be_read_is_no_silence(
     topic, group = await real.topic(2), topics.unique_name("g")
     await real.send(topic, "a", partition=0)
     await real.send(topic, "b", partition=1)
-    getmany, damaged = AIOKafkaConsumer.getmany, TopicPartition(topic, 0)
+    getall = FetchResult.getall
 
-    async def damaging(self: AIOKafkaConsumer, *args: object, **options: object) -> object:
-        if damaged in args:
+    def damaging(self: FetchResult, limit: int) -> object:
+        if self._topic_partition.partition == 0:
             raise CorruptRecordException
-        return await getmany(self, *args, **options)
+        return getall(self, limit)
 
-    monkeypatch.setattr(AIOKafkaConsumer, "getmany", damaging)
+    monkeypatch.setattr(FetchResult, "getall", damaging)
     async with supervised(real, topic, group) as one:
         await one.until(lambda: one.texts == ["b"])
         ends_s = time.monotonic() + 2 * REQUEST_TIMEOUT_S
