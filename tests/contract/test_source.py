@@ -17,13 +17,14 @@ from random import Random
 import pytest
 from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
-from aiokafka.consumer.fetcher import FetchResult
+from aiokafka.consumer.fetcher import FetchError, FetchResult
 from aiokafka.consumer.group_coordinator import GroupCoordinator
 from aiokafka.errors import (
     CorruptRecordException,
     IllegalGenerationError,
     KafkaError,
     OffsetMetadataTooLargeError,
+    OffsetOutOfRangeError,
     RebalanceInProgressError,
     UnknownMemberIdError,
 )
@@ -244,6 +245,22 @@ async def test_an_error_of_the_client_skips_nothing(
         await one.until(lambda: len(one.messages) == 6, limit=2)
     assert sorted(one.texts) == list("abcdef")
     assert failed == 3
+
+
+async def test_an_error_is_heard_without_a_wait(broker: Broker) -> None:
+    """Beside a busy partition nobody ever waits, where `getmany` would raise it."""
+    topic, group = await broker.topic(), topics.unique_name("g")
+    await broker.send(topic, "a")
+    async with member(broker, topic, group) as one:
+        await one.until(lambda: one.texts == ["a"])
+        consumer, where = one.source._consumer, TopicPartition(topic, 0)
+        assert consumer is not None
+        error = OffsetOutOfRangeError({where: 1})
+        consumer._fetcher._records[where] = FetchError(error=error, backoff=0)
+        with pytest.raises(OffsetOutOfRangeError):
+            one.source._membership.fetched(where, 1)
+        await broker.send(topic, "b")
+        await one.until(lambda: one.texts == ["a", "b"])
 
 
 async def test_what_cannot_be_read_holds_its_own_partition_only(
