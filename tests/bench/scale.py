@@ -1,6 +1,6 @@
 """Whether a message costs the same, however many there are and over however many partitions.
 
-    python -m tests.bench.scale [--messages 1000000] [--seconds 15]
+    python -m tests.bench.scale [--messages 1000000] [--seconds 15] [--rounds 3]
 
 One run through a long backlog, looked at in stretches: what is kept for each message that was ever
 seen would show in the later ones. Then backlogs over more and more input partitions. The endpoint
@@ -13,9 +13,11 @@ import argparse
 import asyncio
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from statistics import median
 
 from tests.bench.__main__ import LOADS, kafka
 from tests.bench.driver import (
+    Figures,
     Place,
     cpu_s,
     endpoint,
@@ -68,16 +70,21 @@ async def long_run(servers: str, messages: int) -> list[Look]:
     return looks
 
 
-async def over_partitions(servers: str, seconds: float) -> list[tuple[int, float]]:
-    """Partitions of the input, and CPU in ms a message."""
-    found = []
-    for partitions in PARTITIONS:
-        load = replace(AT_ONCE, letter=f"p{partitions}", partitions=partitions)
-        place: Place = await fill(servers, load, seconds + 2 * WARM_UP_S)
-        figures = await measure(place, "sluice", seconds, WARM_UP_S)
-        found.append((partitions, figures.cpu_ms))
-        print(f"{partitions:>12}{figures.cpu_ms:>12.3f}{figures.memory_mb:>8.0f}", flush=True)
-    return found
+async def over_partitions(servers: str, seconds: float, rounds: int) -> list[float]:
+    """CPU in ms a message for each of `PARTITIONS`: medians; each has its turn in each round."""
+    places: dict[int, Place] = {}
+    for count in PARTITIONS:
+        load = replace(AT_ONCE, letter=f"p{count}", partitions=count)
+        places[count] = await fill(servers, load, seconds + 2 * WARM_UP_S)
+    found: dict[int, list[Figures]] = {count: [] for count in PARTITIONS}
+    for _ in range(rounds):
+        for count, place in places.items():
+            found[count].append(await measure(place, "sluice", seconds, WARM_UP_S))
+    costs_ms = []
+    for count, those in found.items():
+        costs_ms.append(median(each.cpu_ms for each in those))
+        print(f"{count:>12}{costs_ms[-1]:>12.3f}{max(each.memory_mb for each in those):>8.0f}")
+    return costs_ms
 
 
 def verdict(claim: str, costs_ms: list[float]) -> str:
@@ -86,7 +93,7 @@ def verdict(claim: str, costs_ms: list[float]) -> str:
     return f"{kept} {claim}, the dearest against the cheapest: {spread:.3f} (at most {SPREAD_MAX})"
 
 
-async def run(servers: str, messages: int, seconds: float) -> None:
+async def run(servers: str, messages: int, seconds: float, rounds: int) -> None:
     print(f"{'messages':>22}{'CPU ms/msg':>12}{'MB':>8}", flush=True)
     costs_ms = []
     for before, after in pairwise(await long_run(servers, messages)):
@@ -94,18 +101,19 @@ async def run(servers: str, messages: int, seconds: float) -> None:
         costs_ms.append(cost_ms)
         print(f"{before.messages:>10} - {after.messages:>9}{cost_ms:>12.3f}{after.memory_mb:>8.0f}")
     print(f"\n{'partitions':>12}{'CPU ms/msg':>12}{'MB':>8}", flush=True)
-    partitions = await over_partitions(servers, seconds)
+    partitions_ms = await over_partitions(servers, seconds, rounds)
     print("\n" + verdict("cost of a message in a long run", costs_ms))
-    print(verdict("cost of a message over partitions", [cost for _, cost in partitions]))
+    print(verdict("cost of a message over partitions", partitions_ms))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.scale", description=__doc__)
     parser.add_argument("--messages", type=int, default=STRETCHES[-1])
     parser.add_argument("--seconds", type=float, default=15.0, help="of one measurement")
+    parser.add_argument("--rounds", type=int, default=3, help="over partitions: medians of so many")
     given = parser.parse_args()
     with kafka() as servers:
-        asyncio.run(run(servers, given.messages, given.seconds))
+        asyncio.run(run(servers, given.messages, given.seconds, given.rounds))
 
 
 if __name__ == "__main__":
