@@ -37,7 +37,7 @@ LOADS = (
         *("d", "texts of 32 KB, 20 records in an answer", 100),
         text_bytes=32_000,
         records=20,
-        rate_max=1500.0,
+        rate_max=3000.0,
     ),
     *FULL,
 )
