@@ -14,7 +14,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from collections.abc import Set as AbstractSet
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, Protocol, TypeAlias, assert_never
@@ -510,10 +510,13 @@ class Pipeline:
 
     async def _call(self, entry: Entry, turn: Turn) -> None:
         """One attempt; then whatever the lane can publish."""
+        ask = self._ask_alone if entry.alone else self._ask
         try:
-            with self._asking(entry):
-                ask = self._ask_alone if entry.alone else self._ask
+            if (trace := self._traces.get(entry)) is None:
                 result = await ask(entry, turn)
+            else:
+                with trace.asking():
+                    result = await ask(entry, turn)
         except asyncio.CancelledError:
             self._wake_at(self._now_s())  # the slot is free for another
             raise
@@ -999,10 +1002,6 @@ class Pipeline:
             self._observe(Abandoned(calls))
 
     # --- traces ----------------------------------------------------------------------------------
-
-    def _asking(self, entry: Entry) -> AbstractContextManager[None]:
-        trace = self._traces.get(entry)
-        return nullcontext() if trace is None else trace.asking()
 
     async def _give(self, entry: Entry, outcome: Publishable) -> asyncio.Future[None]:
         """To the sink; it is withdrawn with its partition for as long as it has not left."""

@@ -7,7 +7,7 @@ that a dead letter can be the message again, byte for byte.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Self, TypeAlias
 
 Headers: TypeAlias = tuple[tuple[str, bytes | None], ...]
 
@@ -123,6 +123,31 @@ class Provenance:
     cached: bool = False
     calls_unpriced: int = 0
     text_cut: TextCut | None = None
+
+    def and_one_call(
+        self,
+        tokens_input: int,
+        tokens_output: int,
+        tokens_cached: int,
+        tokens_reasoning: int,
+        cost_usd: float | None,
+    ) -> Self:
+        """With one call more; in full, as `replace` would cost as much as all else of a call's
+        account."""
+        return type(self)(
+            self.model,
+            self.prompt_version,
+            self.schema_version,
+            self.calls + 1,
+            self.tokens_input + tokens_input,
+            self.tokens_output + tokens_output,
+            self.tokens_cached + tokens_cached,
+            self.tokens_reasoning + tokens_reasoning,
+            self.cost_usd + (cost_usd or 0.0),
+            self.cached,
+            self.calls_unpriced + (cost_usd is None),
+            self.text_cut,
+        )
 
 
 class Reason(StrEnum):

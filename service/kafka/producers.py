@@ -11,9 +11,8 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
@@ -31,8 +30,7 @@ BATCH_MAX_BYTES = 131_072
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(NamedTuple):
     """One Kafka record to be written; `timestamp_ms` None means the time of writing.
 
     `size_bytes` is what it takes alone in a record batch: what a topic's limit is about. What

@@ -13,7 +13,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from aiokafka import TopicPartition
@@ -303,7 +303,7 @@ def after_refusal(batch: Sequence[Waiting], error: KafkaError) -> SluiceError | 
     ):
         # The topic bounds how far a timestamp may lie from now, and input has others.
         if len(batch) == 1:
-            batch[0].output = replace(batch[0].output, timestamp_ms=None)
+            batch[0].output = batch[0].output._replace(timestamp_ms=None)
     else:
         return PublishFailed(type(error).__name__)
     for each in batch:

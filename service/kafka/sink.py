@@ -4,6 +4,7 @@ What is sent stands here; in which order and how safely in `sending.py` and `pro
 """
 
 import asyncio
+import functools
 import logging
 import resource
 import time
@@ -14,7 +15,7 @@ from typing import assert_never
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
-from aiokafka.partitioner import DefaultPartitioner
+from aiokafka.partitioner import murmur2
 
 from service.core.errors import OutputTooLarge, PublishFailed, SluiceError
 from service.core.events import Observe
@@ -59,6 +60,9 @@ FUTURE_MAX_MS = 3_600_000
 HELD_LOG_EVERY_S = 60.0
 """A dead letter that fits nowhere is tried for ever and complained about this often."""
 
+HASHES_KEPT = 10_000
+"""Of keys: in Python a hash of 36 bytes takes as long as the record's headers."""
+
 NO_OPTIONS: Mapping[str, int] = MappingProxyType({})
 
 log = logging.getLogger(__name__)
@@ -76,7 +80,6 @@ class KafkaSink:
         self._output_topic = settings.output.topic
         self._dead_letter_topic = settings.dead_letters.topic
         self._sizes = TopicSizes(lambda topic: ask_broker(topic, self._create_admin))
-        self._partitioner = DefaultPartitioner()
         self._failures = LaneFailures(settings.delivery.ordering)
         self._held_logged_s = -HELD_LOG_EVERY_S
         self._started = False
@@ -292,8 +295,7 @@ class KafkaSink:
         if not partitions:
             raise PublishFailed(f"the partitions of topic {topic} are not known now")
         if key is not None:
-            chosen: int = self._partitioner(key, partitions, partitions)
-            return chosen
+            return partitions[_key_hash(key) % len(partitions)]
         spread = message.partition.partition
         if self._settings.delivery.ordering != "partition":
             spread += message.offset
@@ -336,11 +338,16 @@ class KafkaSink:
             max_batch_size=2 * BATCH_MAX_BYTES,  # batches are cut by us, never here
             max_request_size=self._settings.output.message_max_bytes,
             linger_ms=0,  # `sending.py` lingers
-            partitioner=self._partitioner,
         )
 
     def _create_admin(self) -> AIOKafkaAdminClient:
         return AIOKafkaAdminClient(**client_options(self._settings.kafka))
+
+
+@functools.lru_cache(HASHES_KEPT)
+def _key_hash(key: bytes) -> int:
+    """As Java's producers have it, by which they choose the partition."""
+    return int(murmur2(key)) & 0x7FFF_FFFF
 
 
 def _now_ms() -> int:

@@ -108,7 +108,7 @@ def read_usage(usage: object) -> Tokens:
     Most leave the tokens of reasoning within the completion's; where the total is larger than
     prompt and completion (xAI, Gemini), they stand beside them, and are charged as output.
     """
-    if not isinstance(usage, Mapping):
+    if not isinstance(usage, dict):
         return Tokens()
     prompt, completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
     beside = max(0, _count(usage, "total_tokens") - prompt - completion)
@@ -124,5 +124,5 @@ def read_usage(usage: object) -> Tokens:
 
 
 def _count(usage: object, name: str) -> int:
-    count = usage.get(name) if isinstance(usage, Mapping) else None
+    count = usage.get(name) if isinstance(usage, dict) else None
     return count if isinstance(count, int) and count > 0 else 0

@@ -38,20 +38,15 @@ class Conversation:
 
     def paid(self, bill: Bill) -> Conversation:
         """One call more, and what it cost."""
-        spent, tokens = self.spent, bill.tokens
-        return replace(
-            self,
-            spent=replace(
-                spent,
-                calls=spent.calls + 1,
-                tokens_input=spent.tokens_input + tokens.input,
-                tokens_output=spent.tokens_output + tokens.output,
-                tokens_cached=spent.tokens_cached + tokens.cached,
-                tokens_reasoning=spent.tokens_reasoning + tokens.reasoning,
-                cost_usd=spent.cost_usd + (bill.cost_usd or 0.0),
-                calls_unpriced=spent.calls_unpriced + (bill.cost_usd is None),
-            ),
+        tokens = bill.tokens
+        spent = self.spent.and_one_call(
+            tokens_input=tokens.input,
+            tokens_output=tokens.output,
+            tokens_cached=tokens.cached,
+            tokens_reasoning=tokens.reasoning,
+            cost_usd=bill.cost_usd,
         )
+        return replace(self, spent=spent)
 
     def shortened(self, side: Side, kept_max_bytes: int) -> Conversation:
         """With at most so many bytes of the text, cut between characters."""

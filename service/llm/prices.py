@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 from urllib.parse import urlsplit
 
 from service.settings import Price
@@ -17,8 +17,7 @@ from service.settings import Price
 _MILLION = 1_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
+class Tokens(NamedTuple):
     """What the endpoint says of one call; without any it has not said."""
 
     input: int = 0
@@ -27,11 +26,14 @@ class Tokens:
     reasoning: int = 0
 
 
+UNTOLD = Tokens()
+
+
 @dataclass(frozen=True, slots=True)
 class Bill:
     """One call's tokens and their cost in US dollars, None where nobody knows it."""
 
-    tokens: Tokens = Tokens()
+    tokens: Tokens = UNTOLD
     cost_usd: float | None = 0.0
 
 

@@ -10,7 +10,6 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -641,7 +640,8 @@ async def test_many_outputs_go_in_batches_that_fit(real_kafka: str) -> None:
 async def test_a_timestamp_that_the_topic_refuses_becomes_now(real_kafka: str) -> None:
     """A message from the future ends nobody's transaction for ever."""
     place = await make(real_kafka, message_timestamp_after_max_ms="1000")
-    future = replace(output(place.topic, b"later"), timestamp_ms=int(time.time() * 1000) + 600_000)
+    ahead_ms = int(time.time() * 1000) + 600_000
+    future = output(place.topic, b"later")._replace(timestamp_ms=ahead_ms)
     async with worker(place.servers, place.group) as one:
         await one.own(place.first)
         sent = [one.send(place.first, 0, place.outputs(0)), one.send(place.first, 1, [(0, future)])]
