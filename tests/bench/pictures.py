@@ -12,10 +12,12 @@ from tests.bench.driver import Figures
 
 OURS, OTHERS = "#1f6f8b", "#b8c4cc"
 MEASURES = (
-    ("cpu_ms", "CPU, ms a message"),
-    ("rate", "messages/s"),
-    ("busy", "share of slots busy"),
+    ("cpu_ms", "CPU, ms a message", "{:.2f}"),
+    ("rate", "messages/s", "{:,.0f}"),
+    ("busy", "share of slots busy", "{:.3f}"),
 )
+AT_ONCE = "bd"
+"""Scenarios without a latency: there a slot is hardly ever busy."""
 
 
 def draw(found: dict[str, list[Figures]], folder: Path) -> Iterator[Path]:
@@ -28,18 +30,19 @@ def draw(found: dict[str, list[Figures]], folder: Path) -> Iterator[Path]:
 
 
 def _picture(letter: str, rows: list[Figures]) -> Figure:
+    measures = MEASURES[:2] if letter in AT_ONCE else MEASURES
     figure = Figure(figsize=(11, 0.45 * len(rows) + 1.2), layout="constrained")
-    for axes, (name, title) in zip(figure.subplots(1, len(MEASURES)), MEASURES, strict=True):
-        _bars(axes, rows, name)
+    for axes, (name, title, form) in zip(figure.subplots(1, len(measures)), measures, strict=True):
+        _bars(axes, rows, name, form)
         axes.set_title(f"({letter}) {title}", fontsize=10)
     return figure
 
 
-def _bars(axes: Axes, rows: list[Figures], name: str) -> None:
+def _bars(axes: Axes, rows: list[Figures], name: str, form: str) -> None:
     values = [getattr(row, name) for row in rows]
     colours = [OURS if row.peer == "sluice" else OTHERS for row in rows]
     bars = axes.barh([row.peer for row in rows], values, color=colours)
-    axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
+    axes.bar_label(bars, fmt=form, padding=3, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.18)
     axes.spines[["top", "right"]].set_visible(False)
