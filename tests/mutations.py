@@ -673,7 +673,8 @@ def _all_pass(checkout: Path, tests: list[str] | tuple[str, ...]) -> bool:
     """Whether they do; raises where they cannot be run."""
     pytest_ = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider"]
     ended = subprocess.run(
-        [*pytest_, f"--timeout={TEST_S}", *tests],
+        # By a thread: an event loop that never rests would catch what a signal raises in it.
+        [*pytest_, f"--timeout={TEST_S}", "--timeout-method=thread", *tests],
         cwd=checkout,
         # Byte code is told from newer text by whole seconds and the size.
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "TEST_KAFKA": "required"},
