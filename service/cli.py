@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
+from service.core.errors import FAILED, WRONG, Stop, WrongSettings
+
 if TYPE_CHECKING:
     from service.kafka.letters import Selection
     from service.settings import Settings
-
-FAILED, WRONG = 1, 2
-"""Exit codes; 0 is done."""
 
 Config = Annotated[
     Path | None,
@@ -47,8 +46,6 @@ app.add_typer(topics, name="topics")
 
 def main() -> None:
     """What `sluice` and `python -m service` run; always raises `SystemExit`."""
-    from service.core.errors import Stop, WrongSettings
-
     try:
         app()
     except WrongSettings as error:

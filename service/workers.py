@@ -25,7 +25,7 @@ from typing import Any, NoReturn, Protocol, TypeAlias
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 
-from service.core.errors import CannotRun, Stop, WrongSettings
+from service.core.errors import FAILED, WRONG, CannotRun, Stop, WrongSettings
 from service.core.retry import Backoff, Uniform
 from service.settings import Settings, warnings
 from service.telemetry.logs import configured, shown
@@ -34,9 +34,6 @@ from service.telemetry.metrics import WorkerMetrics
 from service.telemetry.probes import Probes
 
 log = logging.getLogger(__name__)
-
-FAILED, WRONG = 1, 2
-"""Exit codes, as the commands have them."""
 
 RESTARTS = Backoff(base_s=1.0, cap_s=60.0)
 """Each start is a rebalance for the whole group, so that a worker that dies at once must not be

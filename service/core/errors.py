@@ -20,6 +20,9 @@ may be logged, so they never hold a message's text or a model's answer.
 
 from service.core.messages import Provenance
 
+FAILED, WRONG = 1, 2
+"""Exit codes: something failed; the settings are wrong. 0 is done."""
+
 
 class SluiceError(Exception):
     """Root of everything that this project raises on purpose."""

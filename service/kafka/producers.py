@@ -207,7 +207,7 @@ class Producers:
             self._observe(ClientReplaced("producer"))
 
     def release(self, producer: Producer) -> None:
-        """A batch of it has ended: closes it where that was the last before its replacement."""
+        """Batches of it have ended: closes it where they were the last before its replacement."""
         if not producer.trusted and not producer.batches and not producer.closing:
             producer.closing = True
             self._group.create_task(producer.close())
