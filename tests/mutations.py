@@ -586,6 +586,30 @@ MUTATIONS = (
         (SUPERVISION + "a_mark_in_doubt_is_fenced_before_it_is_made_again",),
     ),
     Mutation(
+        "70 an older worker drops what a newer one has stored besides",
+        STARTS,
+        "for other in mark.others.true_of(progress.next_offset):",
+        "for other in ():",
+        (
+            UNIT_STARTS + "fields_of_a_later_version_are_passed_over_and_kept",
+            UNIT_HOLDINGS + "what_a_newer_version_stores_is_kept",
+        ),
+    ),
+    Mutation(
+        "71 fields of others take the map's part",
+        STARTS,
+        "if len(metadata) + len(other) < FIELDS_CHARS_MAX:",
+        "if len(metadata) + len(other) < METADATA_CHARS_MAX:",
+        (UNIT_STARTS + "the_map_keeps_its_part_whatever_others_store",),
+    ),
+    Mutation(
+        "72 what was true of one offset is stored beside the next",
+        STARTS,
+        "moved = next_offset != self.at",
+        "moved = False",
+        (UNIT_STARTS + "only_what_stays_true_is_kept_at_another_offset",),
+    ),
+    Mutation(
         "30 a worker that is fenced in a revoke fences back",
         HOLDINGS,
         "if held is None or not self.restored.is_set():",

@@ -25,9 +25,9 @@ from service.core.offsets import (
 )
 from service.core.status import PartitionStatus
 
-MAP_CHARS_MAX = 3_900
-"""Characters of a completed map: what brokers take as metadata (4,096 by default), less what
-stands before the map."""
+MAP_CHARS_MAX = 3_700
+"""Characters that a completed map has for certain: what brokers take as metadata (4,096 by
+default), less what may ever stand before the map."""
 
 MAP_FULL = 0.75
 """A partition whose map is so full takes no more: the messages that are out need the rest."""

@@ -30,13 +30,16 @@ from service.kafka.connection import is_lasting, stop_for, within
 from service.kafka.membership import Membership
 from service.kafka.offsets import GroupOffsets
 from service.kafka.starts import (
+    NO_OTHERS,
     Bounds,
     HeldOut,
     Mark,
+    Others,
     Stored,
     all_gone,
     beyond_the_end,
     is_new,
+    others_to_keep,
     read,
     taken_over,
     to_store,
@@ -72,6 +75,7 @@ class Holding:
     given: Given
     next: int
     stored: Stored  # what Kafka is known to hold
+    others: Others = NO_OTHERS  # what a newer version has stored besides
     attempted: dict[Stored, Progress] = field(default_factory=dict)  # may have arrived
 
     def attempt(self, stored: Stored, progress: Progress) -> None:
@@ -204,7 +208,7 @@ class Holdings:
         progress = self._assignment.progress(partition, finishing)
         if holding is None or progress is None:
             return None
-        stored = to_store(progress, self._mark_of(partition.topic))
+        stored = to_store(progress, self._mark_of(partition.topic, holding.others))
         holding.attempt(stored, progress)
         return stored
 
@@ -218,8 +222,8 @@ class Holdings:
         holding.attempted.clear()
         self._assignment.stored(partition, progress)
 
-    def _mark_of(self, topic: str) -> Mark:
-        return Mark(self._nonce, self._began, self._topic_ids.get(topic))
+    def _mark_of(self, topic: str, others: Others) -> Mark:
+        return Mark(self._nonce, self._began, self._topic_ids.get(topic), others)
 
     def follow(self, before: Holdings) -> None:
         """Another client of the same process: epochs go on, what is known of the group stays."""
@@ -345,7 +349,7 @@ class Holdings:
         starts = self._starts(fresh, stored, bounds, chosen, topic_ids)
         taken = {
             partition: self._taken_over(
-                start, stored[partition], Mark(self._nonce, began, topic_ids.get(partition.topic))
+                start, stored[partition], began, topic_ids.get(partition.topic)
             )
             for partition, start in starts.items()
             if isinstance(start, int)
@@ -410,9 +414,14 @@ class Holdings:
             await self._transactions.fence(unfenced)
             given.fenced.update(unfenced)
 
-    def _taken_over(self, offset: int, stored: Stored | None, mark: Mark) -> Holding:
+    def _taken_over(
+        self, offset: int, stored: Stored | None, began: int | None, topic_id: str | None
+    ) -> Holding:
         progress = taken_over(offset, stored, self._nonce)
-        return Holding(Given(next(self._epochs), progress), offset, to_store(progress, mark))
+        others = others_to_keep(offset, stored)
+        mark = Mark(self._nonce, began, topic_id, others)
+        given = Given(next(self._epochs), progress)
+        return Holding(given, offset, to_store(progress, mark), others)
 
     def _kept(
         self,

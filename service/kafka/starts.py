@@ -1,14 +1,22 @@
 """Where reading starts, decided from what Kafka stores; pure, so that every case can be tested.
 
-What is stored with an offset is ASCII, its fields in this order, all but the first where needed:
+What is stored with an offset is ASCII of at most `METADATA_CHARS_MAX` characters: the version and
+16 hexadecimal digits of the process that wrote it, so that it knows its own commits again, then
+fields. A field is a colon, a letter that stands once, and its value; those that are not needed
+are left out, and the map comes last:
 
-    sluice1:NONCE  the version and 16 hexadecimal digits of the process that wrote it, so that it
-                   knows its own commits again
+    sluice1:NONCE
     :gN            while the group is in the generation N in which it was found new
     :tID           the topic's id, so that an offset is not taken for one of a topic made again
     :uN            unclean ends at this next offset, the writer's own in advance
     :aN            the offset of the message that runs alone
     :mMAP          the completed map (core/completed.py)
+
+A worker keeps the fields whose letters it does not know, for whoever comes after it. A small
+letter stands for something that is true whatever is committed next; a capital one is true of the
+next offset beside which it was read, and goes when that moves. The map has `MAP_CHARS_MAX`
+characters for certain and whatever the fields leave it besides: foreign fields that would take
+its part are dropped.
 """
 
 from __future__ import annotations
@@ -22,11 +30,23 @@ from service.core.messages import Partition
 from service.core.offsets import Progress
 from service.core.window import MAP_CHARS_MAX
 
-_METADATA = re.compile(
-    r"sluice1:(?P<nonce>[0-9a-f]{16})(?::g(?P<began>[0-9]{1,10}))?(?::t(?P<topic_id>[\w-]{1,64}))?"
-    r"(?::u(?P<unclean_ends>[0-9]{1,9}))?(?::a(?P<alone>[0-9]{1,19}))?(?::m(?P<map>[^:]+))?",
-    re.ASCII,
-)
+METADATA_CHARS_MAX = 4_096
+"""Characters that brokers take by default (offset.metadata.max.bytes)."""
+
+FIELDS_CHARS_MAX = METADATA_CHARS_MAX - MAP_CHARS_MAX - len(":m")
+"""Characters of everything that stands before the map."""
+
+_METADATA = re.compile(r"sluice1:([0-9a-f]{16})((?::[A-Za-z][!-9;-~]+)*)", re.ASCII)
+"""Values are printable and hold no colon."""
+
+_KNOWN = {
+    "g": re.compile("[0-9]{1,10}"),
+    "t": re.compile(r"[\w-]{1,64}", re.ASCII),
+    "u": re.compile("[0-9]{1,9}"),
+    "a": re.compile("[0-9]{1,19}"),
+    "m": re.compile(".+"),
+}
+"""What the values of our own fields look like."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +73,32 @@ class HeldOut:
 
 
 @dataclass(frozen=True, slots=True)
+class Others:
+    """Fields that we do not know, letter and value each, as they were read beside the offset `at`.
+
+    A newer version has written them: they are written back for as long as they are true.
+    """
+
+    fields: tuple[str, ...] = ()
+    at: int = 0
+
+    def true_of(self, next_offset: int) -> tuple[str, ...]:
+        """Those that may be written beside this offset."""
+        moved = next_offset != self.at
+        return tuple(each for each in self.fields if each[0].islower() or not moved)
+
+
+NO_OTHERS = Others()
+
+
+@dataclass(frozen=True, slots=True)
 class Mark:
     """What stands in the metadata beside the progress: who wrote it, when, about which topic."""
 
     nonce: str
     began: int | None = None
     topic_id: str | None = None
+    others: Others = NO_OTHERS
 
 
 def to_store(progress: Progress, mark: Mark) -> Stored:
@@ -68,25 +108,36 @@ def to_store(progress: Progress, mark: Mark) -> Stored:
         ("t", mark.topic_id),
         ("u", progress.unclean_ends or None),
         ("a", progress.alone),
-        ("m", encode(progress.runs, MAP_CHARS_MAX) or None),
     )
     written = "".join(f":{letter}{value}" for letter, value in fields if value is not None)
-    return Stored(progress.next_offset, f"sluice1:{mark.nonce}{written}")
+    metadata = f"sluice1:{mark.nonce}{written}"
+    assert len(metadata) <= FIELDS_CHARS_MAX, "our own fields leave the map too little"
+    for other in mark.others.true_of(progress.next_offset):
+        if len(metadata) + len(other) < FIELDS_CHARS_MAX:
+            metadata += f":{other}"
+    encoded = encode(progress.runs, METADATA_CHARS_MAX - len(metadata) - len(":m"))
+    return Stored(progress.next_offset, f"{metadata}:m{encoded}" if encoded else metadata)
 
 
 def read(stored: Stored) -> tuple[Progress, Mark] | None:
-    """What `to_store` wrote; None where somebody else did, or it is damaged."""
+    """What `to_store` wrote, in this version or another; None where somebody else did, or it is
+    damaged."""
     found = _METADATA.fullmatch(stored.metadata)
     if found is None:
         return None
+    fields = found[2].split(":")[1:]
+    values = {field[0]: field[1:] for field in fields}
+    damaged = any(not form.fullmatch(values.get(letter, "0")) for letter, form in _KNOWN.items())
+    if damaged or len(values) < len(fields) or ("m" in values and fields[-1][0] != "m"):
+        return None
     try:
-        runs = decode(found["map"] or "")
+        runs = decode(values.get("m", ""))
     except Damaged:
         return None
-    progress = Progress(
-        stored.offset, runs, int(found["unclean_ends"] or 0), _number(found["alone"])
-    )
-    return progress, Mark(found["nonce"], _number(found["began"]), found["topic_id"])
+    progress = Progress(stored.offset, runs, int(values.get("u", 0)), _number(values.get("a")))
+    unknown = tuple(field for field in fields if field[0] not in _KNOWN)
+    others = Others(unknown, stored.offset) if unknown else NO_OTHERS
+    return progress, Mark(found[1], _number(values.get("g")), values.get("t"), others)
 
 
 def _number(text: str | None) -> int | None:
@@ -116,6 +167,13 @@ def taken_over(offset: int, stored: Stored | None, nonce: str) -> Progress:
     progress, mark = found
     counted = mark.nonce == nonce and progress.unclean_ends > 0
     return progress if counted else replace(progress, unclean_ends=progress.unclean_ends + 1)
+
+
+def others_to_keep(offset: int, stored: Stored | None) -> Others:
+    """What a newer version has stored besides, for whoever reads on from `offset`."""
+    found = None if stored is None else read(stored)
+    same = found is not None and found[0].next_offset == offset
+    return found[1].others if found is not None and same else NO_OTHERS
 
 
 def where_to_start(

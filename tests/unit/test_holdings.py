@@ -234,6 +234,18 @@ async def test_the_end_of_a_holder_is_counted_before_he_holds(worker: Worker) ->
         assert found[0] == worker.pipeline.given[P].progress == Progress(5, (), unclean_ends)
 
 
+async def test_what_a_newer_version_stores_is_kept(worker: Worker) -> None:
+    """By one that takes the partition over, in its mark and in each commit, while it is true."""
+    worker.group.stored[P] = Stored(5, to_store(Progress(5), ANOTHER).metadata + ":x1:Y2")
+    worker.group.member_id = "another"
+    await worker.rebalance()
+    assert worker.group.stored[P].metadata.endswith(":x1:Y2"), "the mark has dropped it"
+    assert worker.commit(Progress(5, (1, 1))).metadata.endswith(":x1:Y2:mbAg")
+    assert worker.commit(Progress(7)).metadata.endswith(":x1")
+    await worker.rebalance()
+    assert worker.commit(Progress(8)).metadata.endswith(":x1"), "a kept partition has dropped it"
+
+
 async def test_nothing_is_held_before_its_restore(worker: Worker) -> None:
     """While Kafka has not said what it holds, the partition is paused and nobody hears of it."""
     told = len(worker.pipeline.assignments)

@@ -1,5 +1,6 @@
 """Where reading starts, decided from what Kafka stores."""
 
+import string
 from dataclasses import replace
 from random import Random
 
@@ -9,13 +10,19 @@ from hypothesis import strategies as st
 
 from service.core.messages import Partition
 from service.core.offsets import Progress
+from service.core.window import MAP_CHARS_MAX
 from service.kafka.settling import SettlingClock
 from service.kafka.starts import (
+    FIELDS_CHARS_MAX,
+    METADATA_CHARS_MAX,
+    NO_OTHERS,
     Bounds,
     HeldOut,
     Mark,
+    Others,
     Stored,
     is_new,
+    others_to_keep,
     read,
     taken_over,
     to_store,
@@ -25,8 +32,8 @@ from service.kafka.starts import (
 P, Q = Partition("in", 0), Partition("in", 1)
 NONCE = "0123456789abcdef"
 MARK = Mark(NONCE)
-METADATA_MAX = 4096
-"""What brokers take by default (offset.metadata.max.bytes)."""
+OTHER_LETTERS = sorted(set(string.ascii_letters) - set("gtuam"))
+"""Those of fields that a later version may write."""
 
 
 @pytest.mark.parametrize(
@@ -112,16 +119,102 @@ def test_what_is_stored_is_read_as_it_was(progress: Progress, mark: Mark) -> Non
     stored = to_store(progress, mark)
     assert read(stored) == (progress, mark)
     assert stored.metadata.isascii()
-    assert len(stored.metadata) <= METADATA_MAX
+    assert len(stored.metadata) <= METADATA_CHARS_MAX
+
+
+VALUES = st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_characters=":"))
+FIELDS = st.dictionaries(st.sampled_from(OTHER_LETTERS), VALUES.filter(bool), max_size=9).map(
+    lambda values: tuple(letter + value for letter, value in values.items())
+)
+
+
+def with_fields(stored: Stored, fields: tuple[str, ...]) -> Stored:
+    """As a later version writes it: more fields, before the map."""
+    head, colon, encoded = stored.metadata.partition(":m")
+    return replace(stored, metadata=":".join((head, *fields)) + colon + encoded)
+
+
+@given(PROGRESS, MARKS, FIELDS)
+def test_fields_of_a_later_version_are_passed_over_and_kept(
+    progress: Progress, mark: Mark, fields: tuple[str, ...]
+) -> None:
+    """The map beside them counts, and they are written back as they stood."""
+    later = with_fields(to_store(progress, mark), fields)
+    found = read(later)
+    assert found is not None
+    assert found[0] == progress
+    assert found[1].others.fields == fields
+    if len(later.metadata) < FIELDS_CHARS_MAX:
+        assert to_store(*found) == later
+
+
+@given(PROGRESS, MARKS, FIELDS, st.integers(0, 2**63 - 1))
+def test_only_what_stays_true_is_kept_at_another_offset(
+    progress: Progress, mark: Mark, fields: tuple[str, ...], next_offset: int
+) -> None:
+    """A field with a capital letter says something of the offset beside which it stood."""
+    found = read(with_fields(to_store(progress, mark), fields))
+    assert found is not None
+    moved = replace(progress, next_offset=next_offset)
+    again = read(to_store(moved, found[1]))
+    assert again is not None
+    assert again[0] == moved
+    kept = again[1].others.fields
+    if next_offset != progress.next_offset:
+        assert not any(each[0].isupper() for each in kept)
+    assert set(kept) <= set(fields)
+
+
+@given(FIELDS.map(lambda fields: (*fields, "y" + "x" * FIELDS_CHARS_MAX)), st.integers(0, 2**31))
+def test_the_map_keeps_its_part_whatever_others_store(fields: tuple[str, ...], seed: int) -> None:
+    """What would take more than fields may have is dropped; the rest of it is still there."""
+    random = Random(seed)
+    runs = tuple(random.randrange(1, 400) for _ in range(10_000))
+    alone = to_store(Progress(5, runs), MARK)
+    stored = to_store(Progress(5, runs), replace(MARK, others=Others(fields, 5)))
+    head, _, encoded = stored.metadata.partition(":m")
+    assert len(head) <= FIELDS_CHARS_MAX
+    assert len(encoded) > MAP_CHARS_MAX - 10
+    assert len(stored.metadata) <= METADATA_CHARS_MAX
+    assert len(alone.metadata) > METADATA_CHARS_MAX - 10, "room that nobody uses is the map's"
+
+
+def test_fields_go_no_further_than_the_offset_that_is_read_on() -> None:
+    """Where reading starts elsewhere than at what is stored, nothing of it is believed."""
+    stored = with_fields(to_store(Progress(5), MARK), ("x1", "Y2"))
+    assert others_to_keep(5, stored) == Others(("x1", "Y2"), 5)
+    assert others_to_keep(6, stored) == NO_OTHERS
+    assert others_to_keep(5, Stored(5, "foreign")) == NO_OTHERS
+    assert others_to_keep(5, None) == NO_OTHERS
 
 
 def test_the_longest_map_leaves_room_for_the_rest() -> None:
-    """With every field at its longest the metadata is still short enough for brokers."""
+    """With every field at its longest the metadata is still short enough for brokers, and half of
+    what fields may have is left for those to come."""
     random = Random(7)
     runs = tuple(random.randrange(1, 400) for _ in range(100_000))
     progress = Progress(2**63 - 1, runs, 10**9 - 1, 2**63 - 1)
     stored = to_store(progress, Mark(NONCE, 2**31 - 1, "A" * 22))
-    assert 3800 < len(stored.metadata) <= METADATA_MAX
+    assert METADATA_CHARS_MAX - 10 < len(stored.metadata) <= METADATA_CHARS_MAX
+    assert len(stored.metadata.partition(":m")[0]) < FIELDS_CHARS_MAX / 2
+
+
+@given(st.text() | st.from_regex(r"sluice1:[0-9a-f]{16}(:[a-zA-Z].{0,9}){0,6}", fullmatch=True))
+def test_any_metadata_is_read_or_foreign(metadata: str) -> None:
+    """Nothing is raised, and what is read is written again within the bounds."""
+    found = read(Stored(7, metadata))
+    if found is not None:
+        assert len(to_store(*found).metadata) <= METADATA_CHARS_MAX
+        assert read(to_store(*found)) == found
+
+
+def test_metadata_of_versions_before_is_read() -> None:
+    """These texts stand in brokers: never change one."""
+    mark = Mark(NONCE, 3, "AAAAAAAAAAAAAAAAAAAAAA")
+    text = f"sluice1:{NONCE}:g3:tAAAAAAAAAAAAAAAAAAAAAA:u2:a9:mbHA"
+    assert read(Stored(5, text)) == (Progress(5, (2, 3), 2, 9), mark)
+    assert to_store(Progress(5, (2, 3), 2, 9), mark) == Stored(5, text)
+    assert read(Stored(5, f"sluice1:{NONCE}")) == (Progress(5), MARK)
 
 
 @pytest.mark.parametrize(
@@ -133,8 +226,15 @@ def test_the_longest_map_leaves_room_for_the_rest() -> None:
         "sluice1:xyz",
         "sluice2:" + NONCE,
         f"sluice1:{NONCE}x",
-        f"sluice1:{NONCE}:z1",
-        f"sluice1:{NONCE}:u1:g1",
+        f"sluice1:{NONCE}:",
+        f"sluice1:{NONCE}:z",
+        f"sluice1:{NONCE}:21",
+        f"sluice1:{NONCE}:z1::y1",
+        f"sluice1:{NONCE}:z1:y 1",
+        f"sluice1:{NONCE}:z1:z2",
+        f"sluice1:{NONCE}:u1:u1",
+        f"sluice1:{NONCE}:ux",
+        f"sluice1:{NONCE}:mrAQE:z1",
         f"sluice1:{NONCE}:m\x00?",
         f"sluice1:{NONCE}:m",
         f"sluice1:{NONCE}\n",
