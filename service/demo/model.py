@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
 import importlib.util
 import os
 import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,10 @@ CONTEXT_TOKENS = 2048
 START_TIMEOUT_S = 60.0
 """From the process's start to its address; about a second on a machine at rest."""
 STOP_TIMEOUT_S = 3.0
+OPENMP = "libgomp.so.1"
+"""The OpenMP runtime that llama.cpp's library is linked to; a minimal Debian does not have it."""
+OPENMP_WHEEL = "cmeel-libomp"
+"""The demo extra's wheel with LLVM's runtime, which has a file of that name too."""
 _END_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -95,6 +101,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     parser.add_argument("--leash", action="store_true", help="end when standard input does")
     wanted = parser.parse_args()
+    _bring_openmp()
     if wanted.leash:
         hold()
     try:
@@ -111,6 +118,39 @@ def main() -> None:
     os._exit(0)  # without waiting for answers that nobody will read
 
 
+def _bring_openmp() -> None:
+    """Starts this process anew with the wheel's OpenMP runtime, where the system has none.
+
+    The loader finds a library by its file's name, and reads the folders in LD_LIBRARY_PATH when a
+    process starts: loading the file under its path beforehand would not count.
+    """
+    folder = openmp_folder()
+    known = os.environ.get("LD_LIBRARY_PATH", "").split(":")
+    if sys.platform != "linux" or folder is None or str(folder) in known or _loads(OPENMP):
+        return
+    searched = ":".join([str(folder), *filter(None, known)])
+    sys.stdout.flush()
+    arguments = [sys.executable, "-m", "service.demo.model", *sys.argv[1:]]
+    os.execve(sys.executable, arguments, {**os.environ, "LD_LIBRARY_PATH": searched})
+
+
+def openmp_folder() -> Path | None:
+    """Where the wheel has its runtime; none without the wheel."""
+    try:
+        folder = Path(str(distribution(OPENMP_WHEEL).locate_file("cmeel.prefix/lib")))
+    except PackageNotFoundError:
+        return None
+    return folder if (folder / OPENMP).is_file() else None
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
 def serve(path: Path, host: str, port: int) -> Any:
     """A running llama.cpp server; it answers once this returns and lives as long as its object."""
     if importlib.util.find_spec("xllamacpp") is None:
@@ -122,8 +162,8 @@ def serve(path: Path, host: str, port: int) -> Any:
         from xllamacpp import CommonParams, Server
     except ImportError as error:
         raise CannotRun(
-            f"The local model's library does not load ({error}); on Debian and Ubuntu "
-            f"`apt install libgomp1` gives what is missing. {OWN_ENDPOINT}"
+            f"The local model's library does not load ({error}). If {OPENMP} is missing: "
+            f"pip install 'kafka-sluice[demo]' brings it on Linux. {OWN_ENDPOINT}"
         ) from None
     params = CommonParams()
     params.model.path = str(path)

@@ -16,7 +16,7 @@ from rich.console import Console
 from service.core.errors import CannotRun
 from service.core.events import Called, Finished
 from service.core.messages import Reason
-from service.demo import download
+from service.demo import download, model
 from service.demo.examples import BROKEN_EVERY, EXAMPLES, DemoExample, upstream
 from service.demo.figures import Figures, quantile, read_figures
 from service.demo.texts import ABOUT_ORDERS, ABOUT_PEOPLE, PASTED_LOG, UNREADABLE
@@ -237,3 +237,30 @@ def test_leash() -> None:
             held.wait(0.3)
         held.stdin.close()
         assert held.wait(10) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the wheel is for Linux")
+def test_a_missing_openmp_comes_from_its_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's process starts anew with the wheel's folder where the loader looks, once; with
+    the system's own runtime it does not."""
+    started: list[dict[str, str]] = []
+    monkeypatch.setattr("os.execve", lambda program, arguments, env: started.append(env))
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/opt/lib")
+    monkeypatch.setattr(model, "_loads", lambda library: True)
+    model._bring_openmp()
+    assert started == []
+    monkeypatch.setattr(model, "_loads", lambda library: False)
+    model._bring_openmp()
+    (env,) = started
+    assert env["LD_LIBRARY_PATH"] == f"{model.openmp_folder()}:/opt/lib"
+    monkeypatch.setenv("LD_LIBRARY_PATH", env["LD_LIBRARY_PATH"])
+    model._bring_openmp()
+    assert len(started) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the wheel is for Linux")
+def test_the_openmp_of_the_wheel_loads() -> None:
+    """Its file has the name that the model's library asks for."""
+    folder = model.openmp_folder()
+    assert folder is not None
+    assert model._loads(str(folder / model.OPENMP))
