@@ -1,4 +1,4 @@
-"""What is said of settings: names, what is allowed, what is wrong, the README's table."""
+"""What is said of settings: names, what is allowed, what is wrong, the table of settings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHOWN_MAX = 60
 
 
 def table() -> str:
-    """Every setting as a Markdown table, for the README."""
+    """Every setting as a Markdown table, for docs/settings.md."""
     rows = ["| setting | default | allowed | meaning |", "|---|---|---|---|"]
     for place, node in every_setting().items():
         cells = (f"`{dotted(place)}`", _default(node), _allowed(node), _meaning(node))

@@ -201,7 +201,7 @@ STAGES = (
 STATE = Panel(
     "State",
     "What are the workers doing, each in one word?",
-    "deploy/runbook.md says of each state whose business it is.",
+    "docs/runbook.md says of each state whose business it is.",
     "short",
     (Query(total("sluice_state", "state"), "{{state}}"),),
     width=12,

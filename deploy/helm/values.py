@@ -270,7 +270,7 @@ class Values(Group):
     """Several workers from one release: each has a `name` and any value of this file (but image
     names, serviceAccount, monitoring.rules and .dashboards) over it. Without a list: one."""
     settings: dict[str, Any] = {"kafka": {"bootstrap_servers": "kafka:9092"}}
-    """sluice.yaml: every setting of the README but secrets."""
+    """sluice.yaml: every setting of docs/settings.md but secrets."""
     files: dict[str, str] = {}
     """Files beside sluice.yaml, by name: a record's .py, as in --set-file files.records\\.py=…"""
     provider: Provider = Field(default_factory=Provider)

@@ -15,9 +15,10 @@ never more calls than slots, since every call has somebody who waits; but a burs
 keeps as many slots from others as it has messages, for the time of one call at most.
 
 Answer ids: each message gets one of its own, each time that it is given an answer. A reader
-(README, "Reading each outcome once") collects records by answer id and drops repeats by message:
-two messages with one id would be mixed into one set. A replay under a new id is a complete set
-of its own, which is taken where the crash had cut the first one short, and dropped otherwise.
+(docs/guarantees.md, "Reading each outcome once") collects records by answer id and drops repeats
+by message: two messages with one id would be mixed into one set. A replay under a new id is a
+complete set of its own, which is taken where the crash had cut the first one short, and dropped
+otherwise.
 """
 
 from __future__ import annotations

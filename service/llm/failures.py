@@ -89,7 +89,7 @@ TABLE: tuple[Row, ...] = (
     Row("400, 422 that names a setting of ours", _S, "setting"),
     Row("any other 4xx", _S, "refused"),
 )
-"""Every failure of a call. The README shows it, with the test of each row beside it."""
+"""Every failure of a call. docs/failures.md shows it, with the test of each row beside it."""
 
 REMEDIES = {
     "credentials": "{url} refuses the credentials: set OPENAI_API_KEY to a key that it knows.",

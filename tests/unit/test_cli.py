@@ -118,7 +118,7 @@ def test_schema_of_the_default_record(sluice: Run) -> None:
 
 
 def test_table_of_settings(sluice: Run) -> None:
-    """`schema --settings` prints the README's table, whatever is wrong with the settings."""
+    """`schema --settings` prints docs/settings.md's table, whatever is wrong with the settings."""
     code, out, _ = sluice("schema", "--settings", SLUICE_NONSENSE="x")
     assert (code, out) == (0, table())
 

@@ -11,7 +11,6 @@ from service.demo.download import REQUIREMENT
 from service.demo.model import MODEL_NAME, SLOTS
 from service.reading import load
 from service.settings import warnings
-from service.wording import table
 from tests.support.stopping import longest_stop_s
 
 ROOT = Path(__file__).parents[2]
@@ -162,57 +161,3 @@ def test_every_dependency_is_pinned() -> None:
 
 def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
-
-
-# --- README -----------------------------------------------------------------------------------
-
-README = (ROOT / "README.md").read_text()
-
-
-def _metrics() -> list[list[str]]:
-    """Name, type, labels and meaning of each metric, from the golden list."""
-    lines = (ROOT / "tests" / "data" / "metrics.txt").read_text().splitlines()
-    return [line.split(" | ", 3) for line in lines if not line.startswith("#")]
-
-
-def _generated(name: str) -> str:
-    """What stands between the markers of that name."""
-    return README.split(f"<!-- {name}:begin -->\n")[1].split(f"<!-- {name}:end -->")[0]
-
-
-def test_the_readme_lists_the_settings_there_are() -> None:
-    """The table is what `sluice schema --settings` prints; paste it anew after a change."""
-    assert _generated("settings") == table()
-
-
-def test_the_readme_lists_the_metrics_there_are() -> None:
-    """The table has each metric of the golden list under the name that Prometheus stores."""
-    rows = ["| metric | type | labels | meaning |", "|---|---|---|---|"]
-    for name, kind, labels, meaning in _metrics():
-        end = "_total" if kind == "counter" else ""
-        named = "" if labels == "-" else labels.replace(",", ", ")
-        rows.append(f"| `{name}{end}` | {kind} | {named} | {meaning} |")
-    assert _generated("metrics") == "\n".join(rows) + "\n"
-
-
-def test_the_readme_points_to_files_that_exist() -> None:
-    """Every relative link, the picture's too, leads to something."""
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
-    assert len(targets) > 10
-    assert [one for one in targets if not (ROOT / one).exists()] == []
-
-
-def test_the_file_map_names_every_file() -> None:
-    """Each file of service/ stands in it, under its folder, and nothing that is not there."""
-    service_lines = README.split("service/\n")[1].split("tests/  ")[0].splitlines()
-    named, folder = set(), ""
-    for line in service_lines:
-        if not line.startswith("    "):
-            folder = ""
-        name = line.split()[0]
-        if name.endswith("/"):
-            folder = name
-        else:
-            named.add(folder + name)
-    there = {str(file.relative_to(ROOT / "service")) for file in (ROOT / "service").rglob("*.py")}
-    assert named == {name for name in there if not name.endswith("__init__.py")}

@@ -11,10 +11,11 @@ from service.core.status import State
 from service.telemetry.metrics import CALL_RESULTS, COMMITS, OUTCOMES, RETRY_REASONS
 from tests.support.prometheus import exposed_series, promtool
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
 RULES = DEPLOY / "prometheus" / "sluice.rules.yml"
 CASES = DEPLOY / "prometheus" / "sluice.rules.test.yml"
-RUNBOOK = (DEPLOY / "runbook.md").read_text()
+RUNBOOK = (ROOT / "docs" / "runbook.md").read_text()
 
 GROUPS: list[dict[str, Any]] = yaml.safe_load(RULES.read_text())["groups"]
 ALERTS = {rule["alert"]: rule for group in GROUPS for rule in group["rules"] if "alert" in rule}
@@ -59,7 +60,7 @@ def test_each_alert_says_what_it_means(name: str) -> None:
     assert annotations["summary"].endswith(".")
     assert "{{" not in annotations["summary"]
     assert annotations["description"].endswith((".", ").", "is."))
-    assert annotations["runbook_url"] == f"deploy/runbook.md#{name.lower()}"
+    assert annotations["runbook_url"] == f"docs/runbook.md#{name.lower()}"
     (section,) = [one for one in SECTIONS if one.startswith(f"{name}\n")]
     assert section.split("\n\n")[1].startswith(f"*{severity}.*")
 
