@@ -36,6 +36,7 @@ PIPELINE = "service/pipeline.py"
 WINDOW = "service/core/window.py"
 OFFSETS = "service/core/offsets.py"
 CIRCUIT = "service/core/circuit.py"
+RETRY = "service/core/retry.py"
 STARTS = "service/kafka/starts.py"
 HOLDINGS = "service/kafka/holdings.py"
 SOURCE = "service/kafka/source.py"
@@ -48,6 +49,7 @@ WRITERS = "service/kafka/writers.py"
 WATCHDOG = "service/core/watchdog.py"
 
 WAY = "tests/pipeline/test_way.py::test_"
+ADMISSION = "tests/pipeline/test_admission.py::test_"
 REBALANCE = "tests/pipeline/test_rebalance.py::test_"
 DIED = "tests/pipeline/test_process_died.py::test_"
 SIMULATION = "tests/pipeline/test_simulation.py::test_"
@@ -274,6 +276,20 @@ MUTATIONS = (
         "if partition not in given or given[partition].epoch != holding.epoch",
         "if partition not in given",
         (REBALANCE + "attempts_count_for_one_holder",),
+    ),
+    Mutation(
+        "14 a Retry-After of a day is waited for a day",
+        RETRY,
+        "return min(retry_after_s, RETRY_AFTER_MAX_S)",
+        "return retry_after_s",
+        (ADMISSION + "a_retry_after_of_a_day_is_asked_again_after_the_cap",),
+    ),
+    Mutation(
+        "14 a provider that is back makes a retry later",
+        WINDOW,
+        "(min(due_s, max(now_s, entry.not_before_s)), number, entry)",
+        "(max(min(due_s, now_s), entry.not_before_s), number, entry)",
+        (UNIT_WINDOW + "a_wake_makes_no_retry_later",),
     ),
     Mutation(
         "15 a dead letter that cannot be published counts as finished",

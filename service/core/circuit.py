@@ -6,7 +6,7 @@ Rules of this file: time comes in as seconds of a monotonic clock; nothing waits
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from service.core.retry import RETRY_AFTER_MAX_S, Backoff, Uniform
+from service.core.retry import Backoff, Uniform
 
 CIRCUIT_FAILURES = 10
 """Failures in a row, with no success between, that open the circuit: fewer happen by chance
@@ -73,9 +73,8 @@ class Circuit:
             self.state, self.reopen_at_s = CircuitState.OPEN, now_s
 
     def _wait_s(self, retry_after_s: float | None) -> float:
-        if retry_after_s is not None and retry_after_s > 0:
-            asked_s = min(retry_after_s, RETRY_AFTER_MAX_S)
-            return asked_s + self.uniform(0.0, min(PROBE_JITTER_S, asked_s))
+        if retry_after_s is not None:
+            return retry_after_s + self.uniform(0.0, min(PROBE_JITTER_S, retry_after_s))
         # Half of the ceiling at least: full jitter could ask again at once.
         half_s = min(self.backoff.cap_s, self.backoff.base_s * 2.0 ** min(self.openings, 32)) / 2
         return half_s + self.uniform(0.0, half_s)

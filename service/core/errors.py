@@ -19,6 +19,7 @@ may be logged, so they never hold a message's text or a model's answer.
 """
 
 from service.core.messages import Provenance
+from service.core.retry import asked_to_wait_s
 
 FAILED, WRONG = 1, 2
 """Exit codes: something failed; the settings are wrong. 0 is done."""
@@ -36,9 +37,10 @@ class CallFailure(Retry):
     """A call that failed for a reason that lies outside the message.
 
     `reason` is a short word for logs and a metric's label. `retry_after_s` is what the provider
-    asked for, None where it asked for nothing. `progress` is what the extractor wants back at
-    the next attempt (answers already paid for); `provenance` what was spent so far. `shared`:
-    another message has told of this very call, so it says nothing new of the provider.
+    asked for, capped (`asked_to_wait_s`), None where it asked for nothing. `progress` is what the
+    extractor wants back at the next attempt (answers already paid for); `provenance` what was
+    spent so far. `shared`: another message has told of this very call, so it says nothing new of
+    the provider.
     """
 
     shared = False
@@ -53,7 +55,7 @@ class CallFailure(Retry):
     ) -> None:
         super().__init__(reason)
         self.reason = reason
-        self.retry_after_s = retry_after_s
+        self.retry_after_s = asked_to_wait_s(retry_after_s)
         self.progress = progress
         self.provenance = provenance
 

@@ -19,7 +19,7 @@ from typing import Protocol
 from service.core.budgets import NO_TOKENS, Allowance, Budget, Estimate
 from service.core.circuit import Circuit, CircuitState
 from service.core.pace import Pace
-from service.core.retry import RETRY_AFTER_MAX_S, RetryQuota
+from service.core.retry import RetryQuota
 from service.core.slots import Slots
 from service.core.spend import Spend
 
@@ -242,10 +242,9 @@ class Admission:
 
     def cool_down(self, now_s: float, retry_after_s: float | None) -> None:
         """Nobody starts until then; afterwards slowly, where no pace sees to that."""
-        if retry_after_s is None or retry_after_s <= 0:
+        if retry_after_s is None:
             return
-        asked_s = min(retry_after_s, RETRY_AFTER_MAX_S)
-        self.cooldown_until_s = max(self.cooldown_until_s, now_s + asked_s)
+        self.cooldown_until_s = max(self.cooldown_until_s, now_s + retry_after_s)
         self._restarting = self._restarting or self.pace.rate_per_s is None
 
     def failed(

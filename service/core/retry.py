@@ -6,7 +6,8 @@ from dataclasses import dataclass
 Uniform = Callable[[float, float], float]
 
 RETRY_AFTER_MAX_S = 900.0
-"""A provider's Retry-After is honoured up to this: beyond it we ask again to see, once."""
+"""A provider's Retry-After is honoured up to this many seconds: beyond it we ask again to see.
+The cap is applied once, by `asked_to_wait_s`, where a failure is made."""
 
 OTHERS_SUCCEED_WITHIN_S = 60.0
 """A success of another message within this time shows that the provider is not the cause."""
@@ -16,6 +17,16 @@ OVERLOAD = frozenset({"rate_limited", "overloaded", "timeout"})
 
 NEVER_THE_MESSAGE = frozenset({"rate_limited", "overloaded"})
 """Failures that no message can be the cause of: they don't count towards its attempts."""
+
+
+def asked_to_wait_s(retry_after_s: float | None) -> float | None:
+    """What a provider's Retry-After means, in seconds above 0 and up to `RETRY_AFTER_MAX_S`.
+
+    None where it asks for nothing, or for what is no time to wait (0, negative, not a number).
+    """
+    if retry_after_s is None or not retry_after_s > 0.0:  # `not >` is true for NaN as well
+        return None
+    return min(retry_after_s, RETRY_AFTER_MAX_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +45,7 @@ class Backoff:
         """Seconds from the failure of attempt number `attempt` (from 1) to the next one."""
         assert attempt >= 1, "attempts are counted from 1"
         ceiling_s = min(self.cap_s, self.base_s * 2.0 ** min(attempt - 1, 32))
-        asked_s = min(max(retry_after_s or 0.0, 0.0), RETRY_AFTER_MAX_S)
+        asked_s = retry_after_s or 0.0
         return asked_s + uniform(0.0, min(ceiling_s, asked_s) if asked_s else ceiling_s)
 
 

@@ -285,9 +285,10 @@ class Window:
         self._queue.appendleft(entry)
 
     def wake_retries(self, now_s: float) -> None:
-        """No retry waits any longer, but for what the provider has asked for itself."""
+        """No retry waits any longer, but for what the provider has asked for itself; and none
+        waits longer than it did."""
         woken = [
-            (max(min(due_s, now_s), entry.not_before_s), number, entry)
+            (min(due_s, max(now_s, entry.not_before_s)), number, entry)
             for due_s, number, entry in self._retries
         ]
         heapq.heapify(woken)

@@ -14,6 +14,7 @@ from service.core.events import Hedged, Retried
 from service.core.hedges import HEDGED_SHARE
 from service.core.limits import Admission, Cause, Limits
 from service.core.messages import Extracted, Partition, Provenance, Reason, Rejected
+from service.core.retry import RETRY_AFTER_MAX_S
 from service.core.status import State
 from service.pipeline import Pipeline
 from tests.pipeline.test_way import BOUNDS, SETTLED, Stage, decode
@@ -200,6 +201,26 @@ def test_a_woken_retry_keeps_its_own_retry_after() -> None:
     assert stage.extractor.probes >= 1
     assert began["patient"][1] - began["patient"][0] >= 100
     assert max(began["text 3"]) < 30
+
+
+def test_a_retry_after_of_a_day_is_asked_again_after_the_cap() -> None:
+    """Also where the circuit has opened and closed meanwhile: nobody is sent away for a day."""
+    stage = Limited(Limits(50))
+    stage.broker.append("patient", key="k")
+    day = TransientFailure("server_error", retry_after_s=86_400.0)
+    stage.extractor.scripts["patient"] = [day]
+    for n in range(12):
+        stage.broker.append(f"text {n}")
+        stage.extractor.scripts[f"text {n}"] = [TransientFailure("connection")]
+
+    async def wait() -> None:
+        await asyncio.sleep(100)
+        stage.broker.append("behind", key="k")
+        await asyncio.sleep(2 * RETRY_AFTER_MAX_S)
+
+    stage.show(wait)
+    assert stage.extractor.probes >= 1
+    assert {"patient", "behind"} <= set(stage.broker.texts())
 
 
 # --- slow messages -------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """Backoff, and when a message is poison."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.core.errors import TransientFailure
 from service.core.retry import RETRY_AFTER_MAX_S, Backoff, exhausted
 
 
@@ -15,10 +17,28 @@ def test_delay_is_full_jitter_under_a_cap(attempt: int, share: float) -> None:
 
 
 def test_retry_after_is_waited_in_full() -> None:
-    """What the provider asked for is never undercut, and bounded."""
+    """What the provider asked for is never undercut."""
     assert Backoff().delay_s(1, lambda low, _: low, retry_after_s=7.5) == 7.5
-    assert Backoff().delay_s(1, lambda low, _: low, retry_after_s=-3) == 0
-    assert Backoff().delay_s(1, lambda low, _: low, retry_after_s=1e9) == RETRY_AFTER_MAX_S
+
+
+@pytest.mark.parametrize(
+    ("told_s", "waited_s"),
+    [
+        (7.5, 7.5),
+        (None, None),
+        (0.0, None),
+        (-3.0, None),
+        (float("nan"), None),
+        (float("-inf"), None),
+        (86_400.0, RETRY_AFTER_MAX_S),
+        (float("inf"), RETRY_AFTER_MAX_S),
+    ],
+)
+def test_a_failure_asks_for_a_wait_that_can_be_kept(
+    told_s: float | None, waited_s: float | None
+) -> None:
+    """Whatever an extractor was told, the wait is above 0 and at most a quarter of an hour."""
+    assert TransientFailure("rate_limited", retry_after_s=told_s).retry_after_s == waited_s
 
 
 def test_the_jitter_after_a_short_retry_after_is_short() -> None:

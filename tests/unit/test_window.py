@@ -122,6 +122,17 @@ def test_retries_are_woken_but_for_what_the_provider_asked() -> None:
     assert window.next_retry_s == 20.0
 
 
+def test_a_wake_makes_no_retry_later() -> None:
+    """Whatever stands in the entry, what was due at a moment is due then or before."""
+    window = full(1)
+    entry = window.call_next(0)
+    window.call_ended(entry)
+    entry.not_before_s = 86_400.0
+    window.retry(entry, 0, due_s=900.0)
+    window.wake_retries(5.0)
+    assert window.next_retry_s == 900.0
+
+
 def finish(window: Window, entry: Entry) -> None:
     window.call_ended(entry)
     window.answered(entry, Skipped(), 0)
