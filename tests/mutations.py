@@ -62,6 +62,7 @@ CONTRACT_SINK = "tests/contract/test_sink.py::test_"
 ONCE = "tests/contract/test_transactions.py::test_"
 SUPERVISION = "tests/contract/test_supervision.py::test_"
 LEAN_TESTS = "tests/contract/test_lean.py::test_"
+HAND_OVER = "tests/unit/test_hand_over.py::test_"
 UNIT_DEPARTURES = "tests/unit/test_departures.py::test_"
 UNIT_WATCHDOG = "tests/unit/test_watchdog.py::test_"
 
@@ -372,8 +373,8 @@ MUTATIONS = (
     Mutation(
         "20 a partition is kept although another process has stored its offset",
         HOLDINGS,
-        "            and holding.wrote(stored[partition])\n",
-        "",
+        "ours[each] for each in ours if ours[each].wrote(stored[each])",
+        "ours[each] for each in ours",
         (UNIT_HOLDINGS + "a_partition_that_another_may_have_had_starts_anew",),
     ),
     Mutation(
@@ -386,9 +387,8 @@ MUTATIONS = (
     Mutation(
         "18-20 a member that stood still goes on with what it had",
         HOLDINGS,
-        "        before = self._before\n        if before is None",
-        "        before = self._before\n"
-        "        if before:\n            return dict(before.holdings)\n        if before is None",
+        "kept = {each: ours[each] for each in ours if ours[each].wrote(stored[each])}",
+        "kept = dict(self._before.holdings) if self._before else {}",
         (CONTRACT + "a_member_that_stood_still_holds_nothing_of_before",),
     ),
     Mutation(
@@ -410,7 +410,7 @@ MUTATIONS = (
         HOLDINGS,
         "if self._given is given and not self._membership.reassigning:",
         "if True:",
-        (UNIT_HOLDINGS + "a_restore_that_is_overtaken_by_a_revoke_holds_nothing",),
+        (HAND_OVER + "a_restore_that_is_overtaken_behind_its_read_holds_nothing",),
     ),
     Mutation(
         "21 the answer to a call that was cut off is taken for the next one's",
@@ -631,6 +631,101 @@ MUTATIONS = (
         "if held is None or not self.restored.is_set():",
         "if held is None:",
         (UNIT_HOLDINGS + "whoever_is_fenced_in_a_revoke_does_not_fence_back",),
+    ),
+    Mutation(
+        "30 a topic in doubt loses a writer for good",
+        WRITERS,
+        "if means.ledger.doubts(self._partition):",
+        "if False:",
+        (HAND_OVER + "a_topic_in_doubt_does_not_lose_a_writer",),
+    ),
+    Mutation(
+        "30 a writer that cannot work is not told of",
+        TRANSACTIONS,
+        "if (why := writer.stuck(STUCK_S)) is not None:",
+        "if (why := None) is not None:",
+        (HAND_OVER + "a_topic_in_doubt_does_not_lose_a_writer",),
+    ),
+    Mutation(
+        "30 a partition that was fenced is not told of",
+        HOLDINGS,
+        "            self._taken_by_another,\n",
+        "",
+        (HAND_OVER + "a_partition_that_is_held_nowhere_is_told_of",),
+    ),
+    Mutation(
+        "30 a partition that was fenced during the restore of another is forgotten",
+        HOLDINGS,
+        "self._given = given if left else None",
+        "self._given = given if held_out else None",
+        (HAND_OVER + "a_partition_fenced_during_the_restore_of_another_is_restored",),
+    ),
+    Mutation(
+        "30 a partition that was fenced behind the read counts as read",
+        HOLDINGS,
+        "        bounds = await self._offsets.bounds(given.partitions)\n",
+        "        bounds = await self._offsets.bounds(given.partitions)\n"
+        "        fresh = given.partitions - kept.keys() - self.held.keys()\n",
+        (HAND_OVER + "a_partition_fenced_behind_the_read_is_not_taken_for_read",),
+    ),
+    Mutation(
+        "30 an offset that is read too early cancels running calls",
+        HOLDINGS,
+        "if _now_s() < stale_until_s and any(",
+        "if False and any(",
+        (
+            HAND_OVER + "an_earlier_offset_of_our_own_is_read_again",
+            HAND_OVER + "none_is_earlier_than_the_first_mark",
+        ),
+    ),
+    Mutation(
+        "30 an offset that Kafka has forgotten is waited for without end",
+        HOLDINGS,
+        "if _now_s() < stale_until_s and any(",
+        "if any(",
+        (HAND_OVER + "an_offset_that_stays_earlier_is_the_truth",),
+    ),
+    Mutation(
+        "30 a restore that was overtaken fences the new owner",
+        HOLDINGS,
+        "if self._given is not given or self._membership.reassigning:",
+        "if False:",
+        (HAND_OVER + "a_restore_that_is_overtaken_while_it_reads_fences_nobody",),
+    ),
+    Mutation(
+        "30 fences that wait for their turn outlive a revoke",
+        TRANSACTIONS,
+        "        self.drop(list(self._fencing))\n",
+        "",
+        (HAND_OVER + "a_revoke_ends_the_fences_that_wait",),
+    ),
+    Mutation(
+        "30 the writer of a mark fences the new owner",
+        HOLDINGS,
+        "        self._marking.clear()\n",
+        "",
+        (HAND_OVER + "a_mark_that_failed_opens_no_producer_after_a_revoke",),
+    ),
+    Mutation(
+        "30 a writer asks the ledger of a client that is gone",
+        TRANSACTIONS,
+        " and writer.ledger is self.ledger",
+        "",
+        (HAND_OVER + "an_epoch_without_use_is_not_taken_over_from_another_client",),
+    ),
+    Mutation(
+        "30 a replacement cancels a revoke that is under way",
+        HOLDINGS,
+        "        async with self._letting_go:\n            held,",
+        "        if True:\n            held,",
+        (HAND_OVER + "a_replacement_waits_for_a_revoke",),
+    ),
+    Mutation(
+        "30 a revoke lets the group go on before a replaced client has committed",
+        HOLDINGS,
+        "        async with self._letting_go:\n            if self._revoked",
+        "        if True:\n            if self._revoked",
+        (HAND_OVER + "a_revoke_waits_for_a_replacement",),
     ),
     Mutation(
         "31 a reader that is not asked counts as silent",

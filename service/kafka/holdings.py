@@ -64,6 +64,13 @@ hear so by a heartbeat."""
 ATTEMPTS_MAX = 100
 """Commits without an answer that are remembered: minutes, after which none is under way."""
 
+STALE_S = 1.0
+"""How long an offset that is older than our last commit is read again. A coordinator answers a
+commit before the offset can be read; measured: milliseconds."""
+
+STALE_PAUSE_S = 0.05
+"""Between two such reads."""
+
 LOOK_AGAIN_S = 10.0
 """Between two looks at partitions that are held out until a person has done something."""
 
@@ -108,6 +115,10 @@ class _Given:
     fenced: set[Partition] = field(default_factory=set)
 
 
+class _Overtaken(Exception):
+    """What a restore works on has been taken away, or given anew, meanwhile."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Marking:
     """A mark of the restore that goes into a transaction, and what Kafka held before it."""
@@ -121,6 +132,9 @@ class Holdings:
 
     `held` changes only here. `restored` is set while what is held is known to be ours. `fatal` is
     what ends the process: the client only logs what its callbacks raise.
+
+    Invariant: between an assignment and the next revoke each partition of it is held, or is among
+    those that are still to be restored (`_given`), some of which are held out with a sentence.
     """
 
     def __init__(
@@ -140,6 +154,8 @@ class Holdings:
         self._nonce = secrets.token_hex(8)
         self._epochs = itertools.count(1)
         self.held: dict[Partition, Holding] = {}
+        self.assigned: frozenset[Partition] = frozenset()
+        """What the group has given us last; empty from the revoke on."""
         self.restored = asyncio.Event()
         self.fatal: BaseException | None = None
         self._held_as = ("", -1)
@@ -156,6 +172,7 @@ class Holdings:
         self._broken: dict[Partition, str] = {}  # held, but cannot be read from where they stand
         self._unread = ""  # why the restore failed
         self._closed = False
+        self._letting_go = asyncio.Lock()  # a revoke and a hand-back do not cut each other off
         self.doubtful: Callable[[], AbstractSet[str]] = frozenset
         """Topics that may be others by now: nothing is stored for them."""
 
@@ -182,10 +199,20 @@ class Holdings:
         if held is None or not self.restored.is_set():
             return  # in a rebalance it is the next assignment that says; who fences back, duels
         if self._given is None:
-            everything = frozenset((*self.held, *self._held_out, partition))
-            self._given = _Given(everything, *self._held_as)
+            self._given = _Given(self.assigned, *self._held_as)
         self._given.fenced.discard(partition)
         self._restore_at_s = _now_s() + FENCED_AGAIN_S
+        self._assert_whole()
+
+    def _assert_whole(self) -> None:
+        """No partition of the assignment is forgotten: neither held nor to be restored."""
+        given = frozenset() if self._given is None else self._given.partitions
+        forgotten = self.assigned - self.held.keys() - given
+        assert not forgotten, f"forgotten: {sorted(forgotten)}"
+
+    def doubts(self, partition: Partition) -> bool:
+        """Whether its topic may be another by now: nothing is stored until that is known."""
+        return partition.topic in self.doubtful()
 
     async def read_back(self, partition: Partition) -> Stored | None:
         """What Kafka holds of it; raises `KafkaError`."""
@@ -199,7 +226,7 @@ class Holdings:
         None where the partition is not ours, or its topic may be another by now. While it is
         restored: the mark.
         """
-        if partition.topic in self.doubtful():
+        if self.doubts(partition):
             return None
         if (marking := self._marking.get(partition)) is not None:
             assert not finishing, "an outcome is published before the restore has ended"
@@ -233,25 +260,60 @@ class Holdings:
     def close(self) -> None:
         """Hold nothing any more; what the client still calls does nothing."""
         self._closed = True
-        self.held, self._given = {}, None
+        self.held, self.assigned, self._given = {}, frozenset(), None
         self.restored.clear()
 
     async def hand_back(self) -> None:
-        """As at a revoke, and then for good: the pipeline finishes and commits, we let go."""
-        held, self._closed, self._given = self.restored.is_set(), True, None
-        if self._revoked_at_s is None:
-            self._revoked_at_s = _now_s()
-        try:
-            if held:
-                await self._assignment.revoked()
-        finally:
-            self.close()
+        """As at a revoke, and then for good: the pipeline finishes and commits, we let go.
+
+        A revoke that is under way comes to its end first, and one that begins meanwhile waits: the
+        client that ends would cancel the one, and the other would let the group go on before what
+        is finished is committed.
+        """
+        self._overtake()
+        async with self._letting_go:
+            held, self._closed = self.restored.is_set(), True
+            if self._revoked_at_s is None:
+                self._revoked_at_s = _now_s()
+            try:
+                if held:
+                    await self._assignment.revoked()
+            finally:
+                self.close()
+
+    def _overtake(self) -> None:
+        """What is being restored is in question: its restore goes no further, and fences nobody;
+        a writer in whose transaction a mark is opens no other producer for it."""
+        self._given = None
+        self._marking.clear()
+        if self._transactions is not None:
+            self._transactions.stop_fencing()
 
     @property
     def problem(self) -> str | None:
         """A sentence about what is not read, and what to do."""
-        sentences = (*self._held_out.values(), *self._broken.values(), self._unread)
+        sentences = (
+            *self._held_out.values(),
+            *self._broken.values(),
+            self._unread,
+            self._taken_by_another,
+            "" if self._transactions is None else self._transactions.problem,
+        )
         return next(filter(None, sentences), None)
+
+    @property
+    def _taken_by_another(self) -> str:
+        """Before the first restore it is the rebalance that is waited for."""
+        if self._given is None or not self.restored.is_set():
+            return ""
+        left = sorted(self._given.partitions - self.held.keys() - self._held_out.keys())
+        if not left:
+            return ""
+        return (
+            f"Another producer has taken the place of this worker's for {left[0]}, which the group "
+            "has given to this worker: it is taken back in a few seconds, unless the group gives "
+            "it to another. Where that repeats, see that no other group uses this kafka.group_id."
+        )
 
     def broken(self, partition: Partition, problem: str = "") -> None:
         """It cannot be read from where it stands; looked at again in a moment."""
@@ -272,21 +334,23 @@ class Holdings:
 
     async def on_revoked(self) -> None:
         """All partitions are in question: the pipeline finishes and commits, then we let go."""
-        if self._revoked_at_s is None:
-            self._revoked_at_s = _now_s()
-        self._given = None
-        self.restored.clear()
-        if self._closed:
-            self.held = {}  # what is committed from here on could be in another's generation
-            return
-        try:
-            if self._transactions is not None:
-                self._transactions.hurry(on=True)
-            if self.held:
-                await self._assignment.revoked()
-                self._before = _Held(self.held, *self._held_as)
-        finally:
-            self.held = {}
+        async with self._letting_go:
+            if self._revoked_at_s is None:
+                self._revoked_at_s = _now_s()
+            self._overtake()
+            self.restored.clear()
+            if self._closed:
+                # What is committed from here on could be in another's generation.
+                self.held, self.assigned = {}, frozenset()
+                return
+            try:
+                if self._transactions is not None:
+                    self._transactions.hurry(on=True)
+                if self.held:
+                    await self._assignment.revoked()
+                    self._before = _Held(self.held, *self._held_as)
+            finally:
+                self.held, self.assigned = {}, frozenset()
 
     async def on_assigned(self, partitions: AbstractSet[TopicPartition]) -> None:
         """These are given: restored at once if that is quick, else by the next polls."""
@@ -298,7 +362,7 @@ class Holdings:
         self._consumer.pause(*partitions)  # until it is known from where to fetch
         # The client forgets to tell it, and then an old claim counts as much as a new one.
         self._assignor.on_generation_assignment(membership.generation)
-        given = frozenset(Partition(*each) for each in partitions)
+        given = self.assigned = frozenset(Partition(*each) for each in partitions)
         self._given = _Given(given, membership.member_id, membership.generation)
         await self._restore()
 
@@ -315,16 +379,21 @@ class Holdings:
             return
         self._restoring = given
         try:
-            limit_s = min(RESTORE_S, self._kafka.session_timeout_s / 2)
-            await within(limit_s, self._restore_all(given))
+            await within(self._restore_s, self._restore_all(given))
         except (KafkaError, TimeoutError, PublishFailed, CommitFailed) as error:
             if self._given is given:
                 self._restore_failed(error)
+        except _Overtaken:
+            pass  # the next assignment has its own restore
         except CannotRun as error:
             self.fatal = error
         finally:
             if self._restoring is given:
                 self._restoring = None
+
+    @property
+    def _restore_s(self) -> float:
+        return min(RESTORE_S, self._kafka.session_timeout_s / 2)
 
     def _restore_failed(self, error: Exception) -> None:
         log.warning("the group's offsets cannot be read: %s", type(error).__name__)
@@ -338,9 +407,8 @@ class Holdings:
         )
 
     async def _restore_all(self, given: _Given) -> None:
-        stored, topic_ids, kept = await self._read(given)
+        stored, topic_ids, kept, fresh = await self._read(given)
         bounds = await self._offsets.bounds(given.partitions)
-        fresh = given.partitions - kept.keys() - self.held.keys()
         began = given.generation if is_new(stored, given.generation) else None
         chosen: Mapping[Partition, int] = {}
         if began is not None:
@@ -356,7 +424,8 @@ class Holdings:
         }
         if taken and self._given is given:
             await self._mark(given, stored, {each: new.stored for each, new in taken.items()})
-        if self._transactions is not None and not all(map(self._transactions.holds, kept)):
+        taken_up = (*kept, *taken)
+        if self._transactions is not None and not all(map(self._transactions.holds, taken_up)):
             raise PublishFailed("a producer was lost during the restore")
         # No wait from here on: if it is still the same assignment, it becomes the one we hold.
         if self._given is given and not self._membership.reassigning:
@@ -394,25 +463,53 @@ class Holdings:
 
     async def _read(
         self, given: _Given
-    ) -> tuple[dict[Partition, Stored | None], dict[str, str], dict[Partition, Holding]]:
-        """What Kafka stores, for which topics, and the partitions that nobody can have had in
-        between.
+    ) -> tuple[
+        dict[Partition, Stored | None],
+        dict[str, str],
+        dict[Partition, Holding],
+        frozenset[Partition],
+    ]:
+        """What Kafka stores, for which topics, the partitions that nobody can have had in between,
+        and those that start anew.
 
-        With transactions, whoever had the others before us may still end one: until he is fenced,
-        what is read of them does not count.
+        With transactions, whoever had the latter before us may still end one: until he is fenced,
+        what is read of them does not count. Raises `_Overtaken` once they are in question again:
+        then they may be another's, who must not be fenced.
         """
+        stale_until_s = _now_s() + min(STALE_S, self._restore_s / 2)
         while True:
             stored = await self._offsets.stored()
             if not given.partitions <= stored.keys():
                 # The group's leader asked another broker, which knows more partitions already.
                 raise StaleMetadata("a partition that is given is not known yet")
             topic_ids = await self._offsets.topic_ids()
-            kept = self._kept(given, stored, topic_ids)
-            unfenced = given.partitions - kept.keys() - self.held.keys() - given.fenced
+            if self._given is not given or self._membership.reassigning:
+                raise _Overtaken
+            ours = self._may_be_kept(given, topic_ids)
+            if _now_s() < stale_until_s and any(
+                self._is_stale(holding, stored[partition]) for partition, holding in ours.items()
+            ):
+                await asyncio.sleep(STALE_PAUSE_S)
+                continue
+            kept = {each: ours[each] for each in ours if ours[each].wrote(stored[each])}
+            fresh = given.partitions - kept.keys() - self.held.keys()
+            unfenced = fresh - given.fenced
             if self._transactions is None or not unfenced:
-                return stored, topic_ids, kept
+                return stored, topic_ids, kept, fresh
             await self._transactions.fence(unfenced)
             given.fenced.update(unfenced)
+
+    def _is_stale(self, holding: Holding, stored: Stored | None) -> bool:
+        """Whether an earlier commit of this process is read, or that from before its first.
+
+        The coordinator answers a transaction's commit before the offset in it can be read. To
+        take that for the truth would cancel every running call of the partition. Nobody else can
+        have written it: our nonce is in it. A plain commit can be read once it is answered.
+        """
+        if self._transactions is None or holding.wrote(stored):
+            return False
+        found = None if stored is None else read(stored)
+        return stored is None or (found is not None and found[1].nonce == self._nonce)
 
     def _taken_over(
         self, offset: int, stored: Stored | None, began: int | None, topic_id: str | None
@@ -423,13 +520,8 @@ class Holdings:
         given = Given(next(self._epochs), progress)
         return Holding(given, offset, to_store(progress, mark), others)
 
-    def _kept(
-        self,
-        given: _Given,
-        stored: Mapping[Partition, Stored | None],
-        topic_ids: Mapping[str, str],
-    ) -> dict[Partition, Holding]:
-        """Partitions that nobody can have had in between."""
+    def _may_be_kept(self, given: _Given, topic_ids: Mapping[str, str]) -> dict[Partition, Holding]:
+        """Partitions that nobody can have had in between, if Kafka holds what we left there."""
         before = self._before
         if before is None or not before.member_id:
             return {}
@@ -439,7 +531,6 @@ class Holdings:
             partition: holding
             for partition, holding in before.holdings.items()
             if partition in given.partitions
-            and holding.wrote(stored[partition])
             and self._is_the_topic_it_was(partition.topic, topic_ids)
             and (self._transactions is None or self._transactions.holds(partition))
         }
@@ -514,8 +605,11 @@ class Holdings:
         changed = held != self.held
         self.held, self._held_out = held, held_out
         self._held_as = given.member_id, given.generation
-        self._restore_at_s = _now_s() + LOOK_AGAIN_S
-        self._given = given if held_out else None
+        left = given.partitions - held.keys()
+        if left == set(held_out):  # else one was fenced meanwhile, which has set the time
+            self._restore_at_s = _now_s() + LOOK_AGAIN_S
+        self._given = given if left else None
+        self._assert_whole()
         self.restored.set()
         if self._transactions is not None:
             self._transactions.keep_only(held.keys())

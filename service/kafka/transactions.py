@@ -59,6 +59,8 @@ FILES_BESIDES = 200
 """Connections to the model's provider, and whatever else a worker has open."""
 TIMEOUT_MARGIN_S = 10.0
 """Between our deadline for a transaction and the moment when the coordinator aborts it."""
+STUCK_S = 10.0
+"""A writer that has failed for this long is told of: a broker that moves is back sooner."""
 TRY_S = 15.0
 """For the first transactional producer; the topic of their states is made with it."""
 CONNECTIONS_MAX_IDLE_MS = 60_000
@@ -167,8 +169,7 @@ class Transactions:
         if held > self._partitions_max:
             raise CannotRun(too_many(held, self._partitions_max))
         for partition in partitions:
-            writer = self._writers.get(partition)
-            if partition not in self._fencing and (writer is None or not writer.unused):
+            if partition not in self._fencing and not self._is_as_fenced(partition):
                 self.drop([partition])
                 self._fencing[partition] = self._group.create_task(self._fence_one(partition))
         tasks = [self._fencing[each] for each in partitions if each in self._fencing]
@@ -179,6 +180,16 @@ class Transactions:
                 raise PublishFailed("a partition was taken away while it was fenced")
             if (failure := task.result()) is not None:
                 raise failure
+
+    def _is_as_fenced(self, partition: Partition) -> bool:
+        """Whether a writer stands under an epoch without use, for the ledger of now: that of a
+        client that was replaced knows no partition any more."""
+        writer = self._writers.get(partition)
+        return writer is not None and writer.unused and writer.ledger is self.ledger
+
+    def stop_fencing(self) -> None:
+        """Fences that are not done yet are left: the partitions may be another's by now."""
+        self.drop(list(self._fencing))
 
     def holds(self, partition: Partition) -> bool:
         """Whether it can go on without a new fence: its epoch stands, nothing is in doubt."""
@@ -260,6 +271,17 @@ class Transactions:
         """How long the oldest transaction under way has been tried; 0 if there is none."""
         started = [w.since_s for w in self._writers.values() if w.since_s is not None]
         return asyncio.get_running_loop().time() - min(started) if started else 0.0
+
+    @property
+    def problem(self) -> str:
+        """A sentence about a partition for which nothing can be published; empty if all is well."""
+        for partition, writer in self._writers.items():
+            if (why := writer.stuck(STUCK_S)) is not None:
+                return (
+                    f"What was extracted from {partition} cannot be published for {STUCK_S:.0f} s "
+                    f"and longer ({why}): it waits and is tried again. See to the brokers."
+                )
+        return ""
 
     async def stop(self, flush_timeout_s: float) -> bool:
         """Give what is queued this long, fail the rest, close all; whether nothing was left."""

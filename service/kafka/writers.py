@@ -49,6 +49,10 @@ class Ledger(Protocol):
         stored, or it could not be told afterwards whether it was.
         """
 
+    def doubts(self, partition: Partition) -> bool:
+        """Whether its topic may be another by now: until that is known `to_store` gives None,
+        although the partition may be ours."""
+
     def known(self, partition: Partition) -> Stored | None:
         """What Kafka held when it was last known: at the restore, or as `stored` has said since."""
 
@@ -118,10 +122,16 @@ class Writer:
         self._leave = asyncio.Event()  # the next transaction need not gather any longer
         self._task: asyncio.Task[None] | None = None
         self._failures = 0
+        self._failed_by = ""  # the last of them
         self.hurried = False
         self.lost = False
         self.since_s: float | None = None
         """Since when a transaction has been under way, with all its tries."""
+
+    @property
+    def ledger(self) -> Ledger:
+        """The one that it asks and tells."""
+        return self._means.ledger
 
     @property
     def unused(self) -> bool:
@@ -129,6 +139,12 @@ class Writer:
         if self.lost or self._outbox or self._producer is None:
             return False
         return not self._producer.used
+
+    def stuck(self, for_s: float) -> str | None:
+        """What it has failed by, where nothing was published for this long since."""
+        if not self._failures or self.since_s is None or _now_s() - self.since_s < for_s:
+            return None
+        return self._failed_by
 
     @property
     def settled(self) -> bool:
@@ -310,6 +326,9 @@ class Writer:
             await self._pause()
 
     async def _renew_now(self, means: Means) -> None:
+        if means.ledger.doubts(self._partition):
+            self._failed("no new producer while its topic is in doubt")
+            return
         if means.ledger.to_store(self._partition, frozenset()) is None:
             self._lose(f"{self._partition} is not held")
             return
@@ -377,6 +396,7 @@ class Writer:
     def _failed(self, what: str) -> None:
         """Told once: it may go on for as long as a broker is away."""
         self._failures += 1
+        self._failed_by = what
         level = logging.WARNING if self._failures == 1 else logging.DEBUG
         log.log(level, "%s: %s", self._partition, what)
 

@@ -50,6 +50,7 @@ class Ledger:
         self.asked = 0
         self.attempts: list[Stored] = []
         self.lost: list[Partition] = []  # those that were fenced
+        self.doubtful: set[str] = set()
         self.read: Callable[[Partition], Awaitable[Stored | None]] = self._as_known
 
     def takes(self, partition: Partition) -> bool:
@@ -58,7 +59,7 @@ class Ledger:
     def to_store(self, partition: Partition, finishing: frozenset[int]) -> Stored | None:
         self.asked += 1
         page = self.pages.get(partition)
-        if page is None:
+        if page is None or self.doubts(partition):
             return None
         assert not finishing & page.finished, "finished before its transaction was committed"
         finished = page.finished | finishing
@@ -68,6 +69,9 @@ class Ledger:
         if finishing:
             self.attempts.append(stored)
         return stored
+
+    def doubts(self, partition: Partition) -> bool:
+        return partition.topic in self.doubtful
 
     def known(self, partition: Partition) -> Stored | None:
         page = self.pages.get(partition)
