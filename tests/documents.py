@@ -11,8 +11,8 @@ import ast
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from service.core.plan import CPU_MS, CPU_SHARE_MAX, Demand, plan
-from service.wording import table as table_of_settings
+from service.commands.plan import CPU_MS, CPU_SHARE_MAX, Demand, plan
+from service.settings.wording import table as table_of_settings
 from tests.unit.test_failure_table import table as table_of_failures
 
 ROOT = Path(__file__).parent.parent

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from service.core.plan import Demand, rates
+from service.commands.plan import Demand, rates
 from tests.bench.driver import Figures
 from tests.bench.latency import Added
 

@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 from types import FrameType
 
-from service.cli import main
+from service.commands.cli import main
 
 SAMPLE_S = 0.002
 """Of CPU time, between two samples."""

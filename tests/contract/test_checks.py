@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import pytest
 from aiokafka.errors import TopicAuthorizationFailedError
 
-from service.checks import check
+from service.commands.check import check
 from service.core.errors import CannotRun
 from service.demo.broker import EmbeddedBroker
 from service.kafka.topics import (
@@ -178,7 +178,9 @@ async def test_transactions_are_tried(
     once = {**given.model_dump(), "delivery": {"mode": "exactly_once"}}
     _, said = await checked(Settings.model_validate(once))
     assert said["transactions"][0].startswith("✓ allowed to sluice-")
-    monkeypatch.setattr("service.checks.DEADLINE_FACTOR", 40)  # x 30 s; the broker's limit is 900
+    monkeypatch.setattr(
+        "service.commands.check.DEADLINE_FACTOR", 40
+    )  # x 30 s; the broker's limit is 900
     code, said = await checked(Settings.model_validate(once))
     assert code == 1
     assert "transaction.max.timeout.ms" in said["transactions"][0]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from service.reading import load
 from service.settings import Settings
+from service.settings.reading import load
 from tests.support.chart import CASES, CHART, EXAMPLES, Refused, golden, rendered, values_of
 from tests.support.helm import NoHelm, helm
 from tests.support.stopping import CLOSING_S, longest_stop_s

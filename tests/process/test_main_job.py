@@ -10,7 +10,7 @@ from pathlib import Path
 
 from service.core.completed import finished_ranges
 from service.kafka.starts import Stored, read
-from service.reading import load
+from service.settings.reading import load
 from tests.process.conftest import PARTITIONS, Scene
 from tests.support.endpoint import Latency
 from tests.support.service import service

@@ -12,8 +12,8 @@ import pytest
 
 from service import app as application
 from service import reading, workers
-from service.cli import main
-from service.wording import table
+from service.commands.cli import main
+from service.settings.wording import table
 
 CANARY = "canary-5c1f"
 
@@ -192,7 +192,7 @@ def test_help_is_quick() -> None:
     program = (
         "import sys\n"
         "sys.argv = ['sluice', '--help']\n"
-        "from service.cli import main\n"
+        "from service.commands.cli import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "large = {'aiokafka', 'openai', 'instructor', 'aiohttp', 'pydantic', 'prometheus_client'}\n"
         "print('imported:', sorted(large & set(sys.modules)))\n"

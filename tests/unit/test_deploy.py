@@ -9,8 +9,8 @@ import yaml
 
 from service.demo.download import REQUIREMENT
 from service.demo.model import MODEL_NAME, SLOTS
-from service.reading import load
 from service.settings import warnings
+from service.settings.reading import load
 from tests.support.stopping import longest_stop_s
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from service.wording import every_setting
+from service.settings.wording import every_setting
 from tests.documents import BLOCKS, DOCS, FIRST_SETTINGS, ROOT, SERVICE, claim, written
 
 PAGES = [

@@ -15,20 +15,16 @@ BELOW: dict[str, set[str]] = {
     "service.core": set(),
     "service.streams": {"service.core"},
     "service.pipeline": {"service.core", "service.streams"},
-    "service.settings": set(),
+    "service.settings": {"service.core"},
     "service.kafka": {"service.core", "service.pipeline", "service.settings"},
     "service.llm": {"service.core", "service.pipeline", "service.settings", "service.streams"},
     "service.telemetry": {"service.core", "service.pipeline", "service.settings"},
 }
 BELOW["service.app"] = set(BELOW) - {"service"}
-BELOW["service.checks"] = BELOW["service.app"]
-BELOW["service.dead_letters"] = BELOW["service.app"]
 BELOW["service.workers"] = {*BELOW["service.app"], "service.app"}
 BELOW["service.demo"] = {*BELOW["service.app"], "service.app"}
-BELOW["service.wording"] = {"service.settings"}
-BELOW["service.reading"] = {"service.core", "service.settings", "service.wording"}
-BELOW["service.cli"] = set(BELOW) - {"service"}
-BELOW["service.__main__"] = {"service.cli"}
+BELOW["service.commands"] = set(BELOW) - {"service"}
+BELOW["service.__main__"] = {"service.commands"}
 
 PURE = {"service", "service.core", "service.streams", "service.pipeline"}
 """Parts that stand on the standard library alone."""
@@ -135,7 +131,7 @@ def _last(node: ast.AST) -> str:
 
 @pytest.mark.parametrize("file", FILES, ids=module_of)
 def test_imports_point_downward(file: Path) -> None:
-    """core <- pipeline <- kafka, llm, telemetry <- app <- cli; adapters don't know each other, and
+    """core <- pipeline <- kafka, llm, telemetry <- app <- workers <- commands; adapters don't know each other, and
     the core knows neither the world nor a client library."""
     assert wrong_imports(module_of(file), file.read_text(encoding="utf-8")) == []
 
@@ -175,9 +171,8 @@ def test_a_file_says_what_it_is(file: Path) -> None:
         ("service.llm.extractor", "from service.telemetry.metrics import Metrics"),
         ("service.telemetry.probes", "import service.kafka.source"),
         ("service.settings", "from service.app import run"),
-        ("service.settings", "from service.wording import table"),
-        ("service.app", "from service.reading import load"),
-        ("service.app", "from service.cli import main"),
+        ("service.workers", "from service.commands.plan import plan"),
+        ("service.app", "from service.commands.cli import main"),
         ("service.kafka.source", "from service.demo.broker import EmbeddedBroker"),
     ],
 )

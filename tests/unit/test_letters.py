@@ -8,10 +8,10 @@ from aiokafka.structs import ConsumerRecord
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.commands.dead_letters import _confirmed, as_object, moment, plain, shown
 from service.core.errors import CannotRun
 from service.core.history import History
 from service.core.messages import Headers, Message, Partition, Provenance, Reason, Rejected
-from service.dead_letters import _confirmed, as_object, moment, plain, shown
 from service.kafka.dead_letters import dead_letter
 from service.kafka.due import DueTimes
 from service.kafka.letters import Letter, Redriven, Selection, mark, marked

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from service.core.plan import UTILISATION, Demand, mean_latency_s, plan, sentences
+from service.commands.plan import UTILISATION, Demand, mean_latency_s, plan, sentences
 
 MINUTE = 60.0
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from service.core.errors import WrongSettings
-from service.reading import load
 from service.settings import Settings, warnings
-from service.wording import table
+from service.settings.reading import load
+from service.settings.wording import table
 
 CANARY = "canary-5c1f"
 

@@ -64,7 +64,7 @@ def _fail(text: str, code: int) -> NoReturn:
 
 
 def _settings(config: Path | None) -> Settings:
-    from service.reading import load
+    from service.settings.reading import load
 
     return load(config, os.environ)
 
@@ -133,7 +133,7 @@ def check(
     """Look at settings, broker, topics, permissions, group and model: ✓, or what to do."""
     settings = _settings(config)
     _quiet()
-    from service.checks import check as run_check
+    from service.commands.check import check as run_check
 
     raise typer.Exit(run_check(settings, call=call))
 
@@ -147,7 +147,7 @@ def schema(
 ) -> None:
     """Print the JSON schema of the record that extraction.record names."""
     if settings:
-        from service.wording import table
+        from service.settings.wording import table
 
         print(table(), end="")
         return
@@ -185,8 +185,8 @@ def plan(
     ] = 0.8,
 ) -> None:
     """How many slots, workers and partitions, and how much money, a rate of messages takes."""
-    from service.core.plan import Demand, sentences
-    from service.core.plan import plan as plan_for
+    from service.commands.plan import Demand, sentences
+    from service.commands.plan import plan as plan_for
 
     demand = Demand(
         messages_per_s=messages,
@@ -272,7 +272,7 @@ def list_(
     settings = _settings(config)
     _quiet()
     selection = _selection((), reason, since, until, partition, topic, text)
-    from service.dead_letters import list_letters
+    from service.commands.dead_letters import list_letters
 
     raise typer.Exit(list_letters(settings, selection, limit, count=count, as_json=as_json))
 
@@ -286,7 +286,7 @@ def show_(
     """Everything of one dead letter: the message, why, the model's answer, what it cost."""
     settings = _settings(config)
     _quiet()
-    from service.dead_letters import show_letter
+    from service.commands.dead_letters import show_letter
 
     raise typer.Exit(show_letter(settings, _place(letter), as_json=as_json))
 
@@ -319,7 +319,7 @@ def redrive_(
     settings = _settings(config)
     _quiet()
     selection = _selection(letters or (), reason, since, until, partition, topic, text)
-    from service.dead_letters import redrive_letters
+    from service.commands.dead_letters import redrive_letters
     from service.kafka.redrive import Wish
 
     wish = Wish(selection, again, attempts_max, limit)

@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from service.settings import PREFIX, Contradictions, Section, Settings
+from service.settings.sections import Section
+from service.settings.settings import PREFIX, Contradictions, Settings
 
 Place: TypeAlias = tuple[str, ...]
 """A setting's: ("kafka", "group_id")."""

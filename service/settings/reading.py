@@ -15,8 +15,8 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import EnvSettingsSource
 
 from service.core.errors import WrongSettings
-from service.settings import PREFIX, Settings
-from service.wording import (
+from service.settings.settings import PREFIX, Settings
+from service.settings.wording import (
     SECTIONS,
     Origins,
     Place,

@@ -1,0 +1,33 @@
+"""Settings: what may be set, what cannot stand together, how it is read and what is said of it.
+
+This page re-exports what other parts ask for; reading and wording are for the commands.
+"""
+
+from service.settings.sections import (
+    CacheSettings,
+    Example,
+    ExtractionSettings,
+    InputSettings,
+    KafkaSettings,
+    Price,
+    RetrySettings,
+    SecuritySettings,
+    Start,
+    TelemetrySettings,
+)
+from service.settings.settings import Settings, warnings
+
+__all__ = [
+    "CacheSettings",
+    "Example",
+    "ExtractionSettings",
+    "InputSettings",
+    "KafkaSettings",
+    "Price",
+    "RetrySettings",
+    "SecuritySettings",
+    "Settings",
+    "Start",
+    "TelemetrySettings",
+    "warnings",
+]
