@@ -131,8 +131,8 @@ def _last(node: ast.AST) -> str:
 
 @pytest.mark.parametrize("file", FILES, ids=module_of)
 def test_imports_point_downward(file: Path) -> None:
-    """core <- pipeline <- kafka, llm, telemetry <- app <- workers <- commands; adapters don't know each other, and
-    the core knows neither the world nor a client library."""
+    """core <- pipeline <- kafka, llm, telemetry <- app <- workers <- commands; adapters don't know
+    each other, and the core knows neither the world nor a client library."""
     assert wrong_imports(module_of(file), file.read_text(encoding="utf-8")) == []
 
 
