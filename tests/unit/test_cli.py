@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from service import app as application
-from service import reading, workers
+from service import workers
 from service.commands.cli import main
+from service.settings import reading
 from service.settings.wording import table
 
 CANARY = "canary-5c1f"
