@@ -36,8 +36,9 @@ from service.llm.cache import cached
 from service.llm.extractor import OpenAIExtractor
 from service.pipeline import Bounds, Later, Pipeline
 from service.settings import RetrySettings, Settings, warnings
+from service.telemetry.gauges import StatusGauges
 from service.telemetry.logs import configured
-from service.telemetry.metrics import Metrics, StatusGauges, expose_process
+from service.telemetry.metrics import Metrics, expose_process
 from service.telemetry.probes import OwnAnswers, Patience, Probes
 
 if TYPE_CHECKING:

@@ -1,16 +1,16 @@
 """Every metric, once: its name, labels, unit and meaning.
 
-Counters and histograms hear of events; gauges are read from the status when they are scraped, so
-that they cannot drift from it. Rules of this file: names are a contract (tests/data/metrics.txt);
-prefix `sluice_`; seconds and bytes; labels from closed sets, all of whose values are there from
-the first scrape on, so that a rate starts at the first event; a help text says what the figure
-means and, where it asks for something, what to do.
+Counters and histograms hear of events; gauges.py reads the status when it is scraped. Rules of
+this file: names are a contract (tests/data/metrics.txt); prefix `sluice_`; seconds and bytes;
+labels from closed sets, all of whose values are there from the first scrape on, so that a rate
+starts at the first event; a help text says what the figure means and, where it asks for
+something, what to do.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeAlias, get_args
 
@@ -25,8 +25,6 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.registry import Collector
 
 from service.core.events import (
     Abandoned,
@@ -56,9 +54,8 @@ from service.core.events import (
     Streamed,
     Taken,
 )
-from service.core.limits import Cause
 from service.core.messages import Reason
-from service.core.status import PartitionStatus, State, Status
+from service.core.status import Status
 from service.pipeline import POLL_SHARE
 
 OUTCOMES = ("extracted", "rejected", "passed", "skipped", "postponed")
@@ -98,6 +95,11 @@ SAMPLE_S = 0.5
 TraceId: TypeAlias = Callable[[], str | None]
 """The id of the trace that is current where it is asked, None where none is recorded."""
 
+Handlers: TypeAlias = Mapping[type[Event], Callable[[Any], None]]
+"""Who counts which event."""
+
+_LOG_LEVELS = ("warning", "error")
+
 
 class Metrics:
     """Counters and histograms of one process; `observe` is what the others are built with."""
@@ -111,38 +113,40 @@ class Metrics:
         """`trace_id` makes exemplars: it is asked when a call has ended, in the call's task."""
         # Their _created series would double ours and say only when this process started.
         disable_created_metrics()  # type: ignore[no-untyped-call]
-        self._registry = registry
-        self._trace_id = trace_id
-        self._models: dict[str, _ModelMetrics] = {}
-        self._declare_messages()
-        self._declare_calls()
-        self._declare_kafka()
-        self._declare_process()
-        self._declare_cache()
-        for model in models:
-            self._of_model(model)
-        self._by_type: dict[type, Callable[[Any], None]] = {
-            Taken: self._taken,
-            Dropped: self._dropped,
-            Spared: self._spared,
-            Admitted: self._admitted,
-            Called: self._called,
-            Retried: self._retried,
-            PublishRetried: self._publish_retried,
-            Finished: self._finished,
-            Abandoned: self._abandoned,
-            Committed: self._committed,
-            Rebalanced: self._rebalanced,
-            ForeignMetadata: self._foreign_metadata,
-            OffsetsMissing: self._offsets_missing,
-            ClientReplaced: self._client_replaced,
-            StopForced: self._stop_forced,
-            CacheLooked: self._cache_looked,
-            CacheWritten: self._cache_written,
-            CacheSized: self._cache_sized,
-            Streamed: self._streamed,
-            Hedged: self._hedged,
+        series = _Series(registry)
+        messages, kafka = _MessageSeries(series), _KafkaSeries(series)
+        calls, cache = _CallSeries(series, models, trace_id), _CacheSeries(series)
+        self._by_type = {
+            **messages.handlers,
+            **calls.handlers,
+            **kafka.handlers,
+            **cache.handlers,
         }
+        self._slots_busy_s = series.counter(
+            "sluice_slots_busy_seconds",
+            "Slots in use, summed over time; its rate divided by sluice_slots is the utilisation.",
+        )
+        self._window_full_s = series.counter(
+            "sluice_window_full_seconds",
+            "Time with a full window; if slots are idle meanwhile, enlarge limits.window.",
+        )
+        self._log_lines = series.counters(
+            "sluice_log_lines", "Lines logged as a warning or an error.", "level", _LOG_LEVELS
+        )
+        self._loop_delay = series.histogram(
+            "sluice_event_loop_delay_seconds",
+            "How late the event loop gets to a timer; above 0.1 the process is out of CPU or "
+            "something blocks it: fewer slots or more workers.",
+            LOOP_EDGES_S,
+        )
+        self._tasks = Gauge(
+            "sluice_tasks",
+            "Tasks of the event loop, sampled; about one for each message in the window and a few "
+            "dozen more. Growing without end it is a fault of ours.",
+            registry=series.registry,
+        )
+        build = Info("sluice_build", "The version that runs.", registry=series.registry)
+        build.info({"version": _version()})
 
     def observe(self, event: Event) -> None:
         """Count one event."""
@@ -171,266 +175,111 @@ class Metrics:
         if status.window - status.window_messages < max(1, status.window // POLL_SHARE):
             self._window_full_s.inc(elapsed_s)
 
-    # --- declarations ------------------------------------------------------------------------
 
-    def _declare_messages(self) -> None:
-        self._messages_taken = self._counter(
+class _Series:
+    """Makes series in one registry, each there from the first scrape on."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+
+    def counter(self, name: str, meaning: str) -> Counter:
+        return Counter(name, meaning, registry=self.registry)
+
+    def counters(
+        self, name: str, meaning: str, label: str, values: Iterable[str]
+    ) -> dict[str, Counter]:
+        """One series for each value, at 0, bound now: counting looks up no labels."""
+        parent = Counter(name, meaning, (label,), registry=self.registry)
+        return {value: parent.labels(value) for value in values}
+
+    def histogram(self, name: str, meaning: str, edges: tuple[float, ...]) -> Histogram:
+        return Histogram(name, meaning, buckets=edges, registry=self.registry)
+
+
+class _MessageSeries:
+    """What becomes of messages."""
+
+    def __init__(self, series: _Series) -> None:
+        self._messages_taken = series.counter(
             "sluice_messages_taken", "Messages that came into the window."
         )
-        self._bytes_taken = self._counter(
+        self._bytes_taken = series.counter(
             "sluice_messages_taken_bytes",
             "Bytes of keys and values of the messages that came into the window.",
         )
-        self._messages_dropped = self._counter(
+        self._messages_dropped = series.counter(
             "sluice_messages_dropped",
             "Fetched messages that were not taken: known already, or of an older assignment; some "
             "at each rebalance are as it should be.",
         )
-        self._messages_spared = self._counter(
+        self._messages_spared = series.counter(
             "sluice_messages_spared",
             "Fetched messages that an earlier holder of the partition had finished, as its "
             "completed map said: not called, nor paid for, again.",
         )
-        self._metadata_foreign = self._counter(
+        self._metadata_foreign = series.counter(
             "sluice_metadata_foreign",
             "Partitions taken over with metadata that is not ours, or damaged: their offset alone "
             "counted, and what had finished beyond it is repeated.",
         )
-        self._messages_finished = self._counters(
+        self._messages_finished = series.counters(
             "sluice_messages_finished",
             "Messages whose outcome Kafka has acknowledged (skipped: that needed none; "
             "postponed: they wait in the retry topic).",
             "outcome",
             OUTCOMES,
         )
-        self._messages_rejected = self._counters(
+        self._messages_rejected = series.counters(
             "sluice_messages_rejected",
             "Messages that went to the dead letter topic, by why; each dead letter says more.",
             "reason",
             [reason.value for reason in Reason],
         )
-        self._records_published = self._counter(
+        self._records_published = series.counter(
             "sluice_records_published", "Records acknowledged in the output topic."
         )
-        self._messages_missing = self._counter(
+        self._messages_missing = series.counter(
             "sluice_messages_missing",
             "Offsets that were gone before they were read: retention was faster. They are lost to "
             "us; lengthen retention.ms of the input topic or add workers.",
         )
-        self._queue_wait = self._histogram(
+        self._queue_wait = series.histogram(
             "sluice_queue_wait_seconds",
             "From the poll that took a message to its slot; grows when slots or limits are short.",
             QUEUE_EDGES_S,
         )
-        self._first_record = self._histogram(
+        self._first_record = series.histogram(
             "sluice_first_record_seconds",
             "With extraction.streaming: from the beginning of an attempt to the acknowledgement of "
             "its first record.",
             CALL_EDGES_S,
         )
-        self._lane_wait = self._histogram(
+        self._lane_wait = series.histogram(
             "sluice_lane_wait_seconds",
             "From a message's outcome to its hand-over to the producer: what order costs. Grows "
             "behind slow messages of the same key; delivery.ordering says whose order is kept.",
             QUEUE_EDGES_S,
         )
-        self._end_to_end = self._histogram(
+        self._end_to_end = series.histogram(
             "sluice_end_to_end_seconds",
             "From a message's own timestamp to the acknowledgement of its outcome.",
             END_TO_END_EDGES_S,
         )
-
-    def _declare_calls(self) -> None:
-        self._calls = Counter(
-            "sluice_calls",
-            "Calls to the model that ended, by how; re-asks are calls too.",
-            ("model", "result"),
-            registry=self._registry,
-        )
-        self._reasks = Counter(
-            "sluice_reasks",
-            "Calls that told the model why its answer did not validate; many of them mean that the "
-            "schema or the instructions ask too much of it.",
-            ("model",),
-            registry=self._registry,
-        )
-        self._tokens = Counter(
-            "sluice_tokens",
-            "Tokens as the endpoint counts them, failed calls included where it says so; cached "
-            "ones are part of the input's and those of reasoning of the output's.",
-            ("model", "type"),
-            registry=self._registry,
-        )
-        self._cost = Counter(
-            "sluice_cost_usd",
-            "US dollars that calls cost, by what each was made for: the message itself (first), an "
-            "answer that did not validate (reask), one that may have been charged and never came "
-            "(repeat), one cut off at its limit (longer), a text over the context (shorter), a "
-            "stronger model (next_model).",
-            ("model", "purpose"),
-            registry=self._registry,
-        )
-        self._cost_unknown = Counter(
-            "sluice_cost_unknown_calls",
-            "Calls that are not in sluice_cost_usd_total: no price is known for the model, set it "
-            "in prices; or the endpoint did not say the tokens.",
-            ("model",),
-            registry=self._registry,
-        )
-        self._call_duration = Histogram(
-            "sluice_call_duration_seconds",
-            "One call, from sending to the last byte; answered=false: errors and timeouts, which "
-            "would flatter or spoil the figure.",
-            ("model", "answered"),
-            buckets=CALL_EDGES_S,
-            registry=self._registry,
-        )
-        self._retries = self._counters(
-            "sluice_retries",
-            "Messages that went to wait for another attempt because the provider failed, by why.",
-            "reason",
-            (*RETRY_REASONS, OTHER),
-        )
-        self._calls_abandoned = self._counter(
-            "sluice_calls_abandoned",
-            "Calls cut off at the end of a drain, which may be paid for again; lengthen "
-            "delivery.drain_timeout_s.",
-        )
-        self._hedges = self._counters(
-            "sluice_hedges",
-            "Second calls for messages whose first took longer than extraction.hedge_after_s, by "
-            "whose answer came first; where the first wins often, hedge_after_s is too short.",
-            "won",
-            HEDGES_WON,
-        )
-        self._slots_busy_s = self._counter(
-            "sluice_slots_busy_seconds",
-            "Slots in use, summed over time; its rate divided by sluice_slots is the utilisation.",
-        )
-        self._window_full_s = self._counter(
-            "sluice_window_full_seconds",
-            "Time with a full window; if slots are idle meanwhile, enlarge limits.window.",
-        )
-
-    def _declare_kafka(self) -> None:
-        self._publish_duration = self._histogram(
+        self._publish_duration = series.histogram(
             "sluice_publish_duration_seconds",
             "From handing an outcome to the producer to the acknowledgement of all replicas.",
             PUBLISH_EDGES_S,
         )
-        self._publish_retries = self._counter(
-            "sluice_publish_retries", "Sends that were not acknowledged and are tried again."
-        )
-        self._commits = self._counters(
-            "sluice_commits",
-            "Commits of next offsets; refused: a rebalance was faster, which is no fault.",
-            "result",
-            COMMITS,
-        )
-        self._commit_duration = self._histogram(
-            "sluice_commit_duration_seconds", "One commit, failed ones included.", PUBLISH_EDGES_S
-        )
-        self._rebalances = self._counter(
-            "sluice_rebalances", "Assignments of partitions to this worker, empty ones included."
-        )
-        self._partitions_assigned = self._counters(
-            "sluice_partitions_assigned",
-            "Partitions assigned; kept: with their running calls, new: from the stored offset.",
-            "progress",
-            ("kept", "new"),
-        )
-        self._rebalance_duration = self._histogram(
-            "sluice_rebalance_duration_seconds",
-            "From the loss of the old partitions to the first poll of the new ones.",
-            REBALANCE_EDGES_S,
-        )
-        self._clients_replaced = self._counters(
-            "sluice_clients_replaced",
-            "Clients of Kafka's that were given up for new ones, silent or failed; the log says "
-            "why. Repeated, something between here and the brokers is wrong.",
-            "client",
-            CLIENTS,
-        )
-        self._stops_forced = self._counters(
-            "sluice_stops_forced",
-            "Clients of Kafka's that did not close in order and were cut off; a member cut off "
-            "keeps its partitions until its session times out.",
-            "client",
-            CLIENTS,
-        )
-
-    def _declare_process(self) -> None:
-        self._log_lines = self._counters(
-            "sluice_log_lines", "Lines logged as a warning or an error.", "level", _LOG_LEVELS
-        )
-        self._loop_delay = self._histogram(
-            "sluice_event_loop_delay_seconds",
-            "How late the event loop gets to a timer; above 0.1 the process is out of CPU or "
-            "something blocks it: fewer slots or more workers.",
-            LOOP_EDGES_S,
-        )
-        self._tasks = Gauge(
-            "sluice_tasks",
-            "Tasks of the event loop, sampled; about one for each message in the window and a few "
-            "dozen more. Growing without end it is a fault of ours.",
-            registry=self._registry,
-        )
-        build = Info("sluice_build", "The version that runs.", registry=self._registry)
-        build.info({"version": _version()})
-
-    def _declare_cache(self) -> None:
-        self._cache_lookups = self._counters(
-            "sluice_cache_lookups",
-            "Looks for an answer to a text; hit: nothing was paid, shared: another message's call "
-            "was waited for, error: the store failed or is left alone, damaged: what it had was "
-            "not usable; the last two are paid for as misses are.",
-            "result",
-            CACHE_LOOKUPS,
-        )
-        self._cache_writes = self._counters(
-            "sluice_cache_writes",
-            "Answers given to the result cache; error: it did not take them, look at the store.",
-            "result",
-            CACHE_WRITES,
-        )
-        self._cache_entries = Gauge(
-            "sluice_cache_entries",
-            "Answers that this process keeps (cache.mode memory), outdated ones included.",
-            registry=self._registry,
-        )
-        self._cache_bytes = Gauge(
-            "sluice_cache_bytes",
-            "Bytes that they take; at cache.memory_max_bytes the least recently used ones go.",
-            registry=self._registry,
-        )
-
-    def _counter(self, name: str, meaning: str) -> Counter:
-        return Counter(name, meaning, registry=self._registry)
-
-    def _counters(
-        self, name: str, meaning: str, label: str, values: Iterable[str]
-    ) -> dict[str, Counter]:
-        """One series for each value, at 0, bound now: counting looks up no labels."""
-        parent = Counter(name, meaning, (label,), registry=self._registry)
-        return {value: parent.labels(value) for value in values}
-
-    def _histogram(self, name: str, meaning: str, edges: tuple[float, ...]) -> Histogram:
-        return Histogram(name, meaning, buckets=edges, registry=self._registry)
-
-    def _of_model(self, model: str) -> _ModelMetrics:
-        if model not in self._models:
-            self._models[model] = _ModelMetrics(
-                model,
-                self._calls,
-                self._reasks,
-                self._tokens,
-                self._call_duration,
-                self._cost,
-                self._cost_unknown,
-            )
-        return self._models[model]
-
-    # --- events ------------------------------------------------------------------------------
+        self.handlers: Handlers = {
+            Taken: self._taken,
+            Dropped: self._dropped,
+            Spared: self._spared,
+            ForeignMetadata: self._foreign_metadata,
+            Admitted: self._admitted,
+            Finished: self._finished,
+            Streamed: self._streamed,
+            OffsetsMissing: self._offsets_missing,
+        }
 
     def _taken(self, event: Taken) -> None:
         self._messages_taken.inc(event.messages)
@@ -442,20 +291,11 @@ class Metrics:
     def _spared(self, event: Spared) -> None:
         self._messages_spared.inc(event.messages)
 
+    def _foreign_metadata(self, _: ForeignMetadata) -> None:
+        self._metadata_foreign.inc()
+
     def _admitted(self, event: Admitted) -> None:
         self._queue_wait.observe(event.waited_s)
-
-    def _called(self, event: Called) -> None:
-        trace_id = self._trace_id() if self._trace_id is not None else None
-        exemplar = None if trace_id is None else {"trace_id": trace_id}
-        self._of_model(event.model).called(event, exemplar)
-
-    def _retried(self, event: Retried) -> None:
-        known = event.reason in self._retries
-        self._retries[event.reason if known else OTHER].inc()
-
-    def _publish_retried(self, _: PublishRetried) -> None:
-        self._publish_retries.inc()
 
     def _finished(self, event: Finished) -> None:
         self._messages_finished[event.outcome].inc()
@@ -467,8 +307,175 @@ class Metrics:
         if event.outcome != "skipped":
             self._publish_duration.observe(event.publish_s)
 
+    def _streamed(self, event: Streamed) -> None:
+        self._records_published.inc(event.records)
+        if event.first_after_s is not None:
+            self._first_record.observe(event.first_after_s)
+
+    def _offsets_missing(self, event: OffsetsMissing) -> None:
+        self._messages_missing.inc(event.messages)
+
+
+class _CallSeries:
+    """Calls to the model, what they cost, and what is done when they fail or are slow."""
+
+    def __init__(self, series: _Series, models: Iterable[str], trace_id: TraceId | None) -> None:
+        self._trace_id = trace_id
+        self._models: dict[str, _ModelSeries] = {}
+        self._calls = Counter(
+            "sluice_calls",
+            "Calls to the model that ended, by how; re-asks are calls too.",
+            ("model", "result"),
+            registry=series.registry,
+        )
+        self._reasks = Counter(
+            "sluice_reasks",
+            "Calls that told the model why its answer did not validate; many of them mean that the "
+            "schema or the instructions ask too much of it.",
+            ("model",),
+            registry=series.registry,
+        )
+        self._tokens = Counter(
+            "sluice_tokens",
+            "Tokens as the endpoint counts them, failed calls included where it says so; cached "
+            "ones are part of the input's and those of reasoning of the output's.",
+            ("model", "type"),
+            registry=series.registry,
+        )
+        self._cost = Counter(
+            "sluice_cost_usd",
+            "US dollars that calls cost, by what each was made for: the message itself (first), an "
+            "answer that did not validate (reask), one that may have been charged and never came "
+            "(repeat), one cut off at its limit (longer), a text over the context (shorter), a "
+            "stronger model (next_model).",
+            ("model", "purpose"),
+            registry=series.registry,
+        )
+        self._cost_unknown = Counter(
+            "sluice_cost_unknown_calls",
+            "Calls that are not in sluice_cost_usd_total: no price is known for the model, set it "
+            "in prices; or the endpoint did not say the tokens.",
+            ("model",),
+            registry=series.registry,
+        )
+        self._call_duration = Histogram(
+            "sluice_call_duration_seconds",
+            "One call, from sending to the last byte; answered=false: errors and timeouts, which "
+            "would flatter or spoil the figure.",
+            ("model", "answered"),
+            buckets=CALL_EDGES_S,
+            registry=series.registry,
+        )
+        self._retries = series.counters(
+            "sluice_retries",
+            "Messages that went to wait for another attempt because the provider failed, by why.",
+            "reason",
+            (*RETRY_REASONS, OTHER),
+        )
+        self._calls_abandoned = series.counter(
+            "sluice_calls_abandoned",
+            "Calls cut off at the end of a drain, which may be paid for again; lengthen "
+            "delivery.drain_timeout_s.",
+        )
+        self._hedges = series.counters(
+            "sluice_hedges",
+            "Second calls for messages whose first took longer than extraction.hedge_after_s, by "
+            "whose answer came first; where the first wins often, hedge_after_s is too short.",
+            "won",
+            HEDGES_WON,
+        )
+        for model in models:
+            self._of_model(model)
+        self.handlers: Handlers = {
+            Called: self._called,
+            Retried: self._retried,
+            Abandoned: self._abandoned,
+            Hedged: self._hedged,
+        }
+
+    def _of_model(self, model: str) -> _ModelSeries:
+        if model not in self._models:
+            self._models[model] = _ModelSeries(
+                model,
+                self._calls,
+                self._reasks,
+                self._tokens,
+                self._call_duration,
+                self._cost,
+                self._cost_unknown,
+            )
+        return self._models[model]
+
+    def _called(self, event: Called) -> None:
+        trace_id = self._trace_id() if self._trace_id is not None else None
+        exemplar = None if trace_id is None else {"trace_id": trace_id}
+        self._of_model(event.model).called(event, exemplar)
+
+    def _retried(self, event: Retried) -> None:
+        known = event.reason in self._retries
+        self._retries[event.reason if known else OTHER].inc()
+
     def _abandoned(self, event: Abandoned) -> None:
         self._calls_abandoned.inc(event.calls)
+
+    def _hedged(self, event: Hedged) -> None:
+        self._hedges[event.won].inc()
+
+
+class _KafkaSeries:
+    """Publishing, commits, rebalances, and clients that had to be replaced."""
+
+    def __init__(self, series: _Series) -> None:
+        self._publish_retries = series.counter(
+            "sluice_publish_retries", "Sends that were not acknowledged and are tried again."
+        )
+        self._commits = series.counters(
+            "sluice_commits",
+            "Commits of next offsets; refused: a rebalance was faster, which is no fault.",
+            "result",
+            COMMITS,
+        )
+        self._commit_duration = series.histogram(
+            "sluice_commit_duration_seconds", "One commit, failed ones included.", PUBLISH_EDGES_S
+        )
+        self._rebalances = series.counter(
+            "sluice_rebalances", "Assignments of partitions to this worker, empty ones included."
+        )
+        self._partitions_assigned = series.counters(
+            "sluice_partitions_assigned",
+            "Partitions assigned; kept: with their running calls, new: from the stored offset.",
+            "progress",
+            ("kept", "new"),
+        )
+        self._rebalance_duration = series.histogram(
+            "sluice_rebalance_duration_seconds",
+            "From the loss of the old partitions to the first poll of the new ones.",
+            REBALANCE_EDGES_S,
+        )
+        self._clients_replaced = series.counters(
+            "sluice_clients_replaced",
+            "Clients of Kafka's that were given up for new ones, silent or failed; the log says "
+            "why. Repeated, something between here and the brokers is wrong.",
+            "client",
+            CLIENTS,
+        )
+        self._stops_forced = series.counters(
+            "sluice_stops_forced",
+            "Clients of Kafka's that did not close in order and were cut off; a member cut off "
+            "keeps its partitions until its session times out.",
+            "client",
+            CLIENTS,
+        )
+        self.handlers: Handlers = {
+            PublishRetried: self._publish_retried,
+            Committed: self._committed,
+            Rebalanced: self._rebalanced,
+            ClientReplaced: self._client_replaced,
+            StopForced: self._stop_forced,
+        }
+
+    def _publish_retried(self, _: PublishRetried) -> None:
+        self._publish_retries.inc()
 
     def _committed(self, event: Committed) -> None:
         self._commits[event.result].inc()
@@ -480,17 +487,46 @@ class Metrics:
         self._partitions_assigned["new"].inc(event.assigned - event.kept)
         self._rebalance_duration.observe(event.duration_s)
 
-    def _foreign_metadata(self, _: ForeignMetadata) -> None:
-        self._metadata_foreign.inc()
-
-    def _offsets_missing(self, event: OffsetsMissing) -> None:
-        self._messages_missing.inc(event.messages)
-
     def _client_replaced(self, event: ClientReplaced) -> None:
         self._clients_replaced[event.client].inc()
 
     def _stop_forced(self, event: StopForced) -> None:
         self._stops_forced[event.client].inc()
+
+
+class _CacheSeries:
+    """The result cache."""
+
+    def __init__(self, series: _Series) -> None:
+        self._cache_lookups = series.counters(
+            "sluice_cache_lookups",
+            "Looks for an answer to a text; hit: nothing was paid, shared: another message's call "
+            "was waited for, error: the store failed or is left alone, damaged: what it had was "
+            "not usable; the last two are paid for as misses are.",
+            "result",
+            CACHE_LOOKUPS,
+        )
+        self._cache_writes = series.counters(
+            "sluice_cache_writes",
+            "Answers given to the result cache; error: it did not take them, look at the store.",
+            "result",
+            CACHE_WRITES,
+        )
+        self._cache_entries = Gauge(
+            "sluice_cache_entries",
+            "Answers that this process keeps (cache.mode memory), outdated ones included.",
+            registry=series.registry,
+        )
+        self._cache_bytes = Gauge(
+            "sluice_cache_bytes",
+            "Bytes that they take; at cache.memory_max_bytes the least recently used ones go.",
+            registry=series.registry,
+        )
+        self.handlers: Handlers = {
+            CacheLooked: self._cache_looked,
+            CacheWritten: self._cache_written,
+            CacheSized: self._cache_sized,
+        }
 
     def _cache_looked(self, event: CacheLooked) -> None:
         self._cache_lookups[event.result].inc()
@@ -502,19 +538,8 @@ class Metrics:
         self._cache_entries.set(event.entries)
         self._cache_bytes.set(event.size_bytes)
 
-    def _streamed(self, event: Streamed) -> None:
-        self._records_published.inc(event.records)
-        if event.first_after_s is not None:
-            self._first_record.observe(event.first_after_s)
 
-    def _hedged(self, event: Hedged) -> None:
-        self._hedges[event.won].inc()
-
-
-_LOG_LEVELS = ("warning", "error")
-
-
-class _ModelMetrics:
+class _ModelSeries:
     """The series of one model, bound once."""
 
     def __init__(
@@ -552,195 +577,6 @@ class _ModelMetrics:
             self._reasks.inc()
         duration = self._answered if event.result in ANSWERED else self._failed
         duration.observe(event.duration_s, exemplar)
-
-
-# --- gauges -----------------------------------------------------------------------------------
-
-
-class StatusGauges(Collector):
-    """The status at the moment of the scrape."""
-
-    def __init__(self, status: Callable[[], Status]) -> None:
-        self._status = status
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        status = self._status()
-        yield _states(status.state)
-        for name, meaning, value in _figures(status):
-            yield GaugeMetricFamily(name, meaning, value=value)
-        yield _admission_waits(status)
-        yield _pace(status)
-        yield _input_partitions(status)
-        for name, meaning, read in _PARTITION_FIGURES:
-            yield _by_partition(name, meaning, read, status)
-
-
-def _states(state: State) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(
-        "sluice_state",
-        "What is going on: 1 for the state that holds, 0 for others.",
-        None,
-        ["state"],
-    )
-    for one in State:
-        family.add_metric([one.value], float(one is state))
-    return family
-
-
-def _figures(status: Status) -> tuple[tuple[str, str, float], ...]:
-    group = status.group
-    return (
-        ("sluice_ready", "1 if /readyz says so; it also says why not.", not status.not_ready),
-        ("sluice_slots", "Calls that may be in flight at once now.", status.slots),
-        ("sluice_slots_busy", "Calls in flight.", status.slots_busy),
-        ("sluice_window_messages_max", "Messages that the window takes.", status.window),
-        ("sluice_window_messages", "Messages taken and not finished.", status.window_messages),
-        ("sluice_window_bytes", "Bytes of keys and values in the window.", status.window_bytes),
-        ("sluice_messages_queued", "Messages that wait for a slot.", status.queued),
-        ("sluice_messages_retrying", "Messages that wait for another attempt.", status.retrying),
-        (
-            "sluice_messages_waiting_in_lane",
-            "Messages that are answered and wait for an earlier one of their lane.",
-            status.waiting_in_lane,
-        ),
-        (
-            "sluice_messages_publishing",
-            "Messages whose outcome Kafka has not acknowledged yet.",
-            status.publishing,
-        ),
-        (
-            "sluice_poll_turn_age_seconds",
-            "Since the poll loop last turned; /livez fails far above its usual second.",
-            status.poll_turn_age_s,
-        ),
-        (
-            "sluice_call_overdue_seconds",
-            "The oldest call in flight beyond its own deadline; anything but 0 is a fault of ours.",
-            status.call_overdue_s,
-        ),
-        ("sluice_group_settled", "1 while the group has given out its partitions.", group.settled),
-        (
-            "sluice_group_unsettled_seconds",
-            "How long the group has not settled although a broker answers.",
-            group.unsettled_s,
-        ),
-        ("sluice_broker_answers", "1 while a broker answers.", group.broker_answers),
-        (
-            "sluice_look_age_seconds",
-            "Since the watchdog last looked at topics and progress; /livez fails far above its "
-            "usual ten seconds.",
-            group.look_age_s,
-        ),
-        (
-            "sluice_reject_guard_tripped",
-            "1 while intake stands still because too many messages are rejected; /readyz says why "
-            "and how to go on.",
-            status.reject_guard_tripped,
-        ),
-        (
-            "sluice_budget_share_ratio",
-            "Our part of the budgets that all workers have together; over all workers about 1.",
-            status.budget_share,
-        ),
-        (
-            "sluice_spent_last_hour_usd",
-            "What the calls of the last hour have cost, in US dollars, as far as prices are known.",
-            status.spent_last_hour_usd,
-        ),
-        (
-            "sluice_oldest_message_age_seconds",
-            "Since the oldest message in the window was taken; growing, one message holds its lane "
-            "or its partition up: see extraction.message_timeout_s.",
-            status.oldest_message_age_s,
-        ),
-        (
-            "sluice_lanes_waiting",
-            "Lanes with an answer that waits for an earlier message.",
-            status.lanes_waiting,
-        ),
-    )
-
-
-def _admission_waits(status: Status) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(
-        "sluice_admission_wait_seconds",
-        "Until the next call may start, by what holds it up: budgets of requests and tokens (ours "
-        "or the provider's), the hour's spend, the pace found for a hidden limit, a cooldown that "
-        "the provider asked for, an open circuit. 0: not by this one.",
-        None,
-        ["cause"],
-    )
-    for cause in Cause:
-        family.add_metric([cause.value], status.admission_waits.get(cause, 0.0))
-    return family
-
-
-def _pace(status: Status) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(
-        "sluice_pace_calls_per_second",
-        "Calls a second that the provider bears, as its refusals have shown; absent without any.",
-    )
-    if status.pace_per_s is not None:
-        family.add_metric([], status.pace_per_s)
-    return family
-
-
-def _input_partitions(status: Status) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(
-        "sluice_input_partitions",
-        "Partitions of each input topic, whoever holds them, as brokers tell.",
-        None,
-        ["topic"],
-    )
-    for topic, partitions in status.group.topic_partitions.items():
-        family.add_metric([topic], partitions)
-    return family
-
-
-_Read: TypeAlias = Callable[[PartitionStatus], float | None]
-
-
-def _oldest_s(one: PartitionStatus) -> float | None:
-    return None if one.oldest_unfinished_ms is None else one.oldest_unfinished_ms / 1000
-
-
-_PARTITION_FIGURES: tuple[tuple[str, str, _Read], ...] = (
-    (
-        "sluice_partition_lag",
-        "Messages between the next offset and the end of the partition; absent while unknown.",
-        lambda one: one.lag,
-    ),
-    (
-        "sluice_partition_next_offset",
-        "The smallest offset that is not finished: what the next commit stores.",
-        lambda one: one.next_offset,
-    ),
-    (
-        "sluice_partition_unfinished",
-        "Messages of the partition in the window.",
-        lambda one: one.unfinished,
-    ),
-    (
-        "sluice_partition_completed_map_ratio",
-        "Of the room that the broker gives the completed map of the partition; from 0.75 on it "
-        "takes no messages until an old one finishes.",
-        lambda one: one.map_ratio,
-    ),
-    (
-        "sluice_partition_oldest_unfinished_timestamp_seconds",
-        "Own timestamp of the oldest unfinished message, since the epoch; absent without one.",
-        _oldest_s,
-    ),
-)
-
-
-def _by_partition(name: str, meaning: str, read: _Read, status: Status) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(name, meaning, None, ["topic", "partition"])
-    for held, one in status.partitions.items():
-        value = read(one)
-        if value is not None:
-            family.add_metric([held.topic, str(held.partition)], value)
-    return family
 
 
 class WorkerMetrics:

@@ -18,8 +18,9 @@ from prometheus_client.samples import Sample
 from service.core.events import Called
 from service.core.status import State, Status
 from service.telemetry import merged
+from service.telemetry.gauges import StatusGauges
 from service.telemetry.merged import MergedAnswers, Worker
-from service.telemetry.metrics import Metrics, StatusGauges, WorkerMetrics
+from service.telemetry.metrics import Metrics, WorkerMetrics
 from service.telemetry.probes import OwnAnswers, Probes
 from tests.unit.test_probes import PATIENCE, WELL
 

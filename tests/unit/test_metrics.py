@@ -41,12 +41,12 @@ from service.core.events import (
 )
 from service.core.messages import Partition, Reason
 from service.core.status import GroupStatus, PartitionStatus, State, Status
+from service.telemetry.gauges import StatusGauges
 from service.telemetry.metrics import (
     CALL_EDGES_S,
     END_TO_END_EDGES_S,
     SAMPLE_S,
     Metrics,
-    StatusGauges,
     TraceId,
     WorkerMetrics,
     expose_process,

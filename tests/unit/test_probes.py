@@ -16,7 +16,8 @@ from service.core.errors import CannotRun
 from service.core.events import Called
 from service.core.status import GroupStatus, State, Status
 from service.settings import Settings
-from service.telemetry.metrics import Metrics, StatusGauges
+from service.telemetry.gauges import StatusGauges
+from service.telemetry.metrics import Metrics
 from service.telemetry.probes import OwnAnswers, Patience, Probes, not_alive
 
 PATIENCE = Patience(poll_turn_s=90, call_overdue_s=60, unsettled_s=110, look_s=120)
