@@ -64,6 +64,7 @@ SUPERVISION = "tests/contract/test_supervision.py::test_"
 LEAN_TESTS = "tests/contract/test_lean.py::test_"
 HAND_OVER = "tests/unit/test_hand_over.py::test_"
 UNIT_DEPARTURES = "tests/unit/test_departures.py::test_"
+UNIT_SENDING = "tests/unit/test_sending.py::test_"
 UNIT_WATCHDOG = "tests/unit/test_watchdog.py::test_"
 
 
@@ -432,6 +433,36 @@ MUTATIONS = (
         "if not producer.knows(each)",
         "if False",
         (UNIT_DEPARTURES + "what_has_to_be_looked_up_holds_up_nobody_else",),
+    ),
+    Mutation(
+        "21 what stands behind a failed message in another partition goes first",
+        SENDING,
+        "while failed and isinstance(error, PublishFailed):",
+        "while False:",
+        (UNIT_SENDING + "what_stands_behind_a_failed_one_in_another_partition_fails_with_it",),
+    ),
+    Mutation(
+        "21 only the next queue is looked at, not the one behind it",
+        SENDING,
+        "failed = dict.fromkeys(chain(*(q.behind(failed) for q in self._queues.values())))",
+        "failed, before = {}, failed\n"
+        "            for each in chain(*(q.behind(before) for q in self._queues.values())):\n"
+        "                each.fail(error)",
+        (UNIT_SENDING + "it_goes_on_from_queue_to_queue",),
+    ),
+    Mutation(
+        "21 a dead letter that is too large lets its lane's next one pass",
+        SENDING,
+        "self._fail([batch[0].handover], failure)",
+        "batch[0].handover.fail(failure)",
+        (UNIT_SENDING + "a_dead_letter_that_is_refused_for_its_size_keeps_its_place",),
+    ),
+    Mutation(
+        "21 the queues do not know which messages share a lane",
+        SINK,
+        "self._failures.lane(message) or message.coordinates",
+        "message.coordinates",
+        (CONTRACT_SINK + "no_order_changes_where_records_have_keys_of_their_own[mock]",),
     ),
     Mutation(
         "22 the call of a lost partition goes on",

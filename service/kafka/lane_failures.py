@@ -21,7 +21,7 @@ class LaneFailures:
 
     def add(self, message: Message) -> None:
         """This one failed: it goes before all later ones of its lane and epoch."""
-        lane = self._lane(message)
+        lane = self.lane(message)
         if lane is None:
             return
         for known in list(self._offsets):
@@ -31,7 +31,7 @@ class LaneFailures:
 
     def let_pass(self, message: Message) -> None:
         """Raises `PublishFailed` where an earlier one has to go first; else it is settled."""
-        if not self._offsets or (lane := self._lane(message)) is None:
+        if not self._offsets or (lane := self.lane(message)) is None:
             return
         offsets = self._offsets.get(lane)
         if offsets is None:
@@ -42,7 +42,7 @@ class LaneFailures:
         if not offsets:
             del self._offsets[lane]
 
-    def _lane(self, message: Message) -> Lane | None:
+    def lane(self, message: Message) -> Lane | None:
         """None: nothing else is in its lane."""
         match self._ordering:
             case "key":

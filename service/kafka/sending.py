@@ -5,6 +5,12 @@ a batch stays here until that batch is settled. If it fails, everything queued b
 with it and nothing of it has left. aiokafka sends one batch a partition at a time as well, so
 this costs no throughput.
 
+A message may have outputs in several queues. Where one of them fails, the message fails, and its
+others leave their queues too. So what stands behind them there and belongs to the same lane fails
+with it, and what stands behind those: it would reach readers before its elder. What has boarded
+with its elder in one batch may still land behind it; it is sent again as well, so that the
+newest of a lane is the last to land.
+
 All partitions with something to send depart together, in one task: the client puts what goes to
 one broker at the same moment into one request, and requests are what costs.
 """
@@ -12,8 +18,9 @@ one broker at the same moment into one request, and requests are what costs.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from aiokafka import TopicPartition
@@ -41,14 +48,18 @@ log = logging.getLogger(__name__)
 
 
 class Handover:
-    """The outputs of one message: settled when all are acknowledged, failed when one is."""
+    """The outputs of one message: settled when all are acknowledged, failed when one is.
 
-    __slots__ = ("future", "on_failure", "open")
+    Those of one `lane` must not overtake each other.
+    """
 
-    def __init__(self, outputs: int, on_failure: Callable[[], None]) -> None:
+    __slots__ = ("future", "lane", "on_failure", "open")
+
+    def __init__(self, outputs: int, on_failure: Callable[[], None], lane: Hashable = None) -> None:
         self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.open = outputs
         self.on_failure = on_failure
+        self.lane = lane
 
     def acknowledged(self) -> None:
         self.open -= 1
@@ -103,6 +114,15 @@ class OutputQueue:
             batch.append(self.waiting.popleft())
         return batch
 
+    def behind(self, failed: Collection[Handover]) -> Iterator[Handover]:
+        """What is open here, behind an output of one of these, in the same lane."""
+        lanes: set[Hashable] = set()
+        for each in chain(self.under_way, self.waiting):
+            if each.handover in failed:
+                lanes.add(each.handover.lane)
+            elif each.handover.lane in lanes and not each.handover.future.done():
+                yield each.handover
+
 
 class Sending:
     """The queues, and the tasks that empty them."""
@@ -128,13 +148,18 @@ class Sending:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def hand_over(
-        self, outputs: Sequence[tuple[int, Output]], on_failure: Callable[[], None]
+        self,
+        outputs: Sequence[tuple[int, Output]],
+        on_failure: Callable[[], None],
+        lane: Hashable = None,
     ) -> asyncio.Future[None]:
         """Take outputs with their partitions, in order, without waiting.
 
-        The future ends when all are acknowledged. Cancelling it withdraws what has not left yet.
+        The future ends when all are acknowledged; with `PublishFailed` nothing of its lane that
+        was handed over later lands before it is handed over again, in no partition that it has
+        outputs for. Cancelling it withdraws what has not left yet.
         """
-        handover = Handover(len(outputs), on_failure)
+        handover = Handover(len(outputs), on_failure, lane)
         self._measure_gap()
         for partition, output in outputs:
             where = TopicPartition(output.topic, partition)
@@ -163,7 +188,7 @@ class Sending:
             task.cancel()
         for where, queue in self._queues.items():
             queue.since_s = None
-            _fail_all(queue, f"{_name(where)}: the sink was stopped")
+            self._fail_all(queue, f"{_name(where)}: the sink was stopped")
         return not left
 
     def _board(self, where: TopicPartition, queue: OutputQueue) -> None:
@@ -186,7 +211,7 @@ class Sending:
         except PublishFailed as error:
             for where, queue in boarded.items():
                 queue.running = False
-                _fail_all(queue, f"{_name(where)}: {error}")
+                self._fail_all(queue, f"{_name(where)}: {error}")
             return
         for where in [each for each in boarded if not producer.knows(each)]:
             # What has to be looked up first holds up nobody else.
@@ -227,7 +252,7 @@ class Sending:
             why = f"not acknowledged within {self._deadline_s:g} s"
             self._producers.cut_off(producer, f"{', '.join(map(_name, unsettled))}: {why}")
             for where, queue in unsettled.items():
-                _fail_all(queue, f"{_name(where)}: {why}")
+                self._fail_all(queue, f"{_name(where)}: {why}")
                 self._ended(where, queue)
         finally:
             for each in sent:
@@ -284,10 +309,29 @@ class Sending:
         failure = after_refusal(batch, error)
         if failure is None:
             queue.waiting.extendleft(reversed(batch))
-        elif isinstance(error, TOO_LARGE):
-            batch[0].handover.fail(failure)
+        elif isinstance(failure, PublishFailed) and not isinstance(error, TOO_LARGE):
+            self._fail_all(queue, f"{_name(where)}: {failure}")
         else:
-            _fail_all(queue, f"{_name(where)}: {failure}")
+            self._fail([batch[0].handover], failure)
+
+    def _fail_all(self, queue: OutputQueue, why: str) -> None:
+        """Nothing that was handed over later may land before these are sent again."""
+        behind, queue.waiting = queue.waiting, deque()
+        self._fail([each.handover for each in (*queue.under_way, *behind)], PublishFailed(why))
+
+    def _fail(self, handovers: Sequence[Handover], error: SluiceError) -> None:
+        """These, and where they are to be sent again, whatever of their lanes stands behind them
+        in any queue.
+
+        With `OutputTooLarge` nothing goes to these partitions again: nothing is overtaken.
+        """
+        failed = {each: None for each in handovers if not each.future.done()}
+        for each in failed:
+            each.fail(error)
+        while failed and isinstance(error, PublishFailed):
+            failed = dict.fromkeys(chain(*(q.behind(failed) for q in self._queues.values())))
+            for each in failed:
+                each.fail(PublishFailed("an earlier message of its lane failed and goes first"))
 
 
 def after_refusal(batch: Sequence[Waiting], error: KafkaError) -> SluiceError | None:
@@ -309,13 +353,6 @@ def after_refusal(batch: Sequence[Waiting], error: KafkaError) -> SluiceError | 
     for each in batch:
         each.alone = True
     return None
-
-
-def _fail_all(queue: OutputQueue, why: str) -> None:
-    """Nothing that was handed over later may land before these are sent again."""
-    behind, queue.waiting = queue.waiting, deque()
-    for each in (*queue.under_way, *behind):
-        each.handover.fail(PublishFailed(why))
 
 
 def _too_large(output: Output) -> SluiceError:

@@ -142,8 +142,8 @@ class KafkaSink:
     async def publish(self, message: Message, outcome: Publishable) -> asyncio.Future[None]:
         """Hand an outcome over; waits only where a size has to be looked up.
 
-        The future raises `PublishFailed` (nothing of this lane that was handed over later
-        has landed in the same output partition, or will before this is sent again) or
+        The future raises `PublishFailed` (nothing of this lane that was handed over later lands
+        before it in the same output partition, however many it has records in) or
         `OutputTooLarge` (of a message with several records some may be there: brokers refuse
         what they did not tell before). Cancelling it withdraws what has not left yet; what has
         left may still land. `publish` itself cancelled has handed over nothing.
@@ -175,7 +175,8 @@ class KafkaSink:
             self._failures.add(message)
 
         if self.transactions is None:
-            return self._sending.hand_over(placed, on_failure)
+            lane = self._failures.lane(message) or message.coordinates
+            return self._sending.hand_over(placed, on_failure, lane)
         return self.transactions.hand_over(message.partition, message.offset, placed, on_failure)
 
     async def _outputs(self, message: Message, outcome: Publishable) -> list[Output]:

@@ -10,7 +10,7 @@ import random
 import socket
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -523,7 +523,12 @@ async def complaints() -> AsyncIterator[None]:
     assert heard == []
 
 
-async def run_lane(sink: Sink, lane: Sequence[Message], pause_s: float) -> int:
+async def run_lane(
+    sink: Sink,
+    lane: Sequence[Message],
+    pause_s: float,
+    outcome: Callable[[Message], Outcome] = lambda _: extracted(b"{}"),
+) -> int:
     """Publishes a lane as the pipeline does, only more eagerly: it notices failures late.
 
     Returns how many sends failed. All of a round are handed over before the first is looked at.
@@ -532,7 +537,7 @@ async def run_lane(sink: Sink, lane: Sequence[Message], pause_s: float) -> int:
     while lane:
         waiting = []
         for which in lane:
-            waiting.append(await sink.publish(which, extracted(b"{}")))
+            waiting.append(await sink.publish(which, outcome(which)))
             await asyncio.sleep(pause_s)
         ends = [await ending(each) for each in waiting]
         lane = [which for which, end in zip(lane, ends, strict=True) if end is not None]
@@ -556,6 +561,34 @@ async def test_no_order_changes_when_sends_are_lost(
     found = await target.outputs()
     assert {lane[0].key: [m.offset for m in lane] for lane in lanes} == by_key(found)
     assert len(found) > 250, "no acknowledgement was lost"
+
+
+async def test_no_order_changes_where_records_have_keys_of_their_own(
+    target: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A message's records go to several output partitions, and in each they stay in order, though
+    the part for one of them is lost and the part for another is not."""
+    draw = random.Random(11)
+    target.break_sends(
+        monkeypatch, lost=lambda: draw.random() < 0.2, unheard=lambda: draw.random() < 0.1
+    )
+    lanes = [[message(100 * lane + n, b"%d" % lane) for n in range(30)] for lane in range(8)]
+
+    def records(which: Message) -> Outcome:
+        lane, number = divmod(which.offset, 100)
+        keys = [b"%d-%d" % (lane, (number + n) % 5) for n in range(3)]
+        return extracted(*(Record(b"{}", key) for key in keys))
+
+    async with target.sink() as sink, asyncio.TaskGroup() as group:
+        tasks = [group.create_task(run_lane(sink, lane, 0, records)) for lane in lanes]
+    assert sum(task.result() for task in tasks) > 0
+    expected: dict[bytes | None, list[int]] = defaultdict(list)
+    for which in (each for lane in lanes for each in lane):
+        outcome = records(which)
+        assert isinstance(outcome, Extracted)
+        for record in outcome.records:
+            expected[record.key].append(which.offset)
+    assert expected == by_key(await target.outputs())
 
 
 @pytest.mark.real_kafka

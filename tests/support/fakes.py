@@ -473,6 +473,10 @@ class FakeSink:
         if isinstance(failure, PublishFailed) and producer == self._producer:
             self._producer += 1
         self._fail(message, acknowledged, failure)
+        if isinstance(failure, PublishFailed) and (lane := self._failed.lane(message)):
+            for behind, _, future, _ in self._pending:
+                if self._failed.lane(behind) == lane and not future.done():
+                    self._fail(behind, future, PublishFailed("behind a failed one"))
 
     def _failure(self, message: Message, outcome: Publishable, producer: int) -> Exception | None:
         if producer != self._producer or self.down:
