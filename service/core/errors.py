@@ -4,6 +4,7 @@
     ├── Retry                 wait, then try the same thing again
     │   ├── TransientFailure    a call: connection, timeout, 408, 409, 425, 429, 5xx, overloaded
     │   ├── ServiceFailure      a call: no call can succeed until somebody mends something
+    │   │   └── Unclear           or only this message's never will: evidence has to tell
     │   ├── NoRoom              a further call of a message: the budgets have no room for it now
     │   ├── PublishFailed       a send: not acknowledged, or not known to be
     │   └── CommitFailed        a commit: refused (a rebalance) or not answered in time
@@ -77,6 +78,14 @@ class ServiceFailure(CallFailure):
     ) -> None:
         super().__init__(reason, progress=progress, provenance=provenance)
         self.remedy = remedy
+
+
+class Unclear(ServiceFailure):
+    """A refusal whose words say nothing: everybody's (a setting, a right) or this message's alone.
+
+    It counts as everybody's until the route has answered others in between and then refused this
+    message again (see `service/llm/evidence.py`).
+    """
 
 
 class NoRoom(CallFailure):

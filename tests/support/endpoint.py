@@ -34,6 +34,7 @@ Steps:
     stall          half of the answer, then nothing more
     cut_list       a stream that ends in order, in the middle of the answer
     late_error     half of the answer, then an error in its stead (500, in an answer of 200)
+    given          what a test's own function gives: status, headers and body
 Where the request says `stream`, the answer comes in pieces (server-sent events) of four
 characters, with piece_ms=N between two of them; a cut, a truncation, a stall come half way.
 Options: xN (N calls), after_ms=N, retry_after=S (seconds), retry_after_date=S (as an HTTP date
@@ -98,6 +99,9 @@ class Step:
     """Between two pieces of a streamed answer."""
     at: int | None = None
     """With `bad_element`: which."""
+    status: int = 200
+    """With `given`: the answer's, whose body is `body`, byte for byte."""
+    body: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -316,6 +320,8 @@ def _how(step: Step) -> str:
         return "cut"
     if step.kind.isdigit():
         return step.kind
+    if step.kind == "given":
+        return str(step.status)
     return {"too_long": "400", "policy": "400", "quota": "429", "no_model": "404"}.get(
         step.kind, "200"
     )
@@ -478,10 +484,10 @@ class _Connection(asyncio.Protocol):
 def _http(status: int, reply: object, headers: tuple[tuple[str, str], ...]) -> bytes:
     body = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
     kind = "text/html" if body[:1] == b"<" else "application/json"
-    extra = "".join(f"{name}: {value}\r\n" for name, value in headers)
+    own = {"content-type": kind, **{name.lower(): value for name, value in headers}}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in own.items())
     return (
-        f"HTTP/1.1 {status} Scripted\r\ncontent-type: {kind}\r\n"
-        f"content-length: {len(body)}\r\n{extra}\r\n"
+        f"HTTP/1.1 {status} Scripted\r\ncontent-length: {len(body)}\r\n{lines}\r\n"
     ).encode() + body
 
 
@@ -598,6 +604,8 @@ def reply_to(step: Step, asked: Asked) -> tuple[int, object]:
 
 def _reply_to(step: Step, asked: Asked) -> tuple[int, object]:
     match step.kind:
+        case "given":
+            return step.status, step.body
         case "answer" | "cut" | "stall" | "cut_list" | "late_error":
             return 200, _completion(asked, step.content or answer_to(asked))
         case "invalid":
