@@ -115,9 +115,7 @@ def _case(row: Mapping[str, Any]) -> Case:
 
 def script(case: Case) -> Any:
     """The case's answer for its text, a good one for every other."""
-    given = Step(
-        "given", status=case.status, headers=tuple(case.headers.items()), body=case.body
-    )
+    given = Step("given", status=case.status, headers=tuple(case.headers.items()), body=case.body)
     parameter = _refused_parameter(case)
 
     def step(asked: Asked) -> Step:

@@ -36,6 +36,13 @@ Purpose: TypeAlias = Literal["first", "reask", "repeat", "longer", "shorter", "n
 been charged and never came, one cut off at its limit, a text over the context, a stronger model; a
 probe is for nobody: whether the provider is there again."""
 
+Repair: TypeAlias = Literal[
+    "bom", "thoughts", "fence", "prose", "parts", "content", "tool_call", "calls", "object"
+]
+"""What was passed over in an answer: a byte order mark, thoughts before it, a code fence, prose
+around it, content as a list of parts, content where a call of the tool was asked for, a call where
+content was, several calls, an object where JSON as text belongs."""
+
 Client: TypeAlias = Literal["consumer", "producer"]
 CacheLookup: TypeAlias = Literal["hit", "miss", "shared", "error", "damaged"]
 CacheWrite: TypeAlias = Literal["stored", "too_large", "error"]
@@ -87,6 +94,13 @@ class Called(NamedTuple):
     tokens_reasoning: int = 0
     cost_usd: float | None = 0.0
     purpose: Purpose = "first"
+
+
+@dataclass(frozen=True, slots=True)
+class Repaired:
+    """An answer was not written as it was asked for, and read all the same."""
+
+    how: Repair
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +227,7 @@ Event: TypeAlias = (
     | Spared
     | Admitted
     | Called
+    | Repaired
     | Retried
     | PublishRetried
     | Finished

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import TypeAlias
+from typing import TypeAlias, assert_never
 
 from instructor.v2.core.errors import ResponseParsingError
 from pydantic import BaseModel, ValidationError
@@ -115,11 +115,7 @@ class Cascade:
         """What follows from an answer; `talk` has it paid already."""
         match answer:
             case Transient(result, after_s):
-                progress = replace(talk, purpose="repeat") if result in MAYBE_CHARGED else talk
-                failure = TransientFailure(
-                    result, retry_after_s=after_s, progress=progress, provenance=talk.spent
-                )
-                return Verdict(result, failure)
+                return self._transient(result, after_s, talk)
             case Unserviceable(reason, remedy):
                 lasting = ServiceFailure(
                     reason, remedy=remedy, progress=talk, provenance=talk.spent
@@ -134,23 +130,43 @@ class Cascade:
 
     # --- what fails -----------------------------------------------------------------------------
 
+    def _transient(self, result: CallResult, after_s: float | None, talk: Conversation) -> Verdict:
+        progress = replace(talk, purpose="repeat") if result in MAYBE_CHARGED else talk
+        failure = TransientFailure(
+            result, retry_after_s=after_s, progress=progress, provenance=talk.spent
+        )
+        return Verdict(result, failure)
+
     def _judge_completion(self, answer: Completion, talk: Conversation) -> Verdict:
         if answer.refusal is not None:
             return self._gave_up("refused", Reason.REFUSED, answer.refusal, talk, answer)
-        match answer.finish_reason:
-            case "content_filter":
+        match answer.finish:
+            case "filtered":
                 detail = "the provider's content filter cut the answer"
                 return _rejected("filtered", Reason.FILTERED, detail, talk, answer)
-            case "length":
+            case "refused":
+                detail = "the model declines to answer"
+                return self._gave_up("refused", Reason.REFUSED, detail, talk, answer)
+            case "truncated":
                 return self._truncated(answer, talk)
-            case _:
+            case "failed":
+                return self._transient("broken_answer", None, talk)
+            case "malformed" | "stop":
                 return self._validated(answer, talk)
+            case _:
+                assert_never(answer.finish)
 
     def _truncated(self, answer: Completion, talk: Conversation) -> Verdict:
         if self._extraction.truncated == "retry" and not talk.longer:
             return Verdict("truncated", replace(talk, longer=True, purpose="longer"))
         limit = self._extraction.output_tokens_max * (LONGER_FACTOR if talk.longer else 1)
         detail = f"the answer is longer than {limit} tokens"
+        if answer.thought:
+            detail += (
+                f", the model's thinking included ({answer.tokens.reasoning or 'some'} tokens of "
+                "reasoning): lower extraction.parameters.reasoning_effort or raise "
+                "extraction.output_tokens_max"
+            )
         return self._gave_up("truncated", Reason.TRUNCATED, detail, talk, answer)
 
     def _too_long(self, detail: str, talk: Conversation) -> Verdict:
@@ -198,12 +214,14 @@ class Cascade:
 
     def _validated(self, answer: Completion, talk: Conversation) -> Verdict:
         try:
-            if answer.streamed is not None and answer.text is not None:
-                return Verdict("validated", answer.streamed.ended(answer.text, talk.spent))
-            value = self._parsed(answer)
-            if self._has_next(talk) and (doubt := self._doubt(value)):
+            if answer.streamed is not None:
+                return Verdict("validated", answer.streamed.ended(answer.answer, talk.spent))
+            values = self._parsed(answer)
+            if self._has_next(talk) and (doubt := self._doubt(values)):
                 return self._gave_up("unsure", Reason.INVALID, doubt, talk, answer)
-            records = self._record_type.records(value)
+            records = tuple(
+                record for value in values for record in self._record_type.records(value)
+            )
         except (ValidationError, ResponseParsingError) as error:
             return self._invalid(answer, talk, error)
         except NextModel as wish:
@@ -213,20 +231,18 @@ class Cascade:
             return _rejected("user_code", Reason.USER_CODE, _described(error), talk, answer)
         return Verdict("validated", Extracted(records, talk.spent, new_answer_id()))
 
-    def _parsed(self, answer: Completion) -> BaseModel:
-        """Strict, as instructor is: "30" is no age. Raises what validation raises."""
-        if answer.text is None:
-            raise ResponseParsingError(
-                "No tool calls or function call found in response", mode="TOOLS"
-            )
-        return self._record_type.answer.model_validate_json(answer.text, strict=True)
+    def _parsed(self, answer: Completion) -> list[BaseModel]:
+        """One value, or with cardinality many one a call. Raises what validation raises."""
+        if answer.answer.problem is not None:
+            raise ResponseParsingError(answer.answer.problem, mode="TOOLS")
+        return [self._record_type.answer_of(text) for text in answer.answer.texts]
 
-    def _doubt(self, value: BaseModel) -> str | None:
+    def _doubt(self, values: Sequence[BaseModel]) -> str | None:
         """What the confidence field has against this answer."""
         name, least = self._extraction.confidence.field, self._extraction.confidence.least
         if name is None:
             return None
-        for one in self._record_type.values(value):
+        for one in (one for value in values for one in self._record_type.values(value)):
             sure = getattr(one, name)
             # None, a word and not-a-number are no confidence either.
             if not (isinstance(sure, int | float | Decimal) and sure >= least):
@@ -250,7 +266,7 @@ def _rejected(
     talk: Conversation,
     answer: Completion | None = None,
 ) -> Verdict:
-    text = answer.text if answer else None
+    text = answer.answer.shown if answer else None
     if talk.said:
         detail = "\n".join((*talk.said, _said(talk.spent.model, reason, detail)))
     return Verdict(

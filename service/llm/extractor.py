@@ -19,11 +19,12 @@ import openai
 from service.core.budgets import NO_TOKENS, Estimate
 from service.core.circuit import Circuit
 from service.core.errors import CallFailure, NoRoom, NotReachable
-from service.core.events import Called, CallResult, Observe
+from service.core.events import Called, CallResult, Observe, Repaired
 from service.core.limits import Admission, Limits, Meter
 from service.core.messages import Extracted, Reason, Rejected
 from service.llm.allowance import read_allowance
 from service.llm.answers import BrokenAnswer, Completion, read_completion
+from service.llm.bounded import TooLarge, Undecodable
 from service.llm.cascade import LONGER_FACTOR, Cascade, Next, Step
 from service.llm.conversation import Conversation
 from service.llm.endpoint import endpoint, missing_models, shown, unlisted
@@ -45,6 +46,16 @@ CHECK_TIMEOUT_S = 15.0
 KEEPALIVE_S = 4.0
 """Idle connections are let go after this: below the 5 s after which uvicorn (vLLM and many
 others) closes them, which would cost a call each time both happen at once."""
+AS_IT_IS = {"Accept-Encoding": "identity"}
+"""Answers are small, and one that is not encoded cannot grow when it is decoded."""
+DECIDES_ANSWERS = frozenset(
+    {
+        *("instructions", "examples", "cardinality", "model", "mode", "output_tokens_max"),
+        *("temperature", "truncated", "too_long", "text_tokens_max", "confidence", "streaming"),
+    }
+)
+"""Settings of extraction that are part of the cache's key. A new one joins them only where another
+value would make another answer: else every cache is cold after an upgrade."""
 PROBE_TEXT = "Is anybody there?"
 """All that a probe says beside the instructions; nobody reads its answer."""
 
@@ -85,7 +96,12 @@ class OpenAIExtractor:
         self._request = RequestTemplate.build(prompt, answer, extraction, self._base_url)
         steps = [self._step(model, settings) for model in extraction.model]
         self._cascade = Cascade(steps, self.record_type, extraction)
-        self._streaming = Streaming(self.record_type, extraction.mode, extraction.call_timeout_s)
+        self._streaming = Streaming(
+            self.record_type,
+            extraction.mode,
+            extraction.call_timeout_s,
+            extraction.answer_max_bytes,
+        )
 
     def _step(self, model: str, settings: Settings) -> Step:
         limit = settings.extraction.output_tokens_max
@@ -100,8 +116,6 @@ class OpenAIExtractor:
     def identity(self) -> str:
         """All that decides an answer beside the text: where it is the same, so is the answer's
         worth. Settings of waits and of attempts play no part in it."""
-        waits = {"record", "reasks_max", "call_timeout_s", "attempts_max"}
-        waits |= {"message_timeout_s", "hedge_after_s"}
         return json.dumps(
             [
                 self._place,
@@ -109,7 +123,7 @@ class OpenAIExtractor:
                 self.record_type.schema_version,
                 self.record_type.code_version,
                 self.record_type.key_field,
-                self._extraction.model_dump(mode="json", exclude=waits),
+                self._extraction.model_dump(mode="json", include=set(DECIDES_ANSWERS)),
             ]
         )
 
@@ -129,8 +143,11 @@ class OpenAIExtractor:
             max_retries=0,  # the pipeline owns retries
             timeout=timeout,
             http_client=http,
+            default_headers=AS_IT_IS,
         )
-        self._lean = LeanPost(self._client, http, "/chat/completions")
+        self._lean = LeanPost(
+            self._client, http, "/chat/completions", self._extraction.answer_max_bytes
+        )
         await self._lean.open()
 
     async def stop(self) -> None:
@@ -259,6 +276,7 @@ class OpenAIExtractor:
             else:
                 answer = await self._send_streaming(step, body, talk, publish)
             self._used(step, answer, len(body), charged)
+            self._repaired(answer)
             bill = step.bill(answer)
             verdict = self._cascade.judge(answer, talk.paid(bill))
             result = verdict.result
@@ -279,6 +297,11 @@ class OpenAIExtractor:
                 )
             )
 
+    def _repaired(self, answer: Completion | Failure) -> None:
+        if isinstance(answer, Completion):
+            for how in answer.answer.repairs:
+                self._observe(Repaired(how))
+
     async def _send(self, step: Step, body: bytes) -> Completion | Failure:
         """One request. Foreign exceptions end here: their texts can repeat the request.
 
@@ -296,9 +319,13 @@ class OpenAIExtractor:
         except openai.APIConnectionError:
             # The SDK's own timeout too: only connecting has one.
             return Transient("connection")
+        except (TooLarge, Undecodable):
+            return Transient("broken_answer")
         self._told(response.headers, asked_at_s)
         try:
-            return read_completion(response.content, self._extraction.mode)
+            return read_completion(
+                response.content, self._extraction.mode, many=self.record_type.many
+            )
         except BrokenAnswer as broken:
             return self._broken(step, broken.error, response)
 

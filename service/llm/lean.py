@@ -6,12 +6,15 @@ of the aiohttp session on which its transport stands: that session's pool, certi
 without the request and response objects that it builds around each call and that come out the same
 each time. What is not an ordinary answer (a redirect) is left to the SDK altogether, and so is the
 way through a proxy to that session.
+
+No body is read beyond a bound: an answer that is larger, encoded or decoded, is `TooLarge`, and of
+an error's body the beginning is enough.
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterable, Callable, Mapping
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -21,9 +24,7 @@ from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
 from service.core.errors import WrongSettings
-
-IN_PLAIN = frozenset({"", "identity"})
-"""Content encodings that need no decoding."""
+from service.llm.bounded import ERROR_MAX_BYTES, IN_PLAIN, TooLarge, Undecodable, decoded
 
 
 class Answered(NamedTuple):
@@ -38,9 +39,13 @@ class Answered(NamedTuple):
 class LeanPost:
     """`AsyncOpenAI.post` for one path; `open` it once in a running loop."""
 
-    def __init__(self, client: openai.AsyncOpenAI, http: httpx2.AsyncClient, path: str) -> None:
-        """`http` is what `client` was built with: `openai.DefaultAioHttpClient`."""
+    def __init__(
+        self, client: openai.AsyncOpenAI, http: httpx2.AsyncClient, path: str, max_bytes: int
+    ) -> None:
+        """`http` is what `client` was built with: `openai.DefaultAioHttpClient`. `max_bytes` is
+        the largest answer that is read, encoded or decoded."""
         self._client, self._http, self._path = client, http, path
+        self._max_bytes = max_bytes
 
     async def open(self) -> None:
         """Have the SDK and aiohttp make their request once; no traffic. Raises `WrongSettings`."""
@@ -56,7 +61,8 @@ class LeanPost:
         self._exchange = self._directly if self._made.proxy is None else self._by_the_session
 
     async def post(self, body: bytes) -> Answered | httpx2.Response:
-        """Send it; raises what `AsyncOpenAI.post` raises: `APIStatusError`, `APIConnectionError`.
+        """Send it; raises what `AsyncOpenAI.post` raises: `APIStatusError`, `APIConnectionError`;
+        and `TooLarge`, `Undecodable`.
 
         Cancelled, the connection is closed and the request may have been answered.
         """
@@ -64,13 +70,49 @@ class LeanPost:
             answer = await self._exchange(body)
         except TimeoutError as error:
             raise openai.APITimeoutError(request=self._request) from error
+        except TooLarge:
+            raise
         except Exception as error:  # the SDK draws the line here too
             raise openai.APIConnectionError(request=self._request) from error
-        if answer.status_code == 200 and answer.headers.get("Content-Encoding", "") in IN_PLAIN:
-            return answer
         if 300 <= answer.status_code < 400 and "Location" in answer.headers:
-            return await self._client.post(self._path, cast_to=httpx2.Response, content=body)
+            answer = await self._followed(body)
+        answer = self._in_plain(answer)
+        if answer.status_code == 200:
+            return answer
         return await self._as_the_sdk_takes_it(answer)
+
+    def _in_plain(self, answer: Answered) -> Answered:
+        """Decoded, where it came encoded although nobody asked for it."""
+        encoding = answer.headers.get("Content-Encoding", "")
+        if encoding in IN_PLAIN:
+            return answer
+        try:
+            content = decoded(answer.content, encoding, self._most_of(answer.status_code))
+        except (TooLarge, Undecodable):
+            if answer.status_code < 400:
+                raise
+            content = b""  # an error's status says most of it
+        raw = tuple(pair for pair in answer.raw_headers if pair[0].lower() != b"content-encoding")
+        return answer._replace(content=content, raw_headers=raw)
+
+    def _most_of(self, status_code: int) -> int:
+        return self._max_bytes if status_code < 400 else min(self._max_bytes, ERROR_MAX_BYTES)
+
+    async def _followed(self, body: bytes) -> Answered:
+        """A redirect, by the SDK's own way."""
+        stream = await self._client.post(
+            self._path,
+            cast_to=object,
+            content=body,
+            stream=True,
+            stream_cls=openai.AsyncStream[object],
+        )
+        async with stream:
+            response = stream.response
+            content, _ = await _read(response.aiter_raw(), self._max_bytes, whole=True)
+            return Answered(
+                response.status_code, response.headers, tuple(response.headers.raw), content
+            )
 
     async def _directly(self, body: bytes) -> Answered:
         """On a connection of the session's pool, which gets it back only after a whole answer."""
@@ -81,8 +123,8 @@ class LeanPost:
         whole = False
         try:
             assert connection.protocol is not None, "connected"
-            answer = await self._asked(connection.protocol, body)
-            whole = not _has_unsent(connection.protocol)
+            answer, ended = await self._asked(connection.protocol, body)
+            whole = ended and not _has_unsent(connection.protocol)
             return answer
         finally:
             if whole:
@@ -90,7 +132,8 @@ class LeanPost:
             else:
                 connection.close()
 
-    async def _asked(self, protocol: ResponseHandler, body: bytes) -> Answered:
+    async def _asked(self, protocol: ResponseHandler, body: bytes) -> tuple[Answered, bool]:
+        """The answer, and whether it was read to its end."""
         protocol.set_response_params(read_until_eof=True, auto_decompress=False)
         if protocol.transport is None:
             raise aiohttp.ServerDisconnectedError
@@ -100,13 +143,17 @@ class LeanPost:
         while True:
             message, payload = await protocol.read()
             if message.code >= 200:
-                content = await payload.read()
-                return Answered(message.code, message.headers, message.raw_headers, content)
+                content, ended = await self._content(message.code, payload.iter_any())
+                answer = Answered(message.code, message.headers, message.raw_headers, content)
+                return answer, ended
+
+    async def _content(self, status_code: int, chunks: AsyncIterable[bytes]) -> tuple[bytes, bool]:
+        return await _read(chunks, self._most_of(status_code), whole=status_code < 400)
 
     async def _by_the_session(self, body: bytes) -> Answered:
         """Through a proxy, which may want a tunnel and credentials for each connection."""
         async with self._session.post(self._address, data=body, **self._options) as response:
-            content = await response.read()
+            content, _ = await self._content(response.status, response.content.iter_any())
             return Answered(response.status, response.headers, response.raw_headers, content)
 
     async def _as_aiohttp_makes_it(self) -> aiohttp.ClientRequest:
@@ -148,6 +195,19 @@ class LeanPost:
         async with httpx2.AsyncClient(transport=inner) as http:
             client = self._client.copy(http_client=http)
             return await client.post(self._path, cast_to=httpx2.Response, content=b"{}")
+
+
+async def _read(chunks: AsyncIterable[bytes], max_bytes: int, *, whole: bool) -> tuple[bytes, bool]:
+    """What came, and whether that was all; raises `TooLarge` where a part is of no use."""
+    pieces, size = [], 0
+    async for chunk in chunks:
+        pieces.append(chunk)
+        size += len(chunk)
+        if size > max_bytes:
+            if whole:
+                raise TooLarge
+            return b"".join(pieces)[:max_bytes], False
+    return b"".join(pieces), True
 
 
 class _Kept(Exception):

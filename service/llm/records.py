@@ -65,6 +65,11 @@ class RecordType:
         """The user's own values within an answer."""
         return answer.records if self.many else (answer,)  # type: ignore[attr-defined]
 
+    def answer_of(self, text: str) -> BaseModel:
+        """An answer from its JSON. Strict, as instructor is: "30" is no age. Raises what validation
+        raises, and their code."""
+        return self.answer.model_validate_json(text, strict=True)
+
     def element(self, text: str) -> Record:
         """One record of a list, from its JSON. Raises what validation raises, and their code."""
         return self._record(self.model.model_validate_json(text, strict=True))

@@ -14,18 +14,21 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from collections.abc import Awaitable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import httpx2
 import openai
 from instructor.v2.core.errors import ResponseParsingError
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 
 from service.core.messages import Extracted, Part, Provenance, Record
-from service.llm.answers import BrokenAnswer, Completion, Mode, read_completion
+from service.llm.answer_text import TWO_OBJECTS, AnswerText, Mode, beginning_of, content_of
+from service.llm.answers import BrokenAnswer, Completion, read_completion
+from service.llm.bounded import TooLarge, Undecodable, lines
 from service.llm.records import RecordType, new_answer_id
 from service.streams import Publish
 
@@ -119,6 +122,7 @@ class StreamedAnswer:
     ) -> None:
         self._record_type, self._outline = record_type, outline
         self._publish, self._provenance = publish, provenance
+        self._opening = Opening()
         self._elements = Elements()
         self._last: Record | None = None
         self._failure: Exception | None = None
@@ -129,7 +133,7 @@ class StreamedAnswer:
         """Publish what is complete now, up to the first element that does not validate."""
         if self._failure is not None:
             return
-        for text, last in self._elements.feed(piece):
+        for text, last in self._elements.feed(self._opening.feed(piece)):
             try:
                 record = self._record_type.element(text)
             # The user's validators and serializers too: what it means is said at the end.
@@ -142,16 +146,36 @@ class StreamedAnswer:
             await self._publish(Part(record, self._out, self._id, self._provenance))
             self._out += 1
 
-    def ended(self, text: str, spent: Provenance) -> Extracted:
+    def ended(self, answer: AnswerText, spent: Provenance) -> Extracted:
         """The records that have not gone out, of an answer that has ended.
 
-        Raises what validation raises: for the whole answer, so that all of it can be mended.
+        Raises what validation raises: for the whole answer, so that all of it can be mended. An
+        answer that turns out to be another object than the one whose records went out is none:
+        their set is never completed.
         """
-        return Extracted(self._rest(text), spent, self._id, earlier=self._out)
+        if answer.problem is not None:
+            raise ResponseParsingError(answer.problem, mode="JSON")
+        if self._heard(answer):
+            rest = self._rest(answer.texts[0])
+            later = answer.texts[1:]
+        elif self._out:
+            raise ResponseParsingError(TWO_OBJECTS, mode="JSON")
+        else:
+            rest, later = (), answer.texts
+        more = [
+            record
+            for text in later
+            for record in self._record_type.records(self._record_type.answer_of(text))
+        ]
+        return Extracted((*rest, *more), spent, self._id, earlier=self._out)
+
+    def _heard(self, answer: AnswerText) -> bool:
+        """Whether the first object is the one that was read while it was written."""
+        return bool(answer.texts) and self._opening.start == answer.start
 
     def _rest(self, text: str) -> tuple[Record, ...]:
         if isinstance(self._failure, ValidationError):
-            self._record_type.answer.model_validate_json(text, strict=True)
+            self._record_type.answer_of(text)
         if self._failure is not None:
             raise self._failure
         rest = () if self._last is None else (self._last,)
@@ -161,12 +185,44 @@ class StreamedAnswer:
         return rest
 
 
+class Opening:
+    """Passes over what stands before the answer's object, in a text that is still growing.
+
+    It looks again only when the text has grown by a twentieth, so that long thoughts before an
+    answer cost little. Whether it was the right object is compared at the end, when the whole text
+    has been read.
+    """
+
+    __slots__ = ("_before", "_chars", "_next_look", "start")
+
+    def __init__(self) -> None:
+        self._before: list[str] = []
+        self._chars = self._next_look = 0
+        self.start: int | None = None
+        """Where the object begins; None as long as it does not."""
+
+    def feed(self, piece: str) -> str:
+        """The part of the piece that belongs to the object, or stands behind it."""
+        if self.start is not None:
+            return piece
+        self._before.append(piece)
+        self._chars += len(piece)
+        if self._chars < self._next_look:
+            return ""
+        self._next_look = self._chars + self._chars // 20
+        text = "".join(self._before)
+        self.start = beginning_of(text)
+        return "" if self.start is None else text[self.start :]
+
+
 class Streaming:
     """How calls are made whose answers are read while they are written."""
 
-    def __init__(self, record_type: RecordType, mode: Mode, call_timeout_s: float) -> None:
+    def __init__(
+        self, record_type: RecordType, mode: Mode, call_timeout_s: float, max_bytes: int
+    ) -> None:
         self._record_type, self._mode = record_type, mode
-        self._call_timeout_s = call_timeout_s
+        self._call_timeout_s, self._max_bytes = call_timeout_s, max_bytes
         self._outline = _outline(record_type.answer)
 
     async def ask(
@@ -191,35 +247,75 @@ class Streaming:
         )
         async with stream:
             try:
-                return await self._read(stream, answer, clock)
-            except (openai.APIError, BrokenAnswer) as error:
-                said = error.body if isinstance(error, openai.APIError) else error.error
-                raise BrokenStream(stream.response, said) from None
+                return await self._read(stream.response, answer, clock)
+            except BrokenAnswer as error:
+                raise BrokenStream(stream.response, error.error) from None
+            except (TooLarge, Undecodable):
+                raise BrokenStream(stream.response) from None
 
     async def _read(
-        self, stream: openai.AsyncStream[object], answer: StreamedAnswer, clock: _Clock
+        self, response: httpx2.Response, answer: StreamedAnswer, clock: _Clock
     ) -> Completion:
-        if not _is_stream(stream.response):
-            whole = read_completion(await clock.wait_for(stream.response.aread()), self._mode)
-            await answer.hear(whole.text or "")
-            return replace(whole, streamed=answer)
-        gathered = _Gathered(self._mode)
+        encoding = response.headers.get("content-encoding", "")
+        async with (
+            aclosing(_raw(response)) as raw,
+            aclosing(lines(raw, encoding, self._max_bytes)) as received,
+        ):
+            if not _is_stream(response):
+                whole = await self._whole(received, clock)
+                return replace(whole, streamed=answer)
+            async with aclosing(_events(received)) as events:
+                gathered = await self._gathered(events, answer, clock)
+        return replace(gathered.completion(), streamed=answer)
+
+    async def _gathered(
+        self, events: AsyncIterator[object], answer: StreamedAnswer, clock: _Clock
+    ) -> _Gathered:
+        gathered = _Gathered(self._mode, self._max_bytes)
         idle_s = math.inf
-        while (chunk := await clock.wait_for(_next(stream), idle_s)) is not None:
+        while (chunk := await clock.wait_for(anext(events, None), idle_s)) is not None:
             if piece := gathered.add(chunk):
                 idle_s = IDLE_MAX_S
                 await answer.hear(piece)
-        # A connection that was closed too early can look like an end, and like a whole answer.
-        if gathered.finish_reason is None:
-            raise BrokenAnswer
-        return replace(gathered.completion(), streamed=answer)
+        return gathered
+
+    async def _whole(self, received: AsyncIterator[bytes], clock: _Clock) -> Completion:
+        """An answer that came at once: its records go out at its end."""
+        body = bytearray()
+        while (line := await clock.wait_for(anext(received, None))) is not None:
+            body += line + b"\n"
+            if len(body) > self._max_bytes + 1:
+                raise TooLarge
+        return read_completion(bytes(body), self._mode, many=True)
 
 
-async def _next(stream: openai.AsyncStream[object]) -> object:
-    """The next chunk; None behind the last one."""
+async def _raw(response: httpx2.Response) -> AsyncGenerator[bytes, None]:
+    async for chunk in response.aiter_raw():
+        yield chunk
+
+
+async def _events(received: AsyncIterator[bytes]) -> AsyncGenerator[object, None]:
+    """The JSON of each event, up to the one that says that it was the last. Raises
+    `BrokenAnswer`."""
+    pieces: list[bytes] = []
+    async for line in received:
+        if line.startswith(b"data:"):
+            pieces.append(line[5:].removeprefix(b" "))
+            continue
+        if line or not pieces:  # a comment, a name, or nothing to end
+            continue
+        event, pieces = b"\n".join(pieces), []
+        if event.startswith(b"[DONE]"):
+            return
+        yield _json(event)
+    if pieces and not pieces[0].startswith(b"[DONE]"):
+        yield _json(b"\n".join(pieces))
+
+
+def _json(event: bytes) -> object:
     try:
-        return await anext(stream, None)
-    except ValueError:  # it is no JSON
+        return from_json(event, allow_inf_nan=False)
+    except ValueError:
         raise BrokenAnswer from None
 
 
@@ -242,61 +338,119 @@ class _Clock:
 class _Gathered:
     """A message, put together from what each chunk adds to it."""
 
-    def __init__(self, mode: Mode) -> None:
+    def __init__(self, mode: Mode, max_bytes: int) -> None:
         self._mode: Mode = mode
+        self._max_chars = max_bytes
+        self._chars = 0
         self._content: list[str] = []
         self._refusal: list[str] = []
-        self._arguments: list[str] = []
-        self._call: dict[str, object] = {}
-        self._name: object = None
+        self._calls: list[_Call] = []
+        self._parts = False
+        self._thoughts = ""
+        self._answered = False  # there was a choice
         self._usage: object = None
         self.finish_reason: object = None
 
     def add(self, chunk: object) -> str:
-        """What it adds to the JSON that we asked for. Raises `BrokenAnswer`."""
+        """What it adds to the JSON that we asked for. Raises `BrokenAnswer`, `TooLarge`."""
         if not isinstance(chunk, Mapping):
             raise BrokenAnswer
+        if error := chunk.get("error"):
+            raise BrokenAnswer(error)
         self._usage = chunk.get("usage") or self._usage
         match chunk.get("choices"):
+            case [{"error": error}, *_] if error:
+                raise BrokenAnswer(error)
             case [{"delta": dict(delta)} as choice, *_]:
+                self._answered = True
                 self.finish_reason = choice.get("finish_reason") or self.finish_reason
                 return self._said(delta)
-            case _:
-                return ""
+            case [{"finish_reason": str(reason)}, *_]:
+                self._answered, self.finish_reason = True, reason
+        return ""
 
     def _said(self, delta: dict[str, Any]) -> str:
-        content = _extend(self._content, delta.get("content"))
-        _extend(self._refusal, delta.get("refusal"))
+        content, odd = content_of(delta)
+        self._parts = self._parts or bool(odd)
+        self._extend(self._content, content)
+        self._extend(self._refusal, delta.get("refusal"))
+        self._thoughts = delta.get("reasoning_content") or delta.get("reasoning") or self._thoughts
         arguments = ""
-        match delta.get("tool_calls"):
-            case [{"function": dict(function)} as call, *_] if not call.get("index"):
-                self._call.update({key: call[key] for key in ("id", "type") if call.get(key)})
-                self._name = function.get("name") or self._name
-                arguments = _extend(self._arguments, function.get("arguments"))
+        calls = delta.get("tool_calls")
+        for place, call in enumerate(calls if isinstance(calls, list) else ()):
+            if isinstance(call, dict):
+                arguments += self._called(place, call)
+        match delta.get("function_call"):
+            case dict(function):
+                arguments += self._called(0, {"function": function})
         return arguments if self._mode == "tools" else content
 
+    def _called(self, place: int, call: Mapping[str, Any]) -> str:
+        """What it adds to the first call's arguments."""
+        match call.get("function"):
+            case dict(function):
+                kept = self._call_of(call.get("index", place), call.get("id"))
+                kept.known |= {key: call[key] for key in ("id", "type") if call.get(key)}
+                kept.name = function.get("name") or kept.name
+                arguments = function.get("arguments")
+                if isinstance(arguments, dict):
+                    arguments = to_json(arguments).decode()
+                self._extend(kept.arguments, arguments)
+                return arguments if kept is self._calls[0] and isinstance(arguments, str) else ""
+        return ""
+
+    def _call_of(self, index: object, call_id: object) -> _Call:
+        """The call that a piece belongs to; some providers give all calls the same index."""
+        for call in reversed(self._calls):
+            if call.index == index and call_id in (None, "", call.known.get("id", call_id)):
+                return call
+        self._calls.append(_Call(index))
+        return self._calls[-1]
+
+    def _extend(self, pieces: list[str], piece: object) -> None:
+        if isinstance(piece, str) and piece:
+            pieces.append(piece)
+            self._chars += len(piece)
+        if self._chars > self._max_chars:
+            raise TooLarge
+
     def completion(self) -> Completion:
+        # A connection that was closed too early can look like an end, and like a whole answer.
+        if self._answered and self.finish_reason is None:
+            raise BrokenAnswer
         message: dict[str, object] = {
             "role": "assistant",
             "content": "".join(self._content) or None,
             "refusal": "".join(self._refusal) or None,
         }
-        if self._arguments:
-            function = {"name": self._name, "arguments": "".join(self._arguments)}
-            message["tool_calls"] = [{"type": "function", **self._call, "function": function}]
+        if self._parts:
+            message["content"] = [{"type": "text", "text": message["content"] or ""}]
+        if self._thoughts:
+            message["reasoning_content"] = self._thoughts
+        if self._calls:
+            message["tool_calls"] = [call.said for call in self._calls]
         choice = {"message": message, "finish_reason": self.finish_reason}
+        choices = [choice] if self._answered else []
         try:
-            body = to_json({"choices": [choice], "usage": self._usage})
+            body = to_json({"choices": choices, "usage": self._usage})
         except ValueError:  # half a character
             raise BrokenAnswer from None
-        return read_completion(body, self._mode)
+        return read_completion(body, self._mode, many=True)
 
 
-def _extend(pieces: list[str], piece: object) -> str:
-    if not isinstance(piece, str):
-        return ""
-    pieces.append(piece)
-    return piece
+@dataclass(eq=False, slots=True)
+class _Call:
+    """One call of the tool, as far as it was told."""
+
+    index: object
+    known: dict[str, object] = field(default_factory=dict)
+    name: object = None
+    arguments: list[str] = field(default_factory=list)
+
+    @property
+    def said(self) -> dict[str, object]:
+        function = {"name": self.name, "arguments": "".join(self.arguments)}
+        return {"type": "function", **self.known, "function": function}
 
 
 def _is_stream(response: httpx2.Response) -> bool:

@@ -263,6 +263,9 @@ class ExtractionSettings(Section):
     """Further calls that tell the model why its answer did not validate; each is paid for."""
     output_tokens_max: int = Field(default=1024, ge=1, le=1_000_000)
     """The answer's limit in tokens: what one call can cost."""
+    answer_max_bytes: int = Field(default=2_097_152, ge=4096, le=268_435_456)
+    """Bytes of an answer that are read at most, encoded or decoded; a larger one is no answer, and
+    is asked for again. Far above what output_tokens_max allows: about 6 bytes a token."""
     temperature: float | None = Field(default=None, ge=0, le=2)
     """Passed on where set; some models refuse it."""
     call_timeout_s: float = Field(default=60.0, gt=0, le=3600)

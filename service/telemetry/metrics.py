@@ -48,6 +48,8 @@ from service.core.events import (
     PublishRetried,
     Purpose,
     Rebalanced,
+    Repair,
+    Repaired,
     Retried,
     Spared,
     StopForced,
@@ -66,6 +68,7 @@ CLIENTS: tuple[Client, ...] = get_args(Client)
 CACHE_LOOKUPS: tuple[CacheLookup, ...] = get_args(CacheLookup)
 CACHE_WRITES: tuple[CacheWrite, ...] = get_args(CacheWrite)
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
+REPAIRS: tuple[Repair, ...] = get_args(Repair)
 
 ANSWERED = frozenset(
     {"validated", "unsure", "invalid", "refused", "filtered", "truncated", "user_code"}
@@ -372,6 +375,16 @@ class _CallSeries:
             "reason",
             (*RETRY_REASONS, OTHER),
         )
+        self._repaired_by = series.counters(
+            "sluice_answers_repaired",
+            "Answers that were not written as they were asked for and were read all the same, by "
+            "what was passed over: a byte order mark (bom), thoughts before the answer, a code "
+            "fence, prose around it, content as a list of parts, content where a call of the tool "
+            "was asked for, a call (tool_call) where content was, several calls, an object where "
+            "JSON as text belongs. Many: another extraction.mode may suit the endpoint better.",
+            "how",
+            REPAIRS,
+        )
         self._calls_abandoned = series.counter(
             "sluice_calls_abandoned",
             "Calls cut off at the end of a drain, which may be paid for again; lengthen "
@@ -388,6 +401,7 @@ class _CallSeries:
             self._of_model(model)
         self.handlers: Handlers = {
             Called: self._called,
+            Repaired: self._repaired,
             Retried: self._retried,
             Abandoned: self._abandoned,
             Hedged: self._hedged,
@@ -410,6 +424,9 @@ class _CallSeries:
         trace_id = self._trace_id() if self._trace_id is not None else None
         exemplar = None if trace_id is None else {"trace_id": trace_id}
         self._of_model(event.model).called(event, exemplar)
+
+    def _repaired(self, event: Repaired) -> None:
+        self._repaired_by[event.how].inc()
 
     def _retried(self, event: Retried) -> None:
         known = event.reason in self._retries

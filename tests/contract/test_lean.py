@@ -18,6 +18,7 @@ from service.llm.lean import LeanPost
 
 PATH = "/chat/completions"
 BODY = '{"messages":[{"role":"user","content":"Ada Löwe"}]}'.encode()
+MAX_BYTES = 100_000
 COMPLETION = b'{"choices":[]}'
 
 
@@ -81,7 +82,7 @@ async def posts(base_url: str) -> AsyncIterator[tuple[openai.AsyncOpenAI, LeanPo
         base_url=base_url, api_key="sk-1", max_retries=0, http_client=http, timeout=http.timeout
     )
     async with client:
-        lean = LeanPost(client, http, PATH)
+        lean = LeanPost(client, http, PATH, MAX_BYTES)
         await lean.open()
         yield client, lean
 
