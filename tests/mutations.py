@@ -43,6 +43,7 @@ SOURCE = "service/kafka/source.py"
 SINK = "service/kafka/sink.py"
 SENDING = "service/kafka/sending.py"
 LEAN = "service/llm/lean.py"
+ANSWER_TEXT = "service/llm/answer_text.py"
 MEMBERSHIP = "service/kafka/membership.py"
 TRANSACTIONS = "service/kafka/transactions.py"
 WRITERS = "service/kafka/writers.py"
@@ -63,6 +64,7 @@ ONCE = "tests/contract/test_transactions.py::test_"
 SUPERVISION = "tests/contract/test_supervision.py::test_"
 LEAN_TESTS = "tests/contract/test_lean.py::test_"
 HAND_OVER = "tests/unit/test_hand_over.py::test_"
+UNIT_ANSWER_TEXT = "tests/unit/test_answer_text.py::test_"
 UNIT_DEPARTURES = "tests/unit/test_departures.py::test_"
 UNIT_SENDING = "tests/unit/test_sending.py::test_"
 UNIT_WATCHDOG = "tests/unit/test_watchdog.py::test_"
@@ -799,6 +801,49 @@ MUTATIONS = (
         "if partition.topic in self.doubtful():",
         "if False:",
         (SUPERVISION + "a_commit_does_not_wait_for_a_topic_of_the_same_name",),
+    ),
+    Mutation(
+        "answers: one of two objects is chosen",
+        ANSWER_TEXT,
+        "            return AnswerText(problem=TWO_OBJECTS, shown=text)\n",
+        "            return AnswerText((text[slice(*objects[0])],), shown=text)\n",
+        (UNIT_ANSWER_TEXT + "two_objects_are_none",),
+    ),
+    Mutation(
+        "answers: the second call of a tool is lost without a word",
+        ANSWER_TEXT,
+        "if len(calls) > 1 and not many:",
+        "calls = calls[:1]\n    if False:",
+        (UNIT_ANSWER_TEXT + "several_calls",),
+    ),
+    Mutation(
+        "answers: an object within a broken one is taken",
+        ANSWER_TEXT,
+        "            at = _end_of(text, found.start())\n            objects.append((found.start(), at))",
+        "            objects = [(found.start(), _end_of(text, found.start()))]\n"
+        "            at = found.end()",
+        (UNIT_ANSWER_TEXT + "a_part_of_something_broken_is_never_taken",),
+    ),
+    Mutation(
+        "answers: a body is read without a bound",
+        LEAN,
+        "        if size > max_bytes:",
+        "        if False:",
+        (LEAN_TESTS + "an_answer_is_not_read_beyond_its_bound",),
+    ),
+    Mutation(
+        "answers: a bomb is decoded at once",
+        "service/llm/bounded.py",
+        "self._inflate.decompress(piece, PIECE_BYTES)",
+        "self._inflate.decompress(piece)",
+        ("tests/unit/test_bounded.py::test_a_bomb_stays_small",),
+    ),
+    Mutation(
+        "answers: a count of tokens that is no number ends the process",
+        "service/llm/answers.py",
+        "0 < count <= TOKENS_MAX",
+        "0 < count",
+        (UNIT_ANSWER_TEXT + "a_count_that_no_model_can_have_is_none",),
     ),
 )
 

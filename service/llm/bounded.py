@@ -41,6 +41,11 @@ class Decoder:
             raise Undecodable(encoding[:40])
         self._inflate = zlib.decompressobj(_GZIP_OR_ZLIB)
 
+    @property
+    def ended(self) -> bool:
+        """Whether all of it came, as far as the encoding says."""
+        return self._inflate is None or self._inflate.eof
+
     def feed(self, piece: bytes) -> Iterator[bytes]:
         """What it decodes to, never much at once. Raises `Undecodable`."""
         if self._inflate is None:
@@ -57,11 +62,14 @@ class Decoder:
 def decoded(content: bytes, encoding: str, max_bytes: int) -> bytes:
     """All of it. Raises `TooLarge`, `Undecodable`."""
     pieces, size = [], 0
-    for piece in Decoder(encoding).feed(content):
+    decoder = Decoder(encoding)
+    for piece in decoder.feed(content):
         size += len(piece)
         if size > max_bytes:
             raise TooLarge
         pieces.append(piece)
+    if not decoder.ended:
+        raise Undecodable("cut off")
     return b"".join(pieces)
 
 
@@ -76,8 +84,9 @@ async def lines(
     rest = bytearray()
     async for chunk in chunks:
         for piece in decoder.feed(chunk):
+            returned = rest.endswith(b"\r")  # a line's end, or the first half of one
             rest += piece
-            if b"\n" in piece or b"\r" in piece:
+            if returned or b"\n" in piece or b"\r" in piece:
                 *whole, last = rest.splitlines(keepends=True)
                 if last.endswith(b"\n"):
                     whole, last = [*whole, last], bytearray()

@@ -14,6 +14,7 @@ import openai
 import pytest
 
 from service.core.errors import WrongSettings
+from service.llm.bounded import ERROR_MAX_BYTES, TooLarge, Undecodable
 from service.llm.lean import LeanPost
 
 PATH = "/chat/completions"
@@ -171,7 +172,7 @@ async def test_nobody_there_is_a_connection_error() -> None:
 
 
 async def test_a_compressed_answer_is_unpacked(server: Server) -> None:
-    """By the SDK, which also said that it can."""
+    """Although none is asked for: some servers pack whatever they send."""
     packed = answer("200 OK", gzip.compress(COMPLETION), "Content-Encoding: gzip")
     server.answers = [packed]
     async with posts(f"http://127.0.0.1:{server.port}/v1") as (_, lean):
@@ -260,3 +261,46 @@ async def test_a_header_with_a_line_break_is_refused(
     with pytest.raises(WrongSettings, match="OPENAI_ORG_ID"):
         async with posts(f"http://127.0.0.1:{server.port}/v1"):
             pass
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        answer("200 OK", b"x" * (MAX_BYTES + 1)),
+        answer("200 OK", gzip.compress(b"x" * 10_000_000), "Content-Encoding: gzip"),
+        answer("200 OK", b"x", "Content-Encoding: gzip"),
+        CHUNKED + b"fffffff\r\n" + b"x" * 500_000,
+        TO_THE_END + b"x" * 500_000,
+    ],
+    ids=["said", "a bomb", "damaged", "without end", "until it hangs up"],
+)
+async def test_an_answer_is_not_read_beyond_its_bound(server: Server, said: bytes) -> None:
+    """Encoded or decoded; the connection is not used again, and the next call is answered."""
+    server.answers = [said]
+    async with posts(f"http://127.0.0.1:{server.port}/v1") as (_, lean):
+        with pytest.raises((TooLarge, Undecodable)):
+            await lean.post(BODY)
+        assert (await lean.post(BODY)).content == COMPLETION
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        answer("503 Busy", b"x" * 5_000_000, "Retry-After: 7"),
+        answer(
+            "503 Busy", gzip.compress(b"x" * 50_000_000), "Content-Encoding: gzip", "Retry-After: 7"
+        ),
+        answer("503 Busy", b"x", "Content-Encoding: br", "Retry-After: 7"),
+    ],
+    ids=["large", "a bomb", "unknown encoding"],
+)
+async def test_of_an_error_the_beginning_is_enough(server: Server, said: bytes) -> None:
+    """Its status and headers say most of it, however large its body is."""
+    server.answers = [said]
+    async with posts(f"http://127.0.0.1:{server.port}/v1") as (_, lean):
+        with pytest.raises(openai.APIStatusError) as found:
+            await lean.post(BODY)
+        assert found.value.status_code == 503
+        assert found.value.response.headers["retry-after"] == "7"
+        assert len(found.value.response.content) <= ERROR_MAX_BYTES
+        assert (await lean.post(BODY)).content == COMPLETION
