@@ -819,9 +819,8 @@ MUTATIONS = (
     Mutation(
         "answers: an object within a broken one is taken",
         ANSWER_TEXT,
-        "            at = _end_of(text, found.start())\n            objects.append((found.start(), at))",
-        "            objects = [(found.start(), _end_of(text, found.start()))]\n"
-        "            at = found.end()",
+        "            at = _end_of(text, found.start())\n            objects.append(",
+        "            at = found.end()\n            objects[:] = [(found.start(), len(text))]; _ = (",
         (UNIT_ANSWER_TEXT + "a_part_of_something_broken_is_never_taken",),
     ),
     Mutation(
