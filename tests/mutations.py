@@ -820,7 +820,7 @@ MUTATIONS = (
         "answers: an object within a broken one is taken",
         ANSWER_TEXT,
         "            at = _end_of(text, found.start())\n            objects.append(",
-        "            at = found.end()\n            objects[:] = [(found.start(), len(text))]; _ = (",
+        "            at = found.end()\n            objects = [(found.start(), len(text))]; (",
         (UNIT_ANSWER_TEXT + "a_part_of_something_broken_is_never_taken",),
     ),
     Mutation(
