@@ -158,6 +158,8 @@ class KafkaNode(_Removing):
     def launch(self) -> None:
         """Starts it and does not wait: one node of several answers only with the others."""
         assert self._process is None, "it runs already"
+        if not java_can_run_it():
+            raise KafkaUnavailable("no real Kafka: it needs Java 17 and Maven")
         jars = fetch_jars()
         if not (self._folder / "data").exists():
             self._format(jars)

@@ -44,6 +44,8 @@ def tool(name: str) -> str:
     binary = _cache() / "usr" / "bin" / name
     if not binary.exists():
         _unpack_debians(_cache())
+    if not binary.exists():
+        raise PrometheusUnavailable(f"no {name} here, and Debian's packages do not have it either")
     return str(binary)
 
 
@@ -104,14 +106,16 @@ def _unpack_debians(folder: Path) -> None:
                     "apt-get could not download the package prometheus: run `apt-get update`, or "
                     "put prometheus and promtool on the path"
                 )
-        (package,) = Path(work).glob("prometheus_*.deb")
-        _said("dpkg", "-x", str(package), f"{work}/unpacked", cwd=work)
+        for package in Path(work).glob("*.deb"):
+            _said("dpkg", "-x", str(package), f"{work}/unpacked", cwd=work)
         if not folder.exists():  # another run may have been faster
             Path(work, "unpacked").rename(folder)
 
 
 def _download(work: str) -> bool:
-    _said("apt-get", "download", "-qq", "prometheus", cwd=work)
+    # From Debian 13 on promtool is a package of its own; before, it was part of the other one.
+    for name in ("prometheus", "promtool"):
+        _said("apt-get", "download", "-qq", name, cwd=work)
     return any(Path(work).glob("prometheus_*.deb"))
 
 
