@@ -47,6 +47,48 @@ FIRST_SETTINGS = (
 LOADS = ((10, 2.0), (50, 2.0), (200, 2.0), (200, 0.5), (1000, 0.5), (1000, 5.0))
 """Messages a second, and the seconds that half of the calls take, for the table of sizes."""
 
+WORDS = (
+    (
+        "message",
+        "one record of an input topic: text, key, headers, timestamp, coordinates",
+        "Message",
+    ),
+    ("coordinates", "topic, partition and offset of a message", "Coordinates"),
+    ("record", "a validated value that the model filled; never a Kafka record", "Record"),
+    ("call", "one request to the model", "OpenAIExtractor"),
+    (
+        "re-ask",
+        "a further call that tells the model why its answer did not validate",
+        "Conversation",
+    ),
+    ("retry", "a further call after a transient failure", "Backoff"),
+    ("hedge", "a second call beside one that is slow", "Hedges"),
+    ("probe", "a fixed tiny call that looks whether the provider is well again", "Circuit"),
+    ("slot", "the right to have one call in flight", "Slots"),
+    ("in flight", "a call for the message is running", "Stage"),
+    ("window", "all messages that are taken and not finished", "Window"),
+    ("lane", "messages whose outcomes keep their order: of one key, or of one partition", "Lane"),
+    ("outcome", "what became of a message: extracted, rejected, passed on, skipped", "Extracted"),
+    ("finished", "Kafka has acknowledged the outcome", "PartitionTracker"),
+    ("next offset", "the smallest offset that is not finished; a commit stores it", "Progress"),
+    ("completed map", "offsets beyond the next one that are finished too", "core/completed.py"),
+    ("admission", "whether one more call may start now: the smallest of all limits", "Admission"),
+    ("pace", "calls a second that a provider with a hidden limit was found to bear", "Pace"),
+    ("circuit", "open while everything fails; then only probes go out", "Circuit"),
+    ("guard", "stops intake when too much is rejected", "Guard"),
+    ("drain", "take nothing more and finish what is in flight, under a deadline", "Pipeline"),
+    ("holding", "a partition that the group has given to this member", "Holdings"),
+    (
+        "restore",
+        "reading a partition's offset and map before its first message is taken",
+        "Holdings",
+    ),
+    ("fence", "ending an older owner's transactions by a new epoch of its id", "Transactions"),
+    ("suspect", "a message at which the process may have died; it runs alone", "PartitionTracker"),
+    ("redrive", "sending dead letters to the input again", "Redrive"),
+)
+"""Each word of the design, its one meaning, and the class (or file) that is its home."""
+
 Table = list[tuple[str, ...]]
 
 
@@ -74,6 +116,31 @@ def metrics() -> str:
             named = "" if labels == "-" else labels.replace(",", ", ")
             rows.append((f"`{name}{end}`", kind, named, meaning))
     return markdown(rows)
+
+
+def words() -> str:
+    """The glossary, each word with a link to its home."""
+    rows: Table = [("word", "meaning", "home")]
+    for word, meaning, home in WORDS:
+        file = SERVICE / home if home.endswith(".py") else home_of(home)
+        link = f"[`{file.name}`](../{file.relative_to(ROOT).as_posix()})"
+        rows.append((word, meaning, link if home.endswith(".py") else f"`{home}` in {link}"))
+    return markdown(rows)
+
+
+def home_of(name: str) -> Path:
+    """The file of service/ that defines this class; fails where there is none, or more than one."""
+    found = [
+        file
+        for file in sorted(SERVICE.rglob("*.py"))
+        if f"\nclass {name}" in (text := file.read_text())
+        and any(
+            isinstance(node, ast.ClassDef) and node.name == name for node in ast.parse(text).body
+        )
+    ]
+    if len(found) != 1:
+        raise ValueError(f"{name} is defined in {len(found)} files: correct WORDS")
+    return found[0]
 
 
 def files() -> str:
@@ -122,7 +189,7 @@ def sizes() -> str:
 
 BLOCKS: Mapping[str, Mapping[str, Callable[[], str]]] = {
     "failures.md": {"failures": table_of_failures},
-    "how-it-works.md": {"files": files},
+    "how-it-works.md": {"words": words, "files": files},
     "metrics.md": {"metrics": metrics},
     "operations.md": {"sizes": sizes},
     "settings.md": {"first-settings": first_settings, "settings": table_of_settings},

@@ -97,6 +97,16 @@ def test_readme_is_short() -> None:
     assert len(re.findall(r"\w[\w'.-]*", prose(text))) <= README_WORDS_MAX
 
 
+def test_figures_of_the_readme_were_measured() -> None:
+    """Each figure of its promises stands in docs/measured.md too."""
+    text = (ROOT / "README.md").read_text()
+    promises = text.split("## Promises and limits\n")[1].split("\n## ")[0]
+    measured = (DOCS / "measured.md").read_text()
+    figures = re.findall(r"\d[\d.,]*\d", promises)
+    assert len(figures) >= 5
+    assert [figure for figure in figures if figure not in measured] == []
+
+
 def test_the_index_names_every_page() -> None:
     """Each page of docs/ is linked from docs/README.md, and each decision from its own index."""
     for folder in (DOCS, DOCS / "decisions"):
