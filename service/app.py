@@ -73,9 +73,16 @@ class Parent(Protocol):
         """Readable once the parent is gone."""
 
 
-def run(settings: Settings, *, until_caught_up: bool = False, parent: Parent | None = None) -> int:
+def run(
+    settings: Settings,
+    *,
+    until_caught_up: bool = False,
+    start_over: bool = False,
+    parent: Parent | None = None,
+) -> int:
     """Run until a signal, or until caught up; returns the exit code.
 
+    With `start_over` also partitions are read that would wait for a person to say from where.
     With a `parent` also until it is gone, so that a worker is never left alone.
 
     Raises `Stop` (wrong settings, no broker, no topic, refused credentials) with a sentence for
@@ -90,7 +97,7 @@ def run(settings: Settings, *, until_caught_up: bool = False, parent: Parent | N
     worker = None if parent is None else parent.worker
     with configured(settings.telemetry, metrics.log_line, worker=worker):
         try:
-            app = _App(settings, registry, metrics, tracing, parent)
+            app = _App(settings, registry, metrics, tracing, parent, start_over)
             return asyncio.run(app.run(until_caught_up))
         except Exception as error:  # the boundary of the process: nothing is printed raw
             stop = _stop_in(error)
@@ -126,6 +133,7 @@ class _App:
         metrics: Metrics,
         tracing: Tracing | None,
         parent: Parent | None,
+        start_over: bool,
     ) -> None:
         self._settings, self._metrics, self._tracing = settings, metrics, tracing
         self._parent = parent
@@ -134,7 +142,9 @@ class _App:
         model = OpenAIExtractor(settings, self._observe, admission)
         self._extractor = cached(model, settings.cache, self._observe)
         self._sink = KafkaSink(settings, self._observe)
-        self._source = KafkaSource(settings, self._observe, self._sink.transactions)
+        self._source = KafkaSource(
+            settings, self._observe, self._sink.transactions, start_over=start_over
+        )
         self._pipeline = Pipeline(
             self._source,
             self._extractor,

@@ -20,7 +20,6 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NoReturn, Protocol, TypeAlias
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -51,8 +50,13 @@ LAST_WORDS_S = 1.0
 behind may hold the line open."""
 
 
-def run(settings: Settings, count: int, *, until_caught_up: bool = False) -> int:
+def run(
+    settings: Settings, count: int, *, until_caught_up: bool = False, start_over: bool = False
+) -> int:
     """Run `count` workers until a signal, or until all have caught up; returns the exit code.
+
+    With `start_over` the first process of each reads what waits for a person's word; one that
+    takes a dead one's place does not, since a person has not seen what it finds.
 
     Raises `Stop` where a worker cannot run at all. Unless all ended with 0, the worst exit code.
     """
@@ -60,7 +64,7 @@ def run(settings: Settings, count: int, *, until_caught_up: bool = False) -> int
         for sentence in warnings(settings):
             log.warning("%s", sentence)
         try:
-            return asyncio.run(_run(settings, count, until_caught_up))
+            return asyncio.run(_run(settings, count, until_caught_up, start_over))
         except Stop:
             raise
         except Exception:  # the boundary of the process: nothing is printed raw
@@ -68,11 +72,16 @@ def run(settings: Settings, count: int, *, until_caught_up: bool = False) -> int
             return FAILED
 
 
-async def _run(settings: Settings, count: int, until_caught_up: bool) -> int:
+async def _run(settings: Settings, count: int, until_caught_up: bool, start_over: bool) -> int:
+    first = Once(start_over)
+
+    def start(number: int) -> AbstractAsyncContextManager[ChildProcess]:
+        return started(settings, until_caught_up, first.of(number), number)
+
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     workers = Workers(
-        partial(started, settings, until_caught_up),
+        start,
         count,
         stop_within_s(settings),
         WorkerMetrics(registry),
@@ -83,6 +92,20 @@ async def _run(settings: Settings, count: int, until_caught_up: bool) -> int:
     with _signals(workers.stop):
         async with Probes(telemetry.host, telemetry.port, MergedAnswers(registry, workers.seen)):
             return await workers.run()
+
+
+class Once:
+    """What a person said when the command was started: it holds for each worker's first process."""
+
+    def __init__(self, said: bool) -> None:
+        self._said = said
+        self._begun: set[int] = set()
+
+    def of(self, number: int) -> bool:
+        """Whether it holds for the process that is started now."""
+        holds = self._said and number not in self._begun
+        self._begun.add(number)
+        return holds
 
 
 def stop_within_s(settings: Settings) -> float:
@@ -293,11 +316,12 @@ class Task:
     settings: Settings
     worker: int
     until_caught_up: bool
+    start_over: bool
 
 
 @asynccontextmanager
 async def started(
-    settings: Settings, until_caught_up: bool, number: int
+    settings: Settings, until_caught_up: bool, start_over: bool, number: int
 ) -> AsyncIterator[ChildProcess]:
     """Start the worker of a number, in a session of its own: Ctrl-C in a terminal is the parent's.
     On leaving, its process is gone."""
@@ -313,7 +337,8 @@ async def started(
         theirs.close()
         try:
             reader, writer = await asyncio.open_connection(sock=ours)
-            writer.write(pickle.dumps(Task(of_worker(settings, number), number, until_caught_up)))
+            task = Task(of_worker(settings, number), number, until_caught_up, start_over)
+            writer.write(pickle.dumps(task))
             try:
                 yield ChildProcess(process, reader)
             finally:
@@ -395,7 +420,12 @@ def _work(task: Task, line: Line) -> int:
     from service.app import run as run_app  # not above: the parent needs none of its clients
 
     try:
-        return run_app(task.settings, until_caught_up=task.until_caught_up, parent=line)
+        return run_app(
+            task.settings,
+            until_caught_up=task.until_caught_up,
+            start_over=task.start_over,
+            parent=line,
+        )
     except Stop as error:
         line.failed(error)
         return WRONG if isinstance(error, WrongSettings) else FAILED

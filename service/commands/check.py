@@ -11,6 +11,7 @@ from typing import TypeAlias
 from service.core.errors import CallFailure, CannotRun, ServiceFailure, Stop, WrongSettings
 from service.core.messages import Extracted, Rejected
 from service.kafka.connection import reach
+from service.kafka.outlook import look_ahead
 from service.kafka.sink import DEADLINE_FACTOR
 from service.kafka.topics import (
     DEAD_LETTER_ROOM_BYTES,
@@ -137,11 +138,28 @@ async def _group(settings: Settings) -> tuple[str, ...]:
         raise CannotRun(f"missing: READ on group {name}. Let an administrator grant it")
     if group.members is None:
         return (f"{name} is not refused, as far as this broker tells",)
+    present = await look_at_topics(settings.kafka, settings.topics_read)
+    if not all(topic.partitions for topic in present.values()):
+        return (f"{name} may be used; where it starts shows once its topics are there",)
+    ahead = await look_ahead(settings)
+    if ahead.problems:
+        more = len(ahead.problems) - 1
+        raise CannotRun(ahead.problems[0] + (f" And {more} more partitions." if more else ""))
+    if ahead.new and not group.members:
+        return (
+            f"{name} has no offsets: it starts at {settings.input.start} and reads "
+            f"{ahead.messages} messages that are there now",
+        )
+    besides: tuple[str, ...] = ()
+    if ahead.unknown:
+        besides = (
+            f"{name} has no offsets for {ahead.unknown} partitions: they are read from their "
+            f"start, {ahead.messages} messages that are there now",
+        )
     if group.members:
-        return (f"{name} has {group.members} members now; partitions are shared with them",)
-    if group.state in ("", "Dead"):
-        return (f"{name} is new: it starts at {settings.input.start}",)
-    return (f"{name} has no members now and goes on where it stopped",)
+        members = f"{name} has {group.members} members now; partitions are shared with them"
+        return (members, *besides)
+    return (f"{name} has no members now and goes on where it stopped", *besides)
 
 
 async def _transactions(settings: Settings) -> tuple[str, ...]:

@@ -92,6 +92,14 @@ def run(
         int | None,
         typer.Option(min=1, max=64, help="Processes; without it limits.workers says how many."),
     ] = None,
+    start_over: Annotated[
+        bool,
+        typer.Option(
+            "--start-over",
+            help="Read what waits for you to say so: a log that was cut, from there; a topic that "
+            "was made again, as a new group would.",
+        ),
+    ] = False,
 ) -> None:
     """Read, extract, publish, until SIGTERM or Ctrl-C (a second one does not wait)."""
     settings = _settings(config)
@@ -99,10 +107,12 @@ def run(
     if count > 1:
         from service.workers import run as run_workers
 
-        raise typer.Exit(run_workers(settings, count, until_caught_up=until_caught_up))
+        raise typer.Exit(
+            run_workers(settings, count, until_caught_up=until_caught_up, start_over=start_over)
+        )
     from service.app import run as run_app
 
-    raise typer.Exit(run_app(settings, until_caught_up=until_caught_up))
+    raise typer.Exit(run_app(settings, until_caught_up=until_caught_up, start_over=start_over))
 
 
 @app.command()

@@ -15,7 +15,7 @@ import logging
 import secrets
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -37,13 +37,16 @@ from service.kafka.starts import (
     Others,
     Stored,
     all_gone,
-    beyond_the_end,
+    held_out_for_good,
     is_new,
+    log_was_cut,
     others_to_keep,
     read,
+    started_over,
+    starts,
     taken_over,
     to_store,
-    where_to_start,
+    without_offsets,
 )
 from service.kafka.transactions import Transactions
 from service.pipeline import Assignment
@@ -83,6 +86,7 @@ class Holding:
     next: int
     stored: Stored  # what Kafka is known to hold
     others: Others = NO_OTHERS  # what a newer version has stored besides
+    cut_at: int | None = None  # the log ended there, before what was read of it
     attempted: dict[Stored, Progress] = field(default_factory=dict)  # may have arrived
 
     def attempt(self, stored: Stored, progress: Progress) -> None:
@@ -90,6 +94,17 @@ class Holding:
         self.attempted[stored] = progress
         if len(self.attempted) > ATTEMPTS_MAX:
             del self.attempted[next(iter(self.attempted))]
+
+    def cut(self, end: int) -> int:
+        """The log ends before what was read of it; where it has ended at the least."""
+        self.cut_at = end if self.cut_at is None else min(self.cut_at, end)
+        return self.cut_at
+
+    @property
+    def traceless(self) -> bool:
+        """Whether its log was cut and Kafka does not hold that, for whoever has it next."""
+        found = read(self.stored)
+        return self.cut_at is not None and (found is None or found[1].cut_at != self.cut_at)
 
     def wrote(self, stored: Stored | None) -> bool:
         """Whether Kafka holds what this process left there."""
@@ -146,7 +161,10 @@ class Holdings:
         observe: Observe,
         assignor: Any,
         transactions: Transactions | None = None,
+        *,
+        start_over: bool = False,
     ) -> None:
+        """With `start_over`, what is held out is started over the first time it is given."""
         self._settings, self._kafka, self._observe = settings, settings.kafka, observe
         self._consumer, self._offsets, self._assignment = consumer, offsets, assignment
         self._membership = Membership(consumer)
@@ -173,6 +191,8 @@ class Holdings:
         self._unread = ""  # why the restore failed
         self._closed = False
         self._letting_go = asyncio.Lock()  # a revoke and a hand-back do not cut each other off
+        self._start_over = start_over
+        self._had: set[Partition] = set()  # this process has held them: nothing to start over
         self.doubtful: Callable[[], AbstractSet[str]] = frozenset
         """Topics that may be others by now: nothing is stored for them."""
 
@@ -235,7 +255,7 @@ class Holdings:
         progress = self._assignment.progress(partition, finishing)
         if holding is None or progress is None:
             return None
-        stored = to_store(progress, self._mark_of(partition.topic, holding.others))
+        stored = to_store(progress, self._mark_of(partition.topic, holding))
         holding.attempt(stored, progress)
         return stored
 
@@ -249,13 +269,14 @@ class Holdings:
         holding.attempted.clear()
         self._assignment.stored(partition, progress)
 
-    def _mark_of(self, topic: str, others: Others) -> Mark:
-        return Mark(self._nonce, self._began, self._topic_ids.get(topic), others)
+    def _mark_of(self, topic: str, holding: Holding) -> Mark:
+        topic_id = self._topic_ids.get(topic)
+        return Mark(self._nonce, self._began, topic_id, holding.others, holding.cut_at)
 
     def follow(self, before: Holdings) -> None:
         """Another client of the same process: epochs go on, what is known of the group stays."""
         self._nonce, self._epochs, self._known = before._nonce, before._epochs, before._known
-        self._revoked_at_s = before._revoked_at_s
+        self._revoked_at_s, self._had = before._revoked_at_s, before._had
 
     def close(self) -> None:
         """Hold nothing any more; what the client still calls does nothing."""
@@ -412,18 +433,24 @@ class Holdings:
         began = given.generation if is_new(stored, given.generation) else None
         chosen: Mapping[Partition, int] = {}
         if began is not None:
-            start = self._settings.input.start
-            chosen = await self._offsets.chosen(start, {each: bounds[each] for each in fresh})
-        starts = self._starts(fresh, stored, bounds, chosen, topic_ids)
-        taken = {
-            partition: self._taken_over(
-                start, stored[partition], began, topic_ids.get(partition.topic)
-            )
-            for partition, start in starts.items()
-            if isinstance(start, int)
+            chosen = await self._chosen(fresh, bounds)
+        found = self._starts(fresh, stored, bounds, chosen, topic_ids)
+        held_out = {each: at for each, at in found.items() if isinstance(at, HeldOut)}
+        progress = {
+            each: taken_over(at, stored[each], self._nonce)
+            for each, at in found.items()
+            if isinstance(at, int)
         }
-        if taken and self._given is given:
-            await self._mark(given, stored, {each: new.stored for each, new in taken.items()})
+        if self._start_over:
+            progress |= await self._started_over(held_out, stored, bounds)
+        taken = {
+            each: self._taken_over(at, stored[each], began, topic_ids.get(each.topic))
+            for each, at in progress.items()
+        }
+        marks = {each: new.stored for each, new in taken.items()}
+        marks |= self._traces(held_out, stored)
+        if marks and self._given is given:
+            await self._mark(given, stored, marks)
         taken_up = (*kept, *taken)
         if self._transactions is not None and not all(map(self._transactions.holds, taken_up)):
             raise PublishFailed("a producer was lost during the restore")
@@ -431,8 +458,66 @@ class Holdings:
         if self._given is given and not self._membership.reassigning:
             self._began, self._topic_ids = began, topic_ids
             self._known = self._known or any(stored.values()) or bool(kept)
-            held_out = {each: at.problem for each, at in starts.items() if isinstance(at, HeldOut)}
-            self._hold(given, kept, taken, held_out, bounds)
+            self._tell_of_starts(taken, stored, bounds)
+            problems = {each: at.problem for each, at in held_out.items()}
+            self._hold(given, kept, taken, problems, bounds)
+
+    async def _chosen(
+        self, partitions: AbstractSet[Partition], bounds: Mapping[Partition, Bounds]
+    ) -> dict[Partition, int]:
+        """Where the settings have a new group start."""
+        wanted = {each: bounds[each] for each in partitions}
+        return await self._offsets.chosen(self._settings.input.start, wanted)
+
+    async def _started_over(
+        self,
+        held_out: dict[Partition, HeldOut],
+        stored: Mapping[Partition, Stored | None],
+        bounds: Mapping[Partition, Bounds],
+    ) -> dict[Partition, Progress]:
+        """Those that a person has said to start over, taken out of what is held out."""
+        over = {each: held_out.pop(each) for each in held_out.keys() - self._had}
+        chosen = await self._chosen(over.keys(), bounds) if over else {}
+        found = {each: started_over(stored[each], at, chosen[each]) for each, at in over.items()}
+        for partition, progress in found.items():
+            log.warning(
+                "%s is started over at %d, as --start-over says (stored was %s)",
+                partition,
+                progress.next_offset,
+                None if (at := stored[partition]) is None else at.offset,
+            )
+        return {each: replace(progress, unclean_ends=1) for each, progress in found.items()}
+
+    def _traces(
+        self,
+        held_out: Mapping[Partition, HeldOut],
+        stored: Mapping[Partition, Stored | None],
+    ) -> dict[Partition, Stored]:
+        """That logs were cut, where Kafka does not hold it: new messages would make them seem
+        whole again."""
+        traces = {
+            each: held_out_for_good(before, at.cut_at, self._nonce)
+            for each, at in held_out.items()
+            if at.cut_at is not None and (before := stored[each]) is not None
+        }
+        return {each: trace for each, trace in traces.items() if trace != stored[each]}
+
+    def _tell_of_starts(
+        self,
+        taken: Mapping[Partition, Holding],
+        stored: Mapping[Partition, Stored | None],
+        bounds: Mapping[Partition, Bounds],
+    ) -> None:
+        """Where no offset says how far the group was: how much is read before the first call."""
+        unknown = [each for each in taken if stored[each] is None]
+        if not unknown:
+            return
+        messages = sum(bounds[each].end - taken[each].next for each in unknown)
+        new = not any(stored.values())
+        whence = str(self._settings.input.start) if new else "the log's start"
+        where = f"{len(unknown)} of its partitions"
+        say = log.warning if messages > 0 else log.info
+        say("%s", without_offsets(self._kafka.group_id, where, whence, max(0, messages)))
 
     async def _mark(
         self,
@@ -512,13 +597,12 @@ class Holdings:
         return stored is None or (found is not None and found[1].nonce == self._nonce)
 
     def _taken_over(
-        self, offset: int, stored: Stored | None, began: int | None, topic_id: str | None
+        self, progress: Progress, stored: Stored | None, began: int | None, topic_id: str | None
     ) -> Holding:
-        progress = taken_over(offset, stored, self._nonce)
-        others = others_to_keep(offset, stored)
+        others = others_to_keep(progress.next_offset, stored)
         mark = Mark(self._nonce, began, topic_id, others)
         given = Given(next(self._epochs), progress)
-        return Holding(given, offset, to_store(progress, mark), others)
+        return Holding(given, progress.next_offset, to_store(progress, mark), others)
 
     def _may_be_kept(self, given: _Given, topic_ids: Mapping[str, str]) -> dict[Partition, Holding]:
         """Partitions that nobody can have had in between, if Kafka holds what we left there."""
@@ -557,12 +641,7 @@ class Holdings:
             if found is not None and found.metadata and read(found) is None:
                 log.warning("the metadata stored for %s is not ours: its offset counts", partition)
                 self._observe(ForeignMetadata())
-        return {
-            each: where_to_start(
-                each, stored[each], bounds[each], chosen.get(each), topic_ids.get(each.topic)
-            )
-            for each in fresh
-        }
+        return dict(starts(fresh, stored, bounds, chosen, topic_ids))
 
     def _hold(
         self,
@@ -578,7 +657,13 @@ class Holdings:
         self._now_held(given, {**self.held, **kept, **fresh}, held_out, kept=len(kept))
 
     def _open(self, partition: Partition, holding: Holding, bounds: Bounds) -> None:
-        """Fetch from behind what was returned, or from the log's start where that is gone."""
+        """Fetch from behind what was returned, or from the log's start where that is gone; of a
+        log that was cut, nothing."""
+        if holding.cut_at is not None:
+            self._broken[partition] = log_was_cut(
+                partition, holding.next, holding.cut_at, bounds.end
+            )
+            return
         if holding.next < bounds.begin:
             missing = bounds.begin - holding.next
             log.warning(
@@ -600,9 +685,11 @@ class Holdings:
         kept: int,
     ) -> None:
         first, self._unread, self._before = not self.restored.is_set(), "", None
-        for problem in set(held_out.values()) - set(self._held_out.values()):
+        # Some sentences name the log's end, which moves: told once all the same.
+        for problem in {held_out[each] for each in held_out.keys() - self._held_out.keys()}:
             log.error("%s", problem)
         changed = held != self.held
+        self._had |= held.keys()
         self.held, self._held_out = held, held_out
         self._held_as = given.member_id, given.generation
         left = given.partitions - held.keys()
@@ -635,12 +722,36 @@ class Holdings:
             return
         for partition in self._broken.keys() & self.held.keys() & bounds.keys():
             holding, found = self.held[partition], bounds[partition]
-            if holding.next > found.end:
-                self.broken(partition, beyond_the_end(partition, holding.next, found.end))
+            if holding.next > found.end or holding.cut_at is not None:
+                cut_at = holding.cut(min(holding.next, found.end))
+                self.broken(partition, log_was_cut(partition, holding.next, cut_at, found.end))
                 continue
             # What is in the window stays there: it is gone from the log.
             self._open(partition, holding, found)
             del self._broken[partition]
+        await self._store_traces()
+
+    async def _store_traces(self) -> None:
+        """What was cut stays held out, also for whoever has it next; tried again with the next
+        look where it fails."""
+        traceless = {each: at for each, at in self.held.items() if at.traceless}
+        stored = {each: self.to_store(each) for each in traceless} if self._settled else {}
+        wanted = {each: at for each, at in stored.items() if at is not None}
+        if not wanted:
+            return
+        try:
+            if self._transactions is None:
+                await within(RESTORE_S, self._membership.commit_once(wanted))
+                for each, at in wanted.items():
+                    self.stored(each, at)
+            else:
+                await within(RESTORE_S, self._transactions.commit(wanted.keys()))
+        except (KafkaError, TimeoutError, CommitFailed) as error:
+            log.warning("that a log was cut is not stored yet: %s", type(error).__name__)
+
+    @property
+    def _settled(self) -> bool:
+        return self.restored.is_set() and not self._membership.reassigning
 
 
 class Listener(ConsumerRebalanceListener):  # type: ignore[misc]

@@ -105,11 +105,18 @@ class KafkaSource:
     """
 
     def __init__(
-        self, settings: Settings, observe: Observe, transactions: Transactions | None = None
+        self,
+        settings: Settings,
+        observe: Observe,
+        transactions: Transactions | None = None,
+        *,
+        start_over: bool = False,
     ) -> None:
-        """With `transactions`, in the sink's hands, progress is stored through them alone."""
+        """With `transactions`, in the sink's hands, progress is stored through them alone. With
+        `start_over`, partitions that only a person can say of from where to read are read: each
+        as it is first given, later ones wait as always."""
         self._settings, self._kafka, self._observe = settings, settings.kafka, observe
-        self._transactions = transactions
+        self._transactions, self._start_over = transactions, start_over
         self._turns = itertools.count()  # which partition a poll begins with
         # Its state is in class attributes: a subclass each, or consumers in a process mix it up.
         self._assignor: Any = type("SluiceAssignor", (StickyPartitionAssignor,), {})
@@ -167,6 +174,7 @@ class KafkaSource:
             self._observe,
             self._assignor,
             self._transactions,
+            start_over=self._start_over,
         )
         holdings.doubtful = lambda: self._supervision.doubtful
         if self._transactions is not None:

@@ -10,6 +10,7 @@ are left out, and the map comes last:
     :tID           the topic's id, so that an offset is not taken for one of a topic made again
     :uN            unclean ends at this next offset, the writer's own in advance
     :aN            the offset of the message that runs alone
+    :HN            the log was cut: it ended at N, before what had been read of it
     :mMAP          the completed map (core/completed.py)
 
 A worker keeps the fields whose letters it does not know, for whoever comes after it. A small
@@ -22,10 +23,12 @@ its part are dropped.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
-from service.core.completed import Damaged, decode, encode
+from service.core.completed import Damaged, decode, encode, finished_ranges, runs_of
 from service.core.messages import Partition
 from service.core.offsets import Progress
 from service.core.window import MAP_CHARS_MAX
@@ -44,6 +47,7 @@ _KNOWN = {
     "t": re.compile(r"[\w-]{1,64}", re.ASCII),
     "u": re.compile("[0-9]{1,9}"),
     "a": re.compile("[0-9]{1,19}"),
+    "H": re.compile("[0-9]{1,19}"),
     "m": re.compile(".+"),
 }
 """What the values of our own fields look like."""
@@ -67,9 +71,13 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Don't read: only a person can say from where. The text says what it means and what to do."""
+    """Don't read: only a person can say from where. The text says what it means and what to do.
+
+    `cut_at` is where the log ended when it was shortest, where it was found to have been cut.
+    """
 
     problem: str
+    cut_at: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +107,7 @@ class Mark:
     began: int | None = None
     topic_id: str | None = None
     others: Others = NO_OTHERS
+    cut_at: int | None = None
 
 
 def to_store(progress: Progress, mark: Mark) -> Stored:
@@ -108,6 +117,7 @@ def to_store(progress: Progress, mark: Mark) -> Stored:
         ("t", mark.topic_id),
         ("u", progress.unclean_ends or None),
         ("a", progress.alone),
+        ("H", mark.cut_at),
     )
     written = "".join(f":{letter}{value}" for letter, value in fields if value is not None)
     metadata = f"sluice1:{mark.nonce}{written}"
@@ -137,7 +147,8 @@ def read(stored: Stored) -> tuple[Progress, Mark] | None:
     progress = Progress(stored.offset, runs, int(values.get("u", 0)), _number(values.get("a")))
     unknown = tuple(field for field in fields if field[0] not in _KNOWN)
     others = Others(unknown, stored.offset) if unknown else NO_OTHERS
-    return progress, Mark(found[1], _number(values.get("g")), values.get("t"), others)
+    began, cut_at = _number(values.get("g")), _number(values.get("H"))
+    return progress, Mark(found[1], began, values.get("t"), others, cut_at)
 
 
 def _number(text: str | None) -> int | None:
@@ -176,6 +187,51 @@ def others_to_keep(offset: int, stored: Stored | None) -> Others:
     return found[1].others if found is not None and same else NO_OTHERS
 
 
+def held_out_for_good(stored: Stored, cut_at: int, nonce: str) -> Stored:
+    """What is stored, with the trace that the log was cut, so that it counts for whoever comes."""
+    found = read(stored)
+    progress, mark = (Progress(stored.offset), Mark(nonce)) if found is None else found
+    return to_store(progress, replace(mark, cut_at=cut_at))
+
+
+def starts(
+    fresh: AbstractSet[Partition],
+    stored: Mapping[Partition, Stored | None],
+    bounds: Mapping[Partition, Bounds],
+    chosen: Mapping[Partition, int],
+    topic_ids: Mapping[str, str],
+) -> dict[Partition, int | HeldOut]:
+    """Where each of `fresh` is read from; `stored` has all partitions of the topics.
+
+    Of a topic that was made again nothing is started, not even a partition without an offset;
+    until somebody has started it over and stored an offset under its new id.
+    """
+    another = _made_again(stored, topic_ids)
+    found: dict[Partition, int | HeldOut] = {}
+    for partition in fresh:
+        at, topic_id = stored[partition], topic_ids.get(partition.topic)
+        if at is None and partition.topic in another:
+            found[partition] = HeldOut(made_again(partition, None, bounds[partition].end))
+        else:
+            found[partition] = where_to_start(
+                partition, at, bounds[partition], chosen.get(partition), topic_id
+            )
+    return found
+
+
+def _made_again(
+    stored: Mapping[Partition, Stored | None], topic_ids: Mapping[str, str]
+) -> frozenset[str]:
+    """Topics of which offsets are stored for another of that name, and none for this one."""
+    ids: dict[str, set[str]] = defaultdict(set)
+    for partition, at in stored.items():
+        if at is not None and (found := read(at)) is not None and found[1].topic_id is not None:
+            ids[partition.topic].add(found[1].topic_id)
+    return frozenset(
+        topic for topic, then in ids.items() if topic in topic_ids and topic_ids[topic] not in then
+    )
+
+
 def where_to_start(
     partition: Partition,
     stored: Stored | None,
@@ -186,36 +242,82 @@ def where_to_start(
     """The offset to read from; `chosen` by the settings where the group is new, else None.
 
     Below the log's begin it stays what is stored: that something is missing is for others to say.
-    `topic_id` is the topic's now, None where brokers don't tell.
+    `topic_id` is the topic's now, None where brokers don't tell. A log that was cut is held out
+    for good, also when new messages have made it as long as it was: they have taken the offsets
+    of those that are gone, and some of them would be passed over.
     """
     if stored is None:
         return bounds.begin if chosen is None else chosen
     found = read(stored)
-    then = None if found is None else found[1].topic_id
+    progress, mark = (Progress(stored.offset), None) if found is None else found
+    then = None if mark is None else mark.topic_id
     if then is not None and topic_id is not None and then != topic_id:
         return HeldOut(made_again(partition, stored.offset, bounds.end))
-    if stored.offset > bounds.end:
-        return HeldOut(beyond_the_end(partition, stored.offset, bounds.end))
+    reached = stored.offset + sum(progress.runs)
+    ends = [] if mark is None or mark.cut_at is None else [mark.cut_at]
+    ends += [bounds.end] if reached > bounds.end else []
+    if ends:
+        return HeldOut(log_was_cut(partition, reached, min(ends), bounds.end), min(ends))
     return stored.offset
 
 
-def beyond_the_end(partition: Partition, offset: int, end: int) -> str:
-    """The log is shorter than what was read of it."""
+def started_over(stored: Stored | None, held_out: HeldOut, chosen: int) -> Progress:
+    """From where a partition that is held out goes on once a person has said so.
+
+    Where its log was cut: from there, or from before where something is unfinished there; what
+    stands behind the cut is new, whatever was finished under its offsets. Else as in a new group.
+    """
+    if held_out.cut_at is None or stored is None:
+        return Progress(chosen)
+    found = read(stored)
+    progress = Progress(stored.offset) if found is None else found[0]
+    cut_at = held_out.cut_at
+    if progress.next_offset > cut_at:
+        return Progress(cut_at)
+    finished = (
+        range(each.start, min(each.stop, cut_at))
+        for each in finished_ranges(progress.next_offset, progress.runs)
+        if each.start < cut_at
+    )
+    return Progress(progress.next_offset, runs_of(progress.next_offset, finished))
+
+
+_SAY_SO = (
+    "Nothing of it is read until somebody says so: stop every worker and start them with "
+    "`sluice run --start-over`, which reads it {whence}; or set the group's offsets with "
+    "kafka-consumer-groups --reset-offsets, or use a new kafka.group_id."
+)
+
+
+def log_was_cut(partition: Partition, reached: int, cut_at: int, end: int) -> str:
+    """The log is shorter than what was read of it, or was when somebody looked."""
+    since = "" if end <= cut_at else ", and has grown since"
+    lost = f"What stands under the offsets from {cut_at} on is not what was read there. "
     return (
-        f"The group's next offset of {partition} is {offset}, but the log ends at {end}: the topic "
-        "was made again, or its log was cut. Starting over would read, and pay for, its "
-        f"{end} offsets. To do so, stop every worker and set the group's offsets with "
-        "kafka-consumer-groups --reset-offsets, or use a new kafka.group_id."
+        f"{partition} has been read up to offset {reached}, but the log ends at {cut_at}{since}: "
+        "it was cut (an unclean leader election, a disk that lost its end), or the topic was made "
+        f"again. {lost if since else ''}" + _SAY_SO.format(whence=f"from {cut_at}")
     )
 
 
-def made_again(partition: Partition, offset: int, end: int) -> str:
+def made_again(partition: Partition, offset: int | None, end: int) -> str:
     """What is stored was read from another topic of this name."""
+    which = f"next offset of {partition}, {offset}, was"
+    if offset is None:
+        which = f"offsets of topic {partition.topic} were"
     return (
-        f"The group's next offset of {partition}, {offset}, was stored for a topic of this name "
-        "that has been deleted since, and says nothing of the one that is there now. Starting over "
-        f"would read, and pay for, its {end} offsets. To do so, stop every worker and set the "
-        "group's offsets with kafka-consumer-groups --reset-offsets, or use a new kafka.group_id."
+        f"The group's {which} stored for a topic of this name that has been deleted since, and "
+        f"nothing is known of {partition} as it is now. Starting over would read, and pay for, "
+        f"its {end} offsets. " + _SAY_SO.format(whence="as a new group would (input.start)")
+    )
+
+
+def without_offsets(group_id: str, where: str, whence: str, messages: int) -> str:
+    """What is told before the first call where no offset says how far the group was."""
+    return (
+        f"The group {group_id} has no offsets for {where}: it starts at {whence}, with {messages} "
+        "messages before the present end. Where it has read them before (brokers forget offsets "
+        "of a group that is away for a week), they are paid for again."
     )
 
 

@@ -12,6 +12,7 @@ from aiokafka.errors import TopicAuthorizationFailedError
 
 from service.commands.check import check
 from service.core.errors import CannotRun
+from service.core.messages import Partition
 from service.demo.broker import EmbeddedBroker
 from service.kafka.topics import (
     DEAD_LETTER_ROOM_BYTES,
@@ -24,7 +25,8 @@ from service.kafka.topics import (
 )
 from service.settings import Settings
 from tests.support.endpoint import MODEL, Endpoint
-from tests.support.topics import create_topic, unique_name
+from tests.support.sources import Kafka
+from tests.support.topics import admin, committed, create_topic, produce, unique_name
 
 
 @pytest.fixture
@@ -184,6 +186,83 @@ async def test_transactions_are_tried(
     code, said = await checked(Settings.model_validate(once))
     assert code == 1
     assert "transaction.max.timeout.ms" in said["transactions"][0]
+
+
+# --- where a run would start ---
+
+
+async def stored_by_a_run(servers: str, given: Settings) -> None:
+    """A worker has read and committed the one message of the first partition."""
+    (topic,) = given.input.topics
+    kafka = Kafka(servers)
+    async with kafka.member(topic, given.kafka.group_id) as one:
+        await one.until(lambda: len(one.messages) == 1)
+        await one.commit({Partition(topic, 0): 1})
+
+
+async def ready(servers: str, *, partitions: int = 1) -> Settings:
+    given = settings(servers)
+    for name in (*given.input.topics, given.output.topic, given.dead_letters.topic):
+        await create_topic(servers, name, partitions)
+    return given
+
+
+async def test_a_group_without_offsets_is_told_with_what_it_will_read(
+    real_kafka: str, endpoint: Endpoint
+) -> None:
+    """New, or forgotten by brokers: the number of messages; where it goes on, no such line."""
+    given = await ready(real_kafka)
+    name = given.kafka.group_id
+    await produce(real_kafka, given.input.topics[0], [b"a"])
+    _, said = await checked(given)
+    assert said["group"] == [
+        f"✓ {name} has no offsets: it starts at earliest and reads 1 messages that are there now"
+    ]
+    await stored_by_a_run(real_kafka, given)
+    _, said = await checked(given)
+    assert said["group"] == [f"✓ {name} has no members now and goes on where it stopped"]
+
+
+async def test_a_log_that_was_cut_is_told_as_a_run_would(
+    real_kafka: str, endpoint: Endpoint
+) -> None:
+    """✗ with the sentence that keeps a run from reading; looking leaves no trace."""
+    given = await ready(real_kafka)
+    (topic,), group = given.input.topics, given.kafka.group_id
+    await Kafka(real_kafka).store(group, topic, {0: 7})
+    for _ in range(2):
+        code, said = await checked(given)
+        assert code == 1
+        assert said["group"][0].startswith(f"✗ {topic}[0] has been read up to offset 7, but the ")
+        assert "`sluice run --start-over`" in said["group"][0]
+    assert await committed(real_kafka, group, topic, 1) == {0: (7, "")}
+
+
+async def test_a_topic_made_again_is_told_as_a_run_would(
+    real_kafka: str, endpoint: Endpoint
+) -> None:
+    """Where brokers still hold the old topic's offsets: also of a partition that has none."""
+    given = await ready(real_kafka)
+    (topic,), kafka = given.input.topics, Kafka(real_kafka)
+    await kafka.send(topic, "a")
+    await stored_by_a_run(real_kafka, given)
+    (_, metadata) = (await committed(real_kafka, given.kafka.group_id, topic, 1))[0]
+    async with admin(real_kafka) as client:
+        await client.delete_topics([topic])
+    await create_topic(real_kafka, topic, 2)
+    await kafka.store(given.kafka.group_id, topic, {0: 0}, metadata)
+    code, said = await checked(given)
+    assert code == 1
+    assert "has been deleted since" in said["group"][0]
+    assert said["group"][0].endswith(" And 1 more partitions.")
+    async with kafka.member(topic, given.kafka.group_id) as one:
+        await one.until(lambda: one.source.group().problem is not None)
+        assert one.epochs == {}
+        assert "has been deleted since" in (one.source.group().problem or "")
+    async with kafka.member(topic, given.kafka.group_id, start_over=True) as one:
+        await one.until(lambda: len(one.epochs) == 2)
+    _, said = await checked(given)
+    assert said["group"][0].startswith("✓ ")
 
 
 # --- what brokers tell ---

@@ -537,8 +537,39 @@ async def test_offsets_beyond_the_log_hold_it_out_with_a_sentence(kafka: Kafka) 
         assert one.texts == ["b"]
         problem = one.source.group().problem
         assert problem is not None
-        assert f"next offset of {topic}[0] is 7, but the log ends at 1" in problem
+        assert f"{topic}[0] has been read up to offset 7, but the log ends at 1:" in problem
     assert await kafka.committed(group, topic, 2) == {0: 7, 1: 0}
+
+    await kafka.send(topic, *"cdefghij", partition=0)
+    async with member(kafka, topic, group) as next_one:
+        await next_one.until(lambda: bool(next_one.epochs))
+        assert part(topic) not in next_one.epochs, "a log that has grown again hides what is lost"
+        assert "has grown since" in (next_one.source.group().problem or "")
+
+    async with kafka.member(topic, group, start_over=True) as told:
+        await told.until(lambda: len(told.messages) == 9)
+        assert told.texts == [*"cdefghij", "b"] or told.texts == ["b", *"cdefghij"]
+        assert told.source.group().problem is None
+    assert await kafka.committed(group, topic, 2) == {0: 1, 1: 0}
+
+
+async def test_a_log_that_ends_before_its_reader_is_held_out_for_good(kafka: Kafka) -> None:
+    """Who reads finds it too, stores it, and does not read on when the log has grown again."""
+    topic, group = await kafka.topic(), topics.unique_name("g")
+    await kafka.send(topic, "a", "b")
+    async with member(kafka, topic, group) as one:
+        await one.until(lambda: len(one.messages) == 2)
+        await one.commit({part(topic): 2})
+        holdings = one.source._started
+        holdings.held[part(topic)].next = 9  # as if seven more had been read
+        holdings.broken(part(topic))
+        await one.until(lambda: ":H2" in holdings.held[part(topic)].stored.metadata)
+        await kafka.send(topic, *"cdefghijk")
+        await one.turn()
+        assert one.texts == ["a", "b"]
+    found = await topics.committed(kafka.servers, group, topic, 1)
+    assert found[0][0] == 2
+    assert found[0][1].endswith(":H2")
 
 
 async def test_foreign_metadata_is_ignored(kafka: Kafka) -> None:

@@ -204,6 +204,23 @@ class KafkaNode(_Removing):
         self.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def cut_log(self, topic: str, partition: int, offset: int) -> None:
+        """While it is down: the log of a partition loses its end from the batch at `offset` on,
+        as on a disk that lost it."""
+        assert not self.running, "a running broker would not notice"
+        folder = self._folder / "data" / f"{topic}-{partition}"
+        (log,) = folder.glob("*.log")
+        written, at = log.read_bytes(), 0
+        while at < len(written):
+            base, length = struct.unpack_from(">qi", written, at)
+            if base >= offset:
+                break
+            at += 12 + length
+        with log.open("r+b") as file:
+            file.truncate(at)
+        for each in (*folder.glob("*index"), *folder.glob("*.snapshot")):
+            each.unlink()
+
     @property
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None

@@ -223,10 +223,11 @@ class Kafka:
 
     @asynccontextmanager
     async def member(
-        self, topic: str, group: str, /, **sections: dict[str, object]
+        self, topic: str, group: str, /, *, start_over: bool = False, **sections: dict[str, object]
     ) -> AsyncIterator[Member[KafkaSource]]:
         told: list[Event] = []
-        source = KafkaSource(settings(self, topic, group, **sections), told.append)
+        given = settings(self, topic, group, **sections)
+        source = KafkaSource(given, told.append, start_over=start_over)
         one = Member(source, told)
         await source.start(one)
         try:

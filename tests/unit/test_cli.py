@@ -181,6 +181,19 @@ def test_how_many_workers(
     assert runs == [started]
 
 
+@pytest.mark.parametrize("count", ["1", "2"])
+@pytest.mark.parametrize(("arguments", "said"), [([], False), (["--start-over"], True)])
+def test_start_over_is_handed_on(
+    sluice: Run, monkeypatch: pytest.MonkeyPatch, count: str, arguments: list[str], said: bool
+) -> None:
+    """Whether one process runs or several; and never without the word."""
+    told: list[object] = []
+    for module in (workers, application):
+        monkeypatch.setattr(module, "run", lambda *_, **all_: told.append(all_["start_over"]) or 0)
+    assert sluice("run", "--workers", count, *arguments)[0] == 0
+    assert told == [said]
+
+
 def test_version(sluice: Run) -> None:
     """--version prints one line."""
     code, out, _ = sluice("--version")

@@ -55,7 +55,7 @@ class Offsets(GroupOffsets):
     """What Kafka answers about them."""
 
     def __init__(self, group: Group) -> None:
-        self._group = group
+        self._group, self.end = group, 100
         self.gate = asyncio.Event()
         self.gate.set()
         self.asked = 0
@@ -69,7 +69,7 @@ class Offsets(GroupOffsets):
         return dict(self._group.topic_ids)
 
     async def bounds(self, partitions: AbstractSet[Partition]) -> dict[Partition, Bounds]:
-        return {each: Bounds(0, 100) for each in partitions}
+        return {each: Bounds(0, self.end) for each in partitions}
 
     async def chosen(
         self, start: Start, bounds: Mapping[Partition, Bounds]
@@ -78,10 +78,10 @@ class Offsets(GroupOffsets):
 
 
 class Worker:
-    """One process that is given the partition again and again."""
+    """One process that is given the partition again and again; `before` has left its offsets."""
 
-    def __init__(self) -> None:
-        self.group = Group()
+    def __init__(self, before: Worker | None = None, *, start_over: bool = False) -> None:
+        self.group = Group() if before is None else before.group
         self.offsets = Offsets(self.group)
         self.pipeline: Member[Any] = Member(None)
         self.holdings = Holdings(
@@ -91,6 +91,7 @@ class Worker:
             self.pipeline,
             self.pipeline.told.append,
             SimpleNamespace(on_generation_assignment=lambda _: None),
+            start_over=start_over,
         )
 
     async def given(self) -> None:
@@ -109,6 +110,20 @@ class Worker:
         if answered:
             self.holdings.stored(P, stored)
         return stored
+
+    async def look(self) -> None:
+        """As the next poll does when it is time."""
+        self.holdings._mend_at_s = self.holdings._restore_at_s = 0.0
+        await self.holdings.see_to_the_rest()
+
+    async def follower(self, *, start_over: bool = False) -> Worker:
+        """The next process, which is given the partition."""
+        follower = Worker(self, start_over=start_over)
+        follower.offsets.end = self.offsets.end
+        self.group.member_id += "x"
+        self.group.generation += 1
+        await follower.given()
+        return follower
 
     @property
     def epoch(self) -> int | None:
@@ -244,6 +259,102 @@ async def test_what_a_newer_version_stores_is_kept(worker: Worker) -> None:
     assert worker.commit(Progress(7)).metadata.endswith(":x1")
     await worker.rebalance()
     assert worker.commit(Progress(8)).metadata.endswith(":x1"), "a kept partition has dropped it"
+
+
+async def read_up_to_90_and_cut_at_50(worker: Worker) -> None:
+    worker.commit(Progress(90))
+    worker.holdings.held[P].next = 90
+    worker.offsets.end = 50
+    worker.holdings.broken(P)  # the fetch at 90 has raised
+    await worker.look()
+
+
+async def test_a_log_that_was_cut_is_not_read_on_when_it_has_grown(worker: Worker) -> None:
+    """Not by who saw it, not through a rebalance, not by the next process: with a sentence."""
+    await read_up_to_90_and_cut_at_50(worker)
+    assert "in[0] has been read up to offset 90, but the log ends at 50:" in (
+        worker.holdings.problem or ""
+    )
+    worker.offsets.end = 95
+    await worker.look()
+    assert worker.holdings.readable == []
+    assert "has grown since" in (worker.holdings.problem or "")
+    await worker.rebalance()
+    assert worker.holdings.readable == []
+    assert worker.group.position is None
+    assert "from 50" in (worker.holdings.problem or "")
+    after = await worker.follower()
+    assert after.holdings.held == {}
+    assert "sluice run --start-over" in (after.holdings.problem or "")
+    await after.look()
+    assert after.holdings.held == {}
+
+
+async def test_a_cut_that_a_start_finds_is_stored(worker: Worker) -> None:
+    """So that whoever starts after the log has grown finds it too, at its shortest."""
+    worker.commit(Progress(90, (1, 2)))
+    for end, cut_at in ((70, 70), (60, 60), (200, 60)):
+        worker.offsets.end = end
+        worker = await worker.follower()
+        found = read(worker.group.stored[P])
+        assert found is not None
+        assert (found[0], found[1].cut_at) == (Progress(90, (1, 2)), cut_at)
+        assert worker.holdings.held == {}
+
+
+async def test_what_finishes_behind_a_cut_is_committed_with_its_trace(worker: Worker) -> None:
+    """Answers of the window are paid for; a failed commit of the trace is repeated."""
+    await read_up_to_90_and_cut_at_50(worker)
+    for progress in (Progress(90, (1, 2)), Progress(93)):
+        found = read(worker.commit(progress))
+        assert found is not None
+        assert (found[0], found[1].cut_at) == (progress, 50)
+    lost = worker.group.stored[P] = to_store(Progress(93), ANOTHER)
+    worker.holdings.held[P].stored = lost
+    await worker.look()
+    assert worker.group.stored[P].metadata.endswith(":H50")
+
+
+async def test_a_cut_log_is_started_over_where_it_was_cut(worker: Worker) -> None:
+    """Once a person says so, and once: a later cut waits for another word."""
+    await read_up_to_90_and_cut_at_50(worker)
+    worker.offsets.end = 95
+    after = await worker.follower(start_over=True)
+    assert after.group.position == 50
+    assert after.pipeline.given[P].progress == Progress(50, unclean_ends=1)
+    found = read(worker.group.stored[P])
+    assert found is not None
+    assert (found[0].next_offset, found[1].cut_at) == (50, None)
+    await read_up_to_90_and_cut_at_50(after)
+    after.group.member_id += "x"  # not kept
+    await after.rebalance()
+    assert after.holdings.held == {}
+    assert "--start-over" in (after.holdings.problem or "")
+
+
+async def test_a_topic_made_again_is_started_over_as_a_new_group_would(worker: Worker) -> None:
+    """At input.start, not at an offset of the old topic."""
+    worker.group.topic_ids = {P.topic: "B"}
+    assert (await worker.follower()).holdings.held == {}
+    after = await worker.follower(start_over=True)
+    assert after.group.position == BEGAN
+    found = read(worker.group.stored[P])
+    assert found is not None
+    assert (found[0].next_offset, found[1].topic_id) == (BEGAN, "B")
+
+
+async def test_a_group_without_offsets_is_told_before_it_starts(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One line with the number of messages; no line where an offset is stored."""
+    worker = Worker()
+    await worker.given()
+    (line,) = (each.message for each in caplog.records if "no offsets" in each.message)
+    assert "The group g has no offsets for 1 of its partitions" in line
+    assert "97 messages before the present end" in line
+    caplog.clear()
+    await worker.follower()
+    assert not any("no offsets" in each.message for each in caplog.records)
 
 
 async def test_nothing_is_held_before_its_restore(worker: Worker) -> None:

@@ -17,7 +17,16 @@ from service.core.errors import CannotRun, Stop, WrongSettings
 from service.settings import Settings
 from service.telemetry.merged import Worker
 from service.telemetry.metrics import WorkerMetrics
-from service.workers import STEADY_S, ChildProcess, Line, Workers, of_worker, started, stop_within_s
+from service.workers import (
+    STEADY_S,
+    ChildProcess,
+    Line,
+    Once,
+    Workers,
+    of_worker,
+    started,
+    stop_within_s,
+)
 from tests.support import virtual_time
 
 STOP_WITHIN_S = 100.0
@@ -451,16 +460,23 @@ async def test_a_worker_is_told_its_settings_and_imports_what_its_parent_does(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     settings = Settings.model_validate({"extraction": {"record": "ships:Ship"}})
-    async with started(settings, False, 1) as process:
+    async with started(settings, False, False, 1) as process:
         assert await process.ended() == 2
     assert isinstance(process.failure, WrongSettings)
     assert "has no 'Ship'" in str(process.failure)
     assert not process.up
 
 
+def test_a_persons_word_holds_for_the_first_process_of_each_worker() -> None:
+    """What a later one finds nobody has seen: it waits for another word."""
+    once, never = Once(True), Once(False)
+    assert [once.of(number) for number in (1, 2, 1, 2, 3)] == [True, True, False, False, True]
+    assert not never.of(1)
+
+
 async def test_a_worker_whose_parent_gives_up_is_killed() -> None:
     """On leaving, its process is gone, whatever it was about."""
-    async with started(Settings(), False, 1) as process:
+    async with started(Settings(), False, False, 1) as process:
         pid = process.pid
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
