@@ -602,15 +602,15 @@ MUTATIONS = (
     Mutation(
         "29 a commit that arrived without an answer is published again",
         WRITERS,
-        "if self._attempted is not None and found == self._attempted:",
+        "if attempted is not None and found == attempted:",
         "if False:",
         (ONCE + "a_commit_without_an_answer_is_settled",),
     ),
     Mutation(
         "29 what another owner has committed in between goes unseen",
         WRITERS,
-        "        elif found != means.ledger.known(self._partition):",
-        "        elif False:",
+        "return Became.NOT_COMMITTED if found == known else Became.ANOTHER",
+        "return Became.NOT_COMMITTED",
         (ONCE + "another_owner_in_between_ends_the_doubt",),
     ),
     Mutation(

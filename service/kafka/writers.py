@@ -12,6 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Protocol
 
 from aiokafka import TopicPartition
@@ -86,6 +87,22 @@ class Means:
     interval_s: float
     deadline_s: float
     group: asyncio.TaskGroup
+
+
+class Became(Enum):
+    """What has become of a transaction, as what Kafka holds behind a new epoch tells."""
+
+    COMMITTED = auto()
+    NOT_COMMITTED = auto()
+    ANOTHER = auto()
+    """Another owner was there, or Kafka has forgotten: only a restore may say what is right."""
+
+
+def became(attempted: Stored | None, found: Stored | None, known: Stored | None) -> Became:
+    """`attempted`: its commit was asked for, None where it was not; `known`: held before it."""
+    if attempted is not None and found == attempted:
+        return Became.COMMITTED
+    return Became.NOT_COMMITTED if found == known else Became.ANOTHER
 
 
 class _NotOurs(Exception):
@@ -341,13 +358,16 @@ class Writer:
             self._failed(f"no new producer: {_why(error, READ_S)}")
             return
         # No wait from here on: what was read decides.
-        if self._attempted is not None and found == self._attempted:
-            self._committed(found)
-        elif found != means.ledger.known(self._partition):
-            # Another owner was there, or Kafka has forgotten: what is right only it can say.
-            known = means.ledger.known(self._partition)
-            self._fenced(f"Kafka holds {found}, we knew {known}")
-            return
+        known = means.ledger.known(self._partition)
+        match became(self._attempted, found, known):
+            case Became.COMMITTED:
+                assert self._attempted is not None, "nothing was attempted"
+                self._committed(self._attempted)
+            case Became.ANOTHER:
+                self._fenced(f"Kafka holds {found}, we knew {known}")
+                return
+            case Became.NOT_COMMITTED:
+                pass
         self._attempted = None
         self._put_back()
         self._producer, self._fresh = self._fresh, None
