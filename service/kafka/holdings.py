@@ -27,6 +27,7 @@ from service.core.events import ForeignMetadata, Observe, OffsetsMissing, Rebala
 from service.core.messages import Partition
 from service.core.offsets import Given, Progress
 from service.kafka.connection import is_lasting, stop_for, within
+from service.kafka.instances import NameTaken, in_use, put_out, this_process
 from service.kafka.membership import Membership
 from service.kafka.offsets import GroupOffsets
 from service.kafka.starts import (
@@ -56,6 +57,11 @@ log = logging.getLogger(__name__)
 
 RESTORE_S = 5.0
 """One attempt at a restore; less where the session is short, for no heartbeat goes out in it."""
+
+PUT_OUT_TRIES = 5
+PUT_OUT_S = 3.0
+PUT_OUT_AGAIN_S = 0.5
+"""For the question whether another worker has taken our place, before we take his."""
 
 RESTORE_AGAIN_S = 1.0
 """Between two attempts at a restore that failed, or at a position that cannot be read from."""
@@ -170,6 +176,9 @@ class Holdings:
         self._membership = Membership(consumer)
         self._assignor, self._transactions = assignor, transactions
         self._nonce = secrets.token_hex(8)
+        name = self._kafka.group_instance_id
+        self._bearer = None if name is None else this_process(name)
+        self._joined_as = ("", -1)  # member and generation of the last assignment
         self._epochs = itertools.count(1)
         self.held: dict[Partition, Holding] = {}
         self.assigned: frozenset[Partition] = frozenset()
@@ -271,7 +280,9 @@ class Holdings:
 
     def _mark_of(self, topic: str, holding: Holding) -> Mark:
         topic_id = self._topic_ids.get(topic)
-        return Mark(self._nonce, self._began, topic_id, holding.others, holding.cut_at)
+        return Mark(
+            self._nonce, self._began, topic_id, holding.others, holding.cut_at, self._bearer
+        )
 
     def follow(self, before: Holdings) -> None:
         """Another client of the same process: epochs go on, what is known of the group stays."""
@@ -354,7 +365,17 @@ class Holdings:
     # --- what the client calls -------------------------------------------------------------------
 
     async def on_revoked(self) -> None:
-        """All partitions are in question: the pipeline finishes and commits, then we let go."""
+        """All partitions are in question: the pipeline finishes and commits, then we let go.
+
+        Where another worker has taken our place in the group, they are not: nothing is finished
+        or committed any more, and the client, which would join again behind this, waits here for
+        its end.
+        """
+        if not self._membership.member_id and await self.is_put_out():
+            self.held, self.assigned = {}, frozenset()
+            self.restored.clear()
+            self.fail(self.put_out)
+            await asyncio.Event().wait()
         async with self._letting_go:
             if self._revoked_at_s is None:
                 self._revoked_at_s = _now_s()
@@ -373,6 +394,38 @@ class Holdings:
             finally:
                 self.held, self.assigned = {}, frozenset()
 
+    @property
+    def put_out(self) -> NameTaken:
+        """What ends the process where another worker has taken our place."""
+        return put_out(str(self._kafka.group_instance_id), self._kafka.group_id)
+
+    async def see_that_the_name_is_free(self) -> None:
+        """Raises `NameTaken` where a process of this machine bears our name and reads."""
+        own = self._bearer
+        if own is None:
+            return
+        try:
+            stored = await within(RESTORE_S, self._offsets.stored())
+        except (KafkaError, TimeoutError) as error:
+            log.warning("it cannot be read who bears our name: %s", type(error).__name__)
+            return
+        for each in filter(None, stored.values()):
+            by = None if (found := read(each)) is None else found[1].bearer
+            if by is not None and by.shares_its_name_with(own) and by.lives_beside(own):
+                name = str(self._kafka.group_instance_id)
+                raise in_use(name, self._kafka.group_id, by.pid)
+
+    async def is_put_out(self) -> bool:
+        """Whether another worker has joined under our name since we did."""
+        for _ in range(PUT_OUT_TRIES):
+            try:
+                return await within(PUT_OUT_S, self._membership.is_put_out(*self._joined_as))
+            except (KafkaError, TimeoutError) as error:
+                # Without a coordinator nobody joins anything either.
+                log.warning("it cannot be asked who has our place: %s", type(error).__name__)
+                await asyncio.sleep(PUT_OUT_AGAIN_S)
+        return False
+
     async def on_assigned(self, partitions: AbstractSet[TopicPartition]) -> None:
         """These are given: restored at once if that is quick, else by the next polls."""
         if self._closed:
@@ -384,7 +437,8 @@ class Holdings:
         # The client forgets to tell it, and then an old claim counts as much as a new one.
         self._assignor.on_generation_assignment(membership.generation)
         given = self.assigned = frozenset(Partition(*each) for each in partitions)
-        self._given = _Given(given, membership.member_id, membership.generation)
+        self._joined_as = membership.member_id, membership.generation
+        self._given = _Given(given, *self._joined_as)
         await self._restore()
 
     def fail(self, error: BaseException) -> None:
@@ -437,7 +491,7 @@ class Holdings:
         found = self._starts(fresh, stored, bounds, chosen, topic_ids)
         held_out = {each: at for each, at in found.items() if isinstance(at, HeldOut)}
         progress = {
-            each: taken_over(at, stored[each], self._nonce)
+            each: taken_over(at, stored[each], self._nonce, self._bearer)
             for each, at in found.items()
             if isinstance(at, int)
         }
@@ -600,7 +654,7 @@ class Holdings:
         self, progress: Progress, stored: Stored | None, began: int | None, topic_id: str | None
     ) -> Holding:
         others = others_to_keep(progress.next_offset, stored)
-        mark = Mark(self._nonce, began, topic_id, others)
+        mark = Mark(self._nonce, began, topic_id, others, bearer=self._bearer)
         given = Given(next(self._epochs), progress)
         return Holding(given, progress.next_offset, to_store(progress, mark), others)
 

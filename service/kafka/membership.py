@@ -15,8 +15,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import errors as kafka_errors
 from aiokafka.consumer.fetcher import FetchError, FetchResult
-from aiokafka.errors import KafkaError, UnknownMemberIdError
+from aiokafka.errors import BrokerResponseError, KafkaError, UnknownMemberIdError
+from aiokafka.protocol.group import SyncGroupRequest
 from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 
 from service.core.messages import Partition
@@ -29,6 +31,18 @@ STOP_S = 8.0
 
 ABANDON_S = 1.0
 """Each step of an end by force."""
+
+
+class FencedInstanceIdError(BrokerResponseError):  # type: ignore[misc]
+    """Another member has joined under our `group_instance_id` and taken our place."""
+
+    errno = 82
+    message = "FENCED_INSTANCE_ID"
+    description = "another member has joined under this group_instance_id"
+
+
+# The client does not know it, and would tell of an unknown error.
+kafka_errors.kafka_errors[FencedInstanceIdError.errno] = FencedInstanceIdError
 
 
 class Membership:
@@ -46,6 +60,23 @@ class Membership:
     def member_id(self) -> str:
         """Empty while the group does not know us."""
         return str(self._consumer._coordinator.member_id)
+
+    async def is_put_out(self, member_id: str, generation: int) -> bool:
+        """Whether another has taken the place that we had under our `group_instance_id`.
+
+        The client asks under its member id alone, so that it hears the same when its session has
+        ended, and joins again: by that it would put the other one out. Raises `KafkaError`.
+        """
+        coordinator = self._consumer._coordinator
+        if coordinator._group_instance_id is None or not member_id:
+            return False
+        await coordinator.ensure_coordinator_known()
+        # Whoever is no member of this generation any more learns why, and nothing happens.
+        asked = SyncGroupRequest(
+            coordinator.group_id, generation, member_id, coordinator._group_instance_id, []
+        )
+        answer = await coordinator._send_req(asked)
+        return bool(answer.error_code == FencedInstanceIdError.errno)
 
     @property
     def reassigning(self) -> bool:
@@ -121,9 +152,14 @@ class Membership:
     def raise_what_failed(self) -> None:
         """Raises the `KafkaError` for which the group's own task waits to be heard.
 
-        It waits without end, and only `getmany` would ask.
+        It waits without end, and only `getmany` would ask. Raises `FencedInstanceIdError`, and
+        leaves the task waiting, where it has learnt so while it joined: it would join again.
         """
-        self._consumer._coordinator.check_errors()
+        coordinator = self._consumer._coordinator
+        pending = coordinator._pending_exception
+        if pending is not None and FencedInstanceIdError.__name__ in str(pending):
+            raise FencedInstanceIdError
+        coordinator.check_errors()
 
     async def find_coordinator(self) -> None:
         """Returns once the group's coordinator is known and connected; may wait without end."""
@@ -149,13 +185,19 @@ class Membership:
         }
         await coordinator._do_commit_offsets(assignment, wanted)
 
-    async def leave(self) -> bool:
+    async def leave(self, *, put_out: bool = False) -> bool:
         """Leaves the group and closes, within `STOP_S` in order, else by force; says if in order.
 
-        Raises nothing; cancelled, it is by force.
+        Where another has taken our place (`put_out`), without joining once more: the client's
+        task waits in the callback in which we heard of it. Raises nothing; cancelled, it is by
+        force.
         """
         in_order = False
         try:
+            if put_out:
+                joining = self._consumer._coordinator._coordination_task
+                joining.cancel()
+                await asyncio.wait((joining,), timeout=ABANDON_S)
             in_order = await briefly(self._consumer.stop, STOP_S)
         finally:
             if not in_order:

@@ -47,7 +47,8 @@ from service.kafka.connection import (
 )
 from service.kafka.due import DueTimes
 from service.kafka.holdings import Holding, Holdings, Listener
-from service.kafka.membership import STOP_S, Membership, briefly
+from service.kafka.instances import NameTaken
+from service.kafka.membership import STOP_S, FencedInstanceIdError, Membership, briefly
 from service.kafka.offsets import GroupOffsets
 from service.kafka.settling import SettlingClock
 from service.kafka.supervision import Supervision
@@ -182,6 +183,7 @@ class KafkaSource:
         if self._holdings is not None:
             holdings.follow(self._holdings)
         self._holdings = holdings
+        await holdings.see_that_the_name_is_free()
         consumer.subscribe(list(self._topics), listener=Listener(holdings))
 
     async def stop(self) -> None:
@@ -189,7 +191,8 @@ class KafkaSource:
         if self._holdings is not None:
             self._holdings.close()
         consumer, self._consumer = self._consumer, None
-        if consumer is not None and not await Membership(consumer).leave():
+        put_out = self._holdings is not None and isinstance(self._holdings.fatal, NameTaken)
+        if consumer is not None and not await Membership(consumer).leave(put_out=put_out):
             self._observe(StopForced("consumer"))
         admin, self._admin = self._admin, None
         if admin is not None:
@@ -244,13 +247,13 @@ class KafkaSource:
         turns. Cancelling it loses nothing. Raises `CannotRun` where going on makes no sense.
         """
         self._tick()
+        if self._holdings is not None and self._holdings.fatal is not None:
+            raise self._holdings.fatal
         self._see_to_dead_clients()
         if self._replace_for is not None and (limit or not self._settled):
             await self._replace()
             return Batch()
         holdings = self._started
-        if holdings.fatal is not None:
-            raise holdings.fatal
         await self._see_to_the_rest(holdings)
         if self._membership.reassigning or not holdings.restored.is_set():
             await self._wait_for_the_restore(holdings, limit)
@@ -368,6 +371,8 @@ class KafkaSource:
     async def _see_to(self, failure: tuple[list[TopicPartition], Exception]) -> None:
         partitions, error = failure
         self._supervision.excuse(Partition(*partition) for partition in partitions)
+        if isinstance(error, FencedInstanceIdError):
+            raise self._started.put_out
         if isinstance(error, OffsetOutOfRangeError):
             for partition in error.args[0]:
                 self._started.broken(Partition(*partition))
@@ -459,11 +464,15 @@ class KafkaSource:
     async def _replace(self) -> None:
         """Give everything back as at a rebalance, close, and join anew; one try at each."""
         if self._consumer is not None and self._holdings is not None:
+            if await self._holdings.is_put_out():
+                raise self._holdings.put_out
             await self._holdings.hand_back()
         await self.stop()
         self._failure = self._failing_since_s = None
         try:
             await self._join(await self._open_admin())
+        except NameTaken:
+            raise
         except (KafkaError, OSError, TimeoutError, WrongSettings) as error:
             if is_lasting(error):
                 raise stop_for(error, self._kafka) from error

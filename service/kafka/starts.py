@@ -8,6 +8,7 @@ are left out, and the map comes last:
     sluice1:NONCE
     :gN            while the group is in the generation N in which it was found new
     :tID           the topic's id, so that an offset is not taken for one of a topic made again
+    :iBEARER       who wrote it, where workers have names (instances.py)
     :uN            unclean ends at this next offset, the writer's own in advance
     :aN            the offset of the message that runs alone
     :HN            the log was cut: it ended at N, before what had been read of it
@@ -32,6 +33,8 @@ from service.core.completed import Damaged, decode, encode, finished_ranges, run
 from service.core.messages import Partition
 from service.core.offsets import Progress
 from service.core.window import MAP_CHARS_MAX
+from service.kafka import instances
+from service.kafka.instances import Bearer, bearer, has_lived_on
 
 METADATA_CHARS_MAX = 4_096
 """Characters that brokers take by default (offset.metadata.max.bytes)."""
@@ -45,6 +48,7 @@ _METADATA = re.compile(r"sluice1:([0-9a-f]{16})((?::[A-Za-z][!-9;-~]+)*)", re.AS
 _KNOWN = {
     "g": re.compile("[0-9]{1,10}"),
     "t": re.compile(r"[\w-]{1,64}", re.ASCII),
+    "i": instances.TEXT,
     "u": re.compile("[0-9]{1,9}"),
     "a": re.compile("[0-9]{1,19}"),
     "H": re.compile("[0-9]{1,19}"),
@@ -108,6 +112,8 @@ class Mark:
     topic_id: str | None = None
     others: Others = NO_OTHERS
     cut_at: int | None = None
+    bearer: Bearer | None = None
+    """Of a worker with a name (`kafka.group_instance_id`)."""
 
 
 def to_store(progress: Progress, mark: Mark) -> Stored:
@@ -115,6 +121,7 @@ def to_store(progress: Progress, mark: Mark) -> Stored:
     fields = (
         ("g", mark.began),
         ("t", mark.topic_id),
+        ("i", None if mark.bearer is None else mark.bearer.text),
         ("u", progress.unclean_ends or None),
         ("a", progress.alone),
         ("H", mark.cut_at),
@@ -137,7 +144,8 @@ def read(stored: Stored) -> tuple[Progress, Mark] | None:
         return None
     fields = found[2].split(":")[1:]
     values = {field[0]: field[1:] for field in fields}
-    damaged = any(not form.fullmatch(values.get(letter, "0")) for letter, form in _KNOWN.items())
+    known = values.keys() & _KNOWN.keys()
+    damaged = not all(_KNOWN[letter].fullmatch(values[letter]) for letter in known)
     if damaged or len(values) < len(fields) or ("m" in values and fields[-1][0] != "m"):
         return None
     try:
@@ -148,7 +156,9 @@ def read(stored: Stored) -> tuple[Progress, Mark] | None:
     unknown = tuple(field for field in fields if field[0] not in _KNOWN)
     others = Others(unknown, stored.offset) if unknown else NO_OTHERS
     began, cut_at = _number(values.get("g")), _number(values.get("H"))
-    return progress, Mark(found[1], began, values.get("t"), others, cut_at)
+    named = values.get("i")
+    by = None if named is None else bearer(named)
+    return progress, Mark(found[1], began, values.get("t"), others, cut_at, by)
 
 
 def _number(text: str | None) -> int | None:
@@ -166,17 +176,24 @@ def is_new(stored: Mapping[Partition, Stored | None], generation: int) -> bool:
     return not known or generation in began
 
 
-def taken_over(offset: int, stored: Stored | None, nonce: str) -> Progress:
+def taken_over(
+    offset: int, stored: Stored | None, nonce: str, own: Bearer | None = None
+) -> Progress:
     """The progress with which the process of this nonce reads a partition on from `offset`.
 
     Its own end counts as unclean until it has finished something or come to a clean end. What it
-    has stored itself has that in it: it lives, and has only taken the partition over again.
+    has stored itself has that in it: it lives, and has only taken the partition over again. So has
+    what a worker of the same name has stored that was put out by it (`own`) and did not die; and
+    the message that ran alone in that one is no cause of anything.
     """
     found = None if stored is None else read(stored)
     if found is None or found[0].next_offset != offset:
         return Progress(offset, unclean_ends=1)
     progress, mark = found
-    counted = mark.nonce == nonce and progress.unclean_ends > 0
+    lived_on = has_lived_on(mark.bearer, own)
+    if lived_on:
+        progress = replace(progress, alone=None)
+    counted = (mark.nonce == nonce or lived_on) and progress.unclean_ends > 0
     return progress if counted else replace(progress, unclean_ends=progress.unclean_ends + 1)
 
 

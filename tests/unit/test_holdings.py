@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from aiokafka import TopicPartition
+from aiokafka.errors import NodeNotReadyError
+from aiokafka.protocol.group import SyncGroupRequest, SyncGroupRequest_v3
 
 from service.core.messages import Partition
 from service.core.offsets import Progress
+from service.kafka import holdings as holdings_module
 from service.kafka.holdings import Holdings
+from service.kafka.instances import NameTaken, began, this_process
 from service.kafka.offsets import GroupOffsets
 from service.kafka.starts import Bounds, Mark, Stored, read, to_store
 from service.settings import Start
@@ -80,12 +86,19 @@ class Offsets(GroupOffsets):
 class Worker:
     """One process that is given the partition again and again; `before` has left its offsets."""
 
-    def __init__(self, before: Worker | None = None, *, start_over: bool = False) -> None:
-        self.group = Group() if before is None else before.group
+    def __init__(
+        self,
+        before: Worker | None = None,
+        *,
+        start_over: bool = False,
+        group: Group | None = None,
+        **sections: dict[str, object],
+    ) -> None:
+        self.group = group or (Group() if before is None else before.group)
         self.offsets = Offsets(self.group)
         self.pipeline: Member[Any] = Member(None)
         self.holdings = Holdings(
-            settings(Kafka("127.0.0.1:1"), P.topic, "g"),
+            settings(Kafka("127.0.0.1:1"), P.topic, "g", **sections),
             self.group,
             self.offsets,
             self.pipeline,
@@ -417,3 +430,73 @@ async def test_whoever_is_fenced_in_a_revoke_does_not_fence_back(
     worker.group.generation += 1
     await worker.given()
     assert await fenced() == 1
+
+
+# --- another worker of our name ---------------------------------------------------------------
+
+
+class NamedGroup(Group):
+    """One whose members have names; `rival` has joined under ours, as far as the broker knows."""
+
+    group_id, _group_instance_id = "g", "worker-0"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rival = False
+        self.deaf = 0  # requests that fail
+
+    async def ensure_coordinator_known(self) -> None:
+        pass
+
+    async def _send_req(self, request: SyncGroupRequest) -> SimpleNamespace:
+        if self.deaf:
+            self.deaf -= 1
+            raise NodeNotReadyError
+        sent = request.build(SyncGroupRequest_v3)
+        assert (sent.member_id, sent.group_instance_id) == ("member", "worker-0")
+        return SimpleNamespace(error_code=82 if self.rival else 25)
+
+
+@pytest.fixture
+async def named() -> Worker:
+    worker = Worker(group=NamedGroup(), kafka={"group_instance_id": "worker-0"})
+    await worker.given()
+    worker.commit(Progress(5))
+    worker.group.member_id = ""  # the client has heard that it is no member any more
+    return worker
+
+
+@pytest.mark.parametrize("deaf", [0, 2])
+async def test_whoever_is_put_out_by_his_name_does_not_join_again(
+    named: Worker, deaf: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is finished or committed any more, the client stays in the callback, and the next
+    poll ends the process with a sentence."""
+    monkeypatch.setattr(holdings_module, "PUT_OUT_AGAIN_S", 0.0)
+    named.group.rival, named.group.deaf = True, deaf
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(named.holdings.on_revoked(), 0.1)
+    assert isinstance(named.holdings.fatal, NameTaken)
+    assert "worker-0" in str(named.holdings.fatal)
+    assert named.holdings.held == {}
+    assert named.pipeline.revokes == 0
+
+
+async def test_whoever_was_away_for_too_long_joins_again(named: Worker) -> None:
+    """The group has forgotten him and knows nobody else of his name."""
+    await asyncio.wait_for(named.holdings.on_revoked(), 1)
+    assert named.holdings.fatal is None
+    assert named.pipeline.revokes == 1
+
+
+async def test_a_name_is_free_once_nobody_runs_who_bears_it(named: Worker) -> None:
+    """A process of this machine that is stored as its bearer and runs: a sentence with its number;
+    one that has ended, one on another machine, or this one itself: nothing."""
+    own = this_process("worker-0")
+    parent = replace(own, pid=os.getppid(), began=began(os.getppid()) or 0)
+    for free in (own, replace(parent, began=1), replace(parent, host="0" * 8)):
+        named.group.stored[P] = to_store(Progress(5), replace(ANOTHER, bearer=free))
+        await named.holdings.see_that_the_name_is_free()
+    named.group.stored[P] = to_store(Progress(5), replace(ANOTHER, bearer=parent))
+    with pytest.raises(NameTaken, match=f"Process {parent.pid} .* worker-0"):
+        await named.holdings.see_that_the_name_is_free()

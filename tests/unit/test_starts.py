@@ -1,5 +1,6 @@
 """Where reading starts, decided from what Kafka stores."""
 
+import os
 import string
 from dataclasses import replace
 from random import Random
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from service.core.messages import Partition
 from service.core.offsets import Progress
 from service.core.window import MAP_CHARS_MAX
+from service.kafka.instances import Bearer, began, this_process
 from service.kafka.settling import SettlingClock
 from service.kafka.starts import (
     FIELDS_CHARS_MAX,
@@ -35,7 +37,7 @@ from service.kafka.starts import (
 P, Q = Partition("in", 0), Partition("in", 1)
 NONCE = "0123456789abcdef"
 MARK = Mark(NONCE)
-OTHER_LETTERS = sorted(set(string.ascii_letters) - set("gtuamH"))
+OTHER_LETTERS = sorted(set(string.ascii_letters) - set("gtiuamH"))
 """Those of fields that a later version may write."""
 
 
@@ -184,8 +186,10 @@ PROGRESS = st.builds(
     unclean_ends=st.integers(0, 999),
     alone=st.none() | st.integers(0, 2**63 - 1),
 )
+LONGEST = Bearer("f" * 8, "f" * 8, 10**7 - 1, 10**12 - 1)
 MARKS = st.builds(
     Mark,
+    bearer=st.none() | st.just(LONGEST) | st.just(Bearer("0a1b2c3d", "4e5f6071", 1, 0)),
     nonce=st.just(NONCE),
     began=st.none() | st.integers(0, 2**31 - 1),
     topic_id=st.none() | st.text("abcXYZ019_-", min_size=1, max_size=22),
@@ -273,7 +277,8 @@ def test_the_longest_map_leaves_room_for_the_rest() -> None:
     random = Random(7)
     runs = tuple(random.randrange(1, 400) for _ in range(100_000))
     progress = Progress(2**63 - 1, runs, 10**9 - 1, 2**63 - 1)
-    stored = to_store(progress, Mark(NONCE, 2**31 - 1, "A" * 22, cut_at=2**63 - 1))
+    mark = Mark(NONCE, 2**31 - 1, "A" * 22, cut_at=2**63 - 1, bearer=LONGEST)
+    stored = to_store(progress, mark)
     assert METADATA_CHARS_MAX - 10 < len(stored.metadata) <= METADATA_CHARS_MAX
     assert len(stored.metadata.partition(":m")[0]) < FIELDS_CHARS_MAX / 2
 
@@ -340,6 +345,27 @@ def test_a_restore_that_is_tried_again_is_no_death() -> None:
     assert taken_over(5, to_store(before, MARK), NONCE) == before
     let_go = replace(before, unclean_ends=0)
     assert taken_over(5, to_store(let_go, MARK), NONCE) == replace(before, unclean_ends=1)
+
+
+def test_being_put_out_by_another_of_the_same_name_is_no_death() -> None:
+    """On another machine it cannot be seen, but the dead come back on their own; and a message that
+    ran alone meanwhile is not to blame. On this machine it counts where nobody runs any more."""
+    before, process = Progress(5, (2, 3), unclean_ends=2, alone=6), this_process("worker-0")
+    counted, put_out = replace(before, unclean_ends=3), replace(before, alone=None)
+
+    def after(by: Bearer | None, own: Bearer | None = process) -> Progress:
+        stored = to_store(before, replace(MARK, bearer=by))
+        return taken_over(5, stored, "fedcba9876543210", own)
+
+    assert after(replace(process, host="0" * 8)) == put_out
+    assert after(replace(process, host="0" * 8, name="0" * 8)) == counted
+    parent = replace(process, pid=os.getppid(), began=began(os.getppid()) or 0)
+    assert after(parent) == put_out
+    assert after(replace(parent, began=parent.began + 1)) == counted  # another with its number
+    assert after(replace(parent, name="0" * 8)) == counted
+    assert after(process) == counted
+    assert after(None) == counted
+    assert after(parent, None) == counted
 
 
 def test_unsettled_time_counts_only_while_brokers_answer() -> None:

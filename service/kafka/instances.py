@@ -1,0 +1,109 @@
+"""Who bears a worker's name (`kafka.group_instance_id`), and whether he lives.
+
+The group knows one member of a name: whoever joins last takes the place of the one before, at
+once and without a rebalance, be that one dead or alive. So what is stored by a worker with a name
+says who wrote it, and two questions can be asked of it: does he still run, on this machine? And
+was it his end that brought the next one in, or only the name?
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from service.core.errors import WrongSettings
+
+TEXT = re.compile(r"[0-9a-f]{8}\.[0-9a-f]{8}\.[0-9]{1,7}\.[0-9]{1,12}", re.ASCII)
+"""How it stands in the metadata: `Bearer.text`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bearer:
+    """A process that bears a name. `name` and `host` are hashes: metadata is read by others."""
+
+    name: str
+    host: str
+    pid: int
+    began: int
+    """In ticks since the machine began, as Linux has it: process ids come back. 0: not known."""
+
+    @property
+    def text(self) -> str:
+        return f"{self.name}.{self.host}.{self.pid}.{self.began}"
+
+    def shares_its_name_with(self, other: Bearer) -> bool:
+        """Whether the other one is a process of its own that bears the same name."""
+        return self.name == other.name and self != other
+
+    def lives_beside(self, own: Bearer) -> bool:
+        """Whether he runs on the machine of this process; False where that cannot be seen."""
+        return self.host == own.host and self.began > 0 and began(self.pid) == self.began
+
+
+def bearer(text: str) -> Bearer:
+    """What `text` was written for; the pattern above has matched."""
+    name, host, pid, at = text.split(".")
+    return Bearer(name, host, int(pid), int(at))
+
+
+def this_process(name: str) -> Bearer:
+    """This process under this name."""
+    own = os.getpid()
+    return Bearer(_short(name), _short(socket.gethostname()), own, began(own) or 0)
+
+
+def began(pid: int) -> int | None:
+    """When a process of this machine began; None where there is none, or nobody tells."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    # The command's name stands in brackets and may hold anything.
+    state, *fields = stat.rpartition(")")[2].split()
+    return None if state in "ZX" else int(fields[18])
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def has_lived_on(former: Bearer | None, own: Bearer | None) -> bool:
+    """Whether the former holder of a partition was put out by its name alone, and did not die.
+
+    On the same machine that can be seen: who does not run any more has died. On another machine
+    it cannot; but a worker that comes back after its death keeps its machine's name (a pod of a
+    StatefulSet does), so that the same name on another machine is a second worker.
+    """
+    if former is None or own is None or not former.shares_its_name_with(own):
+        return False
+    return former.host != own.host or former.lives_beside(own)
+
+
+class NameTaken(WrongSettings):
+    """Two workers have one name."""
+
+
+def put_out(name: str, group_id: str) -> NameTaken:
+    """For whoever runs the worker that has lost its place."""
+    return NameTaken(
+        f"Another worker has joined the group {group_id} under kafka.group_instance_id {name} and "
+        f"taken this one's place, so this one ends. {_REMEDY}"
+    )
+
+
+def in_use(name: str, group_id: str, pid: int) -> NameTaken:
+    """For whoever starts a second worker of a name."""
+    return NameTaken(
+        f"Process {pid} on this machine reads for the group {group_id} under "
+        f"kafka.group_instance_id {name}, and would be put out by this one. {_REMEDY}"
+    )
+
+
+_REMEDY = (
+    "Give each worker a name of its own (with limits.workers above 1 each gets a number behind "
+    "it), or leave kafka.group_instance_id out."
+)
