@@ -274,6 +274,7 @@ class Pipeline:
         self._tasks: asyncio.TaskGroup | None = None  # only while work may be started
         self._working: dict[asyncio.Task[None], Holding] = {}
         self._sent: dict[asyncio.Future[None], Holding] = {}  # not acknowledged
+        self._turns: dict[Entry, Turn] = {}  # of the calls that have a slot now
         self._alone: Entry | None = None  # the only call that may run now
         self._lanes_at_work: set[Lane] = set()  # a task is handing over their outcomes
         self._lanes_resting: set[Lane] = set()  # a send failed; a timer will go on with them
@@ -456,8 +457,7 @@ class Pipeline:
             self._guard.began(now_s)
             if entry.alone:
                 self._alone = entry
-            turn = self._admission.admit(now_s, estimate)
-            self._start(entry.holding, self._call, entry, turn)
+            self._start_call(entry, self._admission.admit(now_s, estimate))
         if held and not self._waits_for_budget:
             self._look()  # there may be room to fetch
         self._wake_at(ask_again_s)
@@ -477,14 +477,31 @@ class Pipeline:
         return self._window.next_queued() is not None
 
     def _probe_when_due(self, now_s: float) -> float | None:
-        """While the circuit is not closed nothing but a probe goes out, one at a time."""
+        """While the circuit is not closed nothing but a probe goes out; returns when to ask again.
+
+        One at a time: the circuit may have closed and opened while a probe runs, whose end asks
+        again. In a drain one goes out only where a message waits for it, so that the message can
+        end before the deadline.
+        """
         wait_s = self._admission.circuit.wait_s(now_s)
-        if wait_s == 0.0 and self._tasks is not None and not self._draining:
-            self._admission.circuit.probing()
-            self._admission.charge(now_s, NO_TOKENS)
-            self._probe_running = self._tasks.create_task(_to_its_end(self._probe))
+        if wait_s is None or self._probe_running is not None or self._tasks is None:
             return None
-        return None if wait_s is None else now_s + wait_s
+        if self._draining and not self._window.waits_for_a_call:
+            return None  # the end of a call asks again
+        if wait_s > 0.0:
+            return now_s + wait_s
+        self._admission.circuit.probing()
+        self._admission.charge(now_s, NO_TOKENS)
+        self._probe_running = self._tasks.create_task(_to_its_end(self._probe))
+        self._probe_running.add_done_callback(self._probe_called_off)
+        return None
+
+    def _probe_called_off(self, probe: asyncio.Task[None]) -> None:
+        """A probe that was cancelled, before its first step or later, has told nothing."""
+        if self._probe_running is probe:
+            self._probe_running = None
+            self._admission.circuit.cancelled()
+            self._wake_at(self._now_s())
 
     async def _probe(self) -> None:
         """It stands for the messages: whether the provider is there, and nothing is wrong with
@@ -494,9 +511,7 @@ class Pipeline:
             await self._extractor.probe()
         except CallFailure as found:
             failure = found
-        except asyncio.CancelledError:
-            self._admission.circuit.cancelled()
-            raise
+        self._probe_running = None
         now_s = self._now_s()
         if failure is None:
             self._last_success_s = now_s
@@ -507,6 +522,26 @@ class Pipeline:
             self._circuit_failed(now_s, failure)
         self._moved_on()
         self._admit()
+
+    def _start_call(self, entry: Entry, turn: Turn) -> None:
+        """What the call holds is given back where its attempt ends, or where its task does: a
+        task that is cancelled before its first step runs none of its code."""
+        self._turns[entry] = turn
+        self._start(entry.holding, self._call, entry, turn, ended=partial(self._ended, entry, turn))
+
+    def _ended(self, entry: Entry, turn: Turn, _: asyncio.Task[None]) -> None:
+        if self._turns.get(entry) is turn:  # it has never begun, so nothing went out
+            self._admission.unused(self._now_s(), turn.estimate)
+            self._give_back(entry)
+            self._wake_at(self._now_s())  # the slot is free for another
+
+    def _give_back(self, entry: Entry) -> None:
+        del self._turns[entry]
+        if self._alone is entry:
+            self._alone = None
+        self._window.call_ended(entry)
+        self._admission.release()
+        self._moved_on()
 
     async def _call(self, entry: Entry, turn: Turn) -> None:
         """One attempt; then whatever the lane can publish."""
@@ -521,11 +556,7 @@ class Pipeline:
             self._wake_at(self._now_s())  # the slot is free for another
             raise
         finally:
-            if self._alone is entry:
-                self._alone = None
-            self._window.call_ended(entry)
-            self._admission.release()
-            self._moved_on()
+            self._give_back(entry)
         self._account(entry, turn, result)
         match result:
             case NoRoom():
@@ -579,7 +610,9 @@ class Pipeline:
     def _failed(self, entry: Entry, turn: Turn, failure: CallFailure) -> None:
         now_s = self._now_s()
         service = isinstance(failure, ServiceFailure)
-        if not failure.shared:  # one call counts once, however many waited
+        # One call counts once, however many waited; and while a probe is out, its answer counts,
+        # not that of a call from before.
+        if not failure.shared and self._admission.circuit.state is not CircuitState.PROBING:
             self._circuit_failed(now_s, failure)
         if failure.reason in OVERLOAD:
             self._admission.overloaded(now_s, turn, failure.reason, failure.retry_after_s)
@@ -674,7 +707,9 @@ class Pipeline:
                     break
                 if not done and not hedged and self._may_hedge(entry, turn):
                     hedged = True
-                    running.add(calls.create_task(self._ask_again_beside(entry)))
+                    second = calls.create_task(self._ask_once(entry))
+                    second.add_done_callback(self._second_ended)
+                    running.add(second)
             for call in running:
                 call.cancel()
         assert result is not None, "no call has ended"
@@ -704,12 +739,9 @@ class Pipeline:
         self._admission.admit(now_s, estimate)
         return True
 
-    async def _ask_again_beside(self, entry: Entry) -> Extracted | Rejected | CallFailure:
-        """The second call, which has a slot of its own."""
-        try:
-            return await self._ask_once(entry)
-        finally:
-            self._admission.release()
+    def _second_ended(self, _: asyncio.Task[Extracted | Rejected | CallFailure]) -> None:
+        """A second call has a slot of its own, which comes back whether it has begun or not."""
+        self._admission.release()
 
     def _told_hedge(
         self,
@@ -1118,13 +1150,22 @@ class Pipeline:
     def _wall_ms(self) -> int:
         return int(self._wall_clock() * 1000)
 
-    def _start(self, holding: Holding, work: Work, *arguments: object) -> None:
-        """A task that is called off when the holding is lost."""
+    def _start(
+        self,
+        holding: Holding,
+        work: Work,
+        *arguments: object,
+        ended: Callable[[asyncio.Task[None]], None] | None = None,
+    ) -> None:
+        """A task that is called off when the holding is lost; `ended` is called when it is over,
+        even if it was called off before its first step."""
         if self._tasks is None:
             return
         task = self._tasks.create_task(_to_its_end(work, *arguments))
         self._working[task] = holding
         task.add_done_callback(self._working.pop)
+        if ended is not None:
+            task.add_done_callback(ended)
 
     def _wake_at(self, when_s: float | None) -> None:
         if self._wake is not None:

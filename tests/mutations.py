@@ -242,10 +242,41 @@ MUTATIONS = (
     Mutation(
         "11 a slot is lost with the partition of its call",
         PIPELINE,
-        "            self._window.call_ended(entry)\n            self._admission.release()\n",
-        "            self._window.call_ended(entry)\n"
-        "            if not entry.holding.lost:\n                self._admission.release()\n",
+        "        self._window.call_ended(entry)\n        self._admission.release()\n",
+        "        self._window.call_ended(entry)\n"
+        "        if not entry.holding.lost:\n            self._admission.release()\n",
         (REBALANCE + "slots_are_whole_after_many_rebalances",),
+    ),
+    Mutation(
+        "11 a slot is lost with a call that was called off before its first step",
+        PIPELINE,
+        "        if self._turns.get(entry) is turn:  # it has never begun",
+        "        if False:  # it has never begun",
+        (
+            REBALANCE + "a_call_that_is_called_off_before_it_begins_gives_its_slot_back",
+            REBALANCE + "a_suspect_that_is_called_off_before_it_begins_lets_others_run",
+        ),
+    ),
+    Mutation(
+        "11 a probe that was called off before its first step counts as out",
+        PIPELINE,
+        "            self._probe_running = None\n            self._admission.circuit.cancelled()\n",
+        "            self._probe_running = None\n",
+        (ADMISSION + "a_probe_that_never_begins_is_told_to_the_circuit",),
+    ),
+    Mutation(
+        "11 two probes at once",
+        PIPELINE,
+        "if wait_s is None or self._probe_running is not None or self._tasks is None:",
+        "if wait_s is None or self._tasks is None:",
+        (ADMISSION + "one_probe_at_a_time_where_the_circuit_has_closed_and_opened_beside_it",),
+    ),
+    Mutation(
+        "11 an older call's failure is taken for the answer to a probe",
+        PIPELINE,
+        "if not failure.shared and self._admission.circuit.state is not CircuitState.PROBING:",
+        "if not failure.shared:",
+        (ADMISSION + "one_probe_at_a_time_whatever_older_calls_come_to",),
     ),
     Mutation(
         "12 markers behind the last message hold the next offset back",
@@ -327,9 +358,23 @@ MUTATIONS = (
     Mutation(
         "16 an open circuit asks nobody whether the provider is back",
         PIPELINE,
-        "        if wait_s == 0.0 and self._tasks is not None and not self._draining:\n",
-        "        if False:\n",
+        "        if wait_s > 0.0:\n            return now_s + wait_s\n",
+        "        return now_s + wait_s + 1.0\n",
         (WAY + "poison_alone_does_not_keep_the_others_out",),
+    ),
+    Mutation(
+        "16 a drain with an open circuit asks nobody whether the provider is back",
+        PIPELINE,
+        "        if self._draining and not self._window.waits_for_a_call:\n",
+        "        if self._draining:\n",
+        (ADMISSION + "a_drain_asks_whether_the_provider_is_back",),
+    ),
+    Mutation(
+        "16 a drain with an open circuit asks without end",
+        PIPELINE,
+        "            return None  # the end of a call asks again\n",
+        "            return now_s + wait_s\n",
+        (ADMISSION + "a_drain_sends_no_probe_that_nobody_waits_for",),
     ),
     Mutation(
         "16 intake that a revoke has stopped does not go on",

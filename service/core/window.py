@@ -246,6 +246,11 @@ class Window:
             self._queue.popleft()
         return self._queue[0] if self._queue else None
 
+    @property
+    def waits_for_a_call(self) -> bool:
+        """Whether a message is queued, or will be for another attempt."""
+        return self.next_queued() is not None or self.next_retry_s is not None
+
     def call_next(self, now_s: float) -> Entry:
         """Take the next entry of the queue for a call."""
         entry = self._queue.popleft()

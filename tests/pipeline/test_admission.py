@@ -1,6 +1,7 @@
 """Budgets, outages, slow messages: what waits for what, under virtual time."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -8,8 +9,8 @@ from typing import Any
 import pytest
 
 from service.core.budgets import Estimate
-from service.core.circuit import Circuit
-from service.core.errors import NoRoom, TransientFailure
+from service.core.circuit import PROBE_CAP_S, Circuit, CircuitState
+from service.core.errors import CallFailure, NoRoom, ServiceFailure, TransientFailure
 from service.core.events import Hedged, Retried
 from service.core.hedges import HEDGED_SHARE
 from service.core.limits import Admission, Cause, Limits
@@ -19,7 +20,7 @@ from service.core.status import State
 from service.pipeline import Pipeline
 from tests.pipeline.test_way import BOUNDS, SETTLED, Stage, decode
 from tests.support import virtual_time
-from tests.support.fakes import FakeBroker, FakeExtractor, FakeSink, FakeSource, partition
+from tests.support.fakes import PROBE, FakeBroker, FakeExtractor, FakeSink, FakeSource, partition
 
 WIDE = replace(BOUNDS, concurrency=50, window=200)
 
@@ -201,6 +202,210 @@ def test_a_woken_retry_keeps_its_own_retry_after() -> None:
     assert stage.extractor.probes >= 1
     assert began["patient"][1] - began["patient"][0] >= 100
     assert max(began["text 3"]) < 30
+
+
+class Probed(FakeExtractor):
+    """Knows how many probes are out at once."""
+
+    out = out_max = cancelled_probes = 0
+
+    async def probe(self) -> None:
+        self.out += 1
+        self.out_max = max(self.out_max, self.out)
+        try:
+            await super().probe()
+        except asyncio.CancelledError:
+            self.cancelled_probes += 1
+            raise
+        finally:
+            self.out -= 1
+
+
+def probed(**bounds: Any) -> Limited:
+    """A stage whose probes take 100 s, and each call 0.1 s, unless its text says how long."""
+    stage = Limited(Limits(50), bounds=replace(WIDE, **bounds))
+    stage.extractor = Probed()
+    stage.extractor.latency_s = lambda text: (
+        100.0 if text == PROBE else float(text.split()[1]) if text.startswith("in ") else 0.1
+    )
+    stage.pipeline = stage.new_pipeline()
+    return stage
+
+
+def fail_all(stage: Limited, texts: list[str], times: int = 1) -> None:
+    for text in texts:
+        stage.broker.append(text)
+        stage.extractor.scripts[text] = [TransientFailure("connection")] * times
+
+
+def test_one_probe_at_a_time_whatever_older_calls_come_to() -> None:
+    """A call of before the outage fails while a probe is out: that is no answer to the probe."""
+    stage = probed()
+    fail_all(stage, [f"text {n}" for n in range(12)] + [f"in {n} s" for n in range(8, 60, 4)])
+
+    async def wait() -> None:
+        await asyncio.sleep(90)
+        assert stage.extractor.probes == 1  # type: ignore[attr-defined]
+        assert stage.admission.circuit.state is CircuitState.PROBING
+        await asyncio.sleep(110)
+
+    stage.show(wait)
+    assert stage.extractor.out_max == 1  # type: ignore[attr-defined]
+    assert stage.broker.committed == {partition(): 25}
+
+
+def test_one_probe_at_a_time_where_the_circuit_has_closed_and_opened_beside_it() -> None:
+    """An older call is answered, and then all fail anew: the probe that is out is waited for."""
+    stage = probed()
+    fail_all(stage, [f"text {n}" for n in range(20)], times=2)
+    stage.broker.append("in 10 s")
+
+    async def wait() -> None:
+        await asyncio.sleep(90)
+        assert stage.extractor.probes == 1
+        assert stage.admission.circuit.state is CircuitState.OPEN
+        await asyncio.sleep(300)
+
+    stage.show(wait)
+    assert stage.extractor.out_max == 1  # type: ignore[attr-defined]
+    assert stage.broker.committed == {partition(): 21}
+
+
+def test_a_probe_that_never_begins_is_told_to_the_circuit() -> None:
+    """It is called off between its start and its first step: the circuit does not wait for it."""
+    stage = probed()
+    fail_all(stage, [f"text {n}" for n in range(12)])
+
+    charge, cut_off = stage.admission.charge, []
+
+    async def play() -> None:
+        stage.source.assign(stage.pipeline)
+        run = asyncio.create_task(stage.pipeline.run())
+
+        def cut_off_as_it_starts(now_s: float, estimate: Estimate) -> None:
+            charge(now_s, estimate)
+            if stage.admission.circuit.state is CircuitState.PROBING:
+                cut_off.append(run.cancel())
+
+        stage.admission.charge = cut_off_as_it_starts  # type: ignore[method-assign]
+        await asyncio.wait([run])
+
+    virtual_time.run(play())
+    assert cut_off == [True]
+    assert stage.extractor.probes == 0
+    assert stage.admission.circuit.state is CircuitState.OPEN
+
+
+# --- a drain with an open circuit ----------------------------------------------------------------
+
+
+AT_ONE_INSTANT_MAX = 60
+"""Rounds of admission at one instant of the clock: each message of a stage below may end there
+once, and a few things more; what asks again at once without end passes any bound."""
+
+
+@pytest.fixture
+def no_spin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails as soon as admission is asked too often while the clock stands."""
+    asked: Counter[float] = Counter()
+    admit = Pipeline._admit
+
+    def counted(pipeline: Pipeline) -> None:
+        asked[now_s()] += 1
+        assert asked[now_s()] <= AT_ONE_INSTANT_MAX, f"admission asks without end at {now_s()} s"
+        admit(pipeline)
+
+    monkeypatch.setattr(Pipeline, "_admit", counted)
+
+
+@pytest.mark.usefixtures("no_spin")
+def test_a_drain_asks_whether_the_provider_is_back() -> None:
+    """A paid answer waits behind a message that failed: once a probe is answered both are out,
+    well before the deadline."""
+    stage = Limited(Limits(4), bounds=replace(BOUNDS, drain_timeout_s=60))
+    down = ServiceFailure("credentials", remedy="mend the key")
+    stage.broker.append("first", key="k")
+    stage.broker.append("paid for", key="k")
+    stage.extractor.latency_s = lambda text: 2.0 if text == "first" else 0.1
+    stage.extractor.scripts["first"] = [down]
+    stage.extractor.probe_fails = down
+    ended_s = 0.0
+
+    async def stop() -> None:
+        await asyncio.sleep(1)
+        stage.pipeline.stop()
+        await asyncio.sleep(14)
+        assert stage.extractor.probes > 1
+        stage.extractor.probe_fails = None
+
+    async def play() -> None:
+        nonlocal ended_s
+        stage.source.assign(stage.pipeline)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(stage.pipeline.run())
+            await stop()
+        ended_s = now_s()
+
+    virtual_time.run(play())
+    assert stage.broker.texts() == ["first", "paid for"]
+    assert stage.broker.committed == {partition(): 2}
+    assert ended_s < 15 + PROBE_CAP_S + 3  # a probe and the call itself
+
+
+@pytest.mark.usefixtures("no_spin")
+def test_a_drain_sends_no_probe_that_nobody_waits_for() -> None:
+    """Only calls are left that run: their answers tell more than a probe."""
+    stage = Limited(Limits(4), bounds=replace(BOUNDS, drain_timeout_s=60))
+    stage.extractor.probe_fails = ServiceFailure("credentials", remedy="mend the key")
+    stage.broker.append("slow", key="a")
+    stage.broker.append("fails", key="b")
+    stage.extractor.latency_s = lambda text: 50.0 if text == "slow" else 0.1
+    stage.extractor.scripts["fails"] = [stage.extractor.probe_fails]
+
+    async def stop() -> None:
+        await asyncio.sleep(1)
+
+    stage.show(stop)
+    assert stage.extractor.probes == 0
+    assert stage.broker.texts() == ["slow"]
+
+
+FAILURES: dict[str, Callable[[], CallFailure]] = {
+    "service": lambda: ServiceFailure("credentials", remedy="mend the key"),
+    "transient": lambda: TransientFailure("connection"),
+    "limited": lambda: TransientFailure("rate_limited", retry_after_s=20.0),
+    "no room": lambda: NoRoom(progress=None, provenance=None),
+}
+
+
+@pytest.mark.usefixtures("no_spin")
+@pytest.mark.parametrize("kind", FAILURES)
+@pytest.mark.parametrize("probes_fail", [True, False])
+@pytest.mark.parametrize("per_minute", [None, 6])
+@pytest.mark.parametrize("ends", ["drained", "forced", "revoked"])
+def test_the_clock_goes_on_in_every_state(
+    kind: str, probes_fail: bool, per_minute: int | None, ends: str
+) -> None:
+    """Circuit closed, open and probing, with and without budget, drained, forced, between a
+    revoke and an assignment: whoever waits, waits for a moment or an event."""
+    bounds = replace(BOUNDS, drain_timeout_s=30, ordering="key")
+    stage = Limited(Limits(4, requests_per_minute=per_minute), bounds=bounds)
+    stage.extractor.probe_fails = FAILURES["service"]() if probes_fail else None
+    stage.extractor.latency_s = lambda text: 25.0 if text.startswith("slow") else 0.1
+    for n in range(6):
+        stage.broker.append(f"slow {n}", key=str(n % 3))
+        stage.broker.append(f"bad {n}", key=str(n % 3))
+        stage.extractor.scripts[f"bad {n}"] = [FAILURES[kind]() for _ in range(4)]
+
+    async def act() -> None:
+        await asyncio.sleep(40)
+        if ends == "revoked":
+            await stage.source.rebalance(keep={partition()})
+            await asyncio.sleep(40)
+        if ends == "forced":
+            stage.pipeline.force()
+
+    stage.show(act)
 
 
 def test_a_retry_after_of_a_day_is_asked_again_after_the_cap() -> None:

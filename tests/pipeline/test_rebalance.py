@@ -4,9 +4,12 @@ import asyncio
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
+import pytest
+
 from service.core.errors import CommitFailed, PublishFailed, TransientFailure
-from service.core.events import Dropped
+from service.core.events import Admitted, Dropped, Event
 from service.core.messages import Batch, Partition
+from service.core.offsets import UNCLEAN_ENDS_MAX, Progress
 from service.core.status import State
 from tests.pipeline.test_way import BOUNDS, SETTLED, Stage
 from tests.support.fakes import partition
@@ -405,3 +408,63 @@ def test_a_rebalance_during_a_drain_loses_nothing() -> None:
     stage.show(stop)
     assert stage.broker.committed == {partition(): 4}
     assert len(stage.extractor.calls) == 4
+
+
+class GivenAnew(Stage):
+    """Its partition is given anew between the start of one call and the first step of its task."""
+
+    def __init__(self, call: int, **bounds: int) -> None:
+        super().__init__(bounds=replace(BOUNDS, **bounds))  # type: ignore[arg-type]
+        self.call = call  # the number of the call, from 1
+        self.never_began = 0
+
+    def observe(self, event: Event) -> None:
+        super().observe(event)
+        if isinstance(event, Admitted):
+            self.call -= 1
+            if self.call == 0:  # the task is created behind this line, and steps behind this call
+                asyncio.get_running_loop().call_soon(self._give_anew, len(self.extractor.calls))
+
+    def _give_anew(self, begun: int) -> None:
+        self.never_began = len(self.pipeline._window.calling) - len(self.extractor.in_flight)
+        assert begun == len(self.extractor.calls)
+        self.source.give_anew(partition())
+
+
+@pytest.mark.parametrize("call", range(1, 7))
+@pytest.mark.parametrize("slots", [1, 4])
+def test_a_call_that_is_called_off_before_it_begins_gives_its_slot_back(
+    slots: int, call: int
+) -> None:
+    """A task that is cancelled before its first step runs none of its code: the slot is given
+    back where the task ends, and everything goes on."""
+    stage = GivenAnew(call, concurrency=slots, window=4 * slots)
+    for n in range(8):
+        stage.broker.append(f"text {n}", key=str(n))
+
+    async def wait() -> None:
+        await asyncio.sleep(60)
+        assert stage.never_began
+        assert stage.pipeline.status(SETTLED).slots_busy == 0
+
+    stage.show(wait)
+    assert set(stage.broker.texts()) == {f"text {n}" for n in range(8)}
+    assert stage.broker.committed == {partition(): 8}
+    assert stage.extractor.in_flight_max == slots
+
+
+@pytest.mark.parametrize("call", range(1, 4))
+def test_a_suspect_that_is_called_off_before_it_begins_lets_others_run(call: int) -> None:
+    """Nothing runs beside a suspect; one that never runs keeps nobody out."""
+    stage = GivenAnew(call)
+    stage.broker.stored[partition()] = Progress(0, unclean_ends=UNCLEAN_ENDS_MAX)
+    for n in range(8):
+        stage.broker.append(f"text {n}", key=str(n))
+
+    async def wait() -> None:
+        await asyncio.sleep(60)
+        assert stage.never_began == 1
+
+    stage.show(wait)
+    assert set(stage.broker.texts()) == {f"text {n}" for n in range(8)}
+    assert stage.broker.committed == {partition(): 8}

@@ -194,6 +194,14 @@ class FakeSource:
         self._reassigning = False
         self.assignment.assigned(dict(self.given))
 
+    def give_anew(self, where: Partition) -> None:
+        """A partition that was fenced is restored and given again, without a revoke before it."""
+        assert self.assignment is not None
+        before = self.broker.stored[where]
+        self.given = {**self.given, where: Given(next(self._numbers), before)}
+        self.positions[where] = before.next_offset
+        self.assignment.assigned(dict(self.given))
+
     @property
     def epochs(self) -> dict[Partition, int]:
         return {where: each.epoch for where, each in self.given.items()}
