@@ -87,8 +87,14 @@ POLL_SHARE = 8
 """A poll waits until an eighth of the window is free: one for each finished message would cost
 more than it brings, and the rest of the window keeps the slots busy meanwhile."""
 
-FINAL_COMMITS_MAX = 5
-"""A rebalance refuses commits for a moment; the last commit of a run is worth waiting for."""
+FINAL_COMMITS_S = 5.0
+"""Seconds after the first one in which a further last commit of a run may begin. A rebalance
+refuses commits for a moment, and what is not committed is paid for again."""
+
+COMMIT_AGAIN_S = 1.0
+"""Seconds from a refused commit that somebody waits for to the next try. It does not depend on
+`delivery.commit_interval_s`, which may be minutes: a stop and a message that runs alone have to
+go on."""
 
 STALLED_AFTER_S = 60.0
 """Work in the window, no call, no wait that we know of, nothing moving for this long."""
@@ -793,7 +799,7 @@ class Pipeline:
         while True:
             if await self._commit():
                 return
-            await asyncio.sleep(self._bounds.commit_interval_s)
+            await asyncio.sleep(COMMIT_AGAIN_S)
 
     # --- publishing while the model writes -------------------------------------------------------
 
@@ -948,12 +954,17 @@ class Pipeline:
             self._window.measure()
 
     async def _commit_finally(self) -> bool:
-        """From here on it is a clean end, which the commit says."""
+        """From here on it is a clean end, which the commit says.
+
+        Where it is forced, before or meanwhile, there is no further try and no wait.
+        """
         self._ending = True
-        for _ in range(FINAL_COMMITS_MAX):
-            if await self._commit():
-                return True
-            await asyncio.sleep(self._bounds.commit_interval_s)
+        until_s = self._now_s() + FINAL_COMMITS_S - COMMIT_AGAIN_S
+        while not await self._commit():
+            if self._now_s() > until_s or await self._until(lambda: self._forced, COMMIT_AGAIN_S):
+                break
+        else:
+            return True
         log.error("the last commit failed; what finished since the one before may be repeated")
         return False
 

@@ -232,6 +232,30 @@ MUTATIONS = (
         (WAY + "stop_waits_for_acknowledgements",),
     ),
     Mutation(
+        "9 last commits that are refused wait for the commit interval",
+        PIPELINE,
+        "await self._until(lambda: self._forced, COMMIT_AGAIN_S):",
+        "await self._until(lambda: self._forced, self._bounds.commit_interval_s):",
+        (WAY + "last_commits_do_not_wait_for_the_commit_interval",),
+    ),
+    Mutation(
+        "9 a second signal waits for last commits",
+        PIPELINE,
+        "await self._until(lambda: self._forced, COMMIT_AGAIN_S):",
+        "await self._until(lambda: False, COMMIT_AGAIN_S):",
+        (
+            WAY + "a_forced_stop_tries_one_commit_and_does_not_wait",
+            WAY + "a_second_signal_ends_the_last_commits",
+        ),
+    ),
+    Mutation(
+        "9 a message that runs alone waits for the commit interval",
+        PIPELINE,
+        "            await asyncio.sleep(COMMIT_AGAIN_S)\n",
+        "            await asyncio.sleep(self._bounds.commit_interval_s)\n",
+        (DIED + "a_suspect_does_not_wait_for_the_commit_interval",),
+    ),
+    Mutation(
         "10 the queue of retries is unbounded",
         PIPELINE,
         "room = self._bounds.window - self._window.messages",

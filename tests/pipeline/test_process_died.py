@@ -3,12 +3,13 @@
 import asyncio
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from service.core.messages import Reason, Rejected
-from service.core.offsets import UNCLEAN_ENDS_MAX
-from tests.pipeline.test_way import SETTLED, Stage
+from service.core.offsets import UNCLEAN_ENDS_MAX, Progress
+from tests.pipeline.test_way import BOUNDS, SETTLED, Stage
 from tests.support.fakes import partition
 
 LIVES_MAX = 2 * (UNCLEAN_ENDS_MAX + 2)
@@ -168,3 +169,17 @@ def test_a_suspect_waits_until_kafka_knows_that_it_runs() -> None:
     assert len(stage.extractor.calls) == called
     stage.source.refuse_commits = 0
     assert stage.die(1000.0)
+
+
+def test_a_suspect_does_not_wait_for_the_commit_interval() -> None:
+    """A refused commit holds everything up: nobody runs until it is stored who runs alone."""
+    stage = Stage(bounds=replace(BOUNDS, commit_interval_s=300.0))
+    stage.broker.append("text")
+    stage.broker.stored[partition()] = Progress(0, unclean_ends=UNCLEAN_ENDS_MAX)
+    stage.source.refuse_commits = 3
+
+    async def wait() -> None:
+        await asyncio.sleep(20)
+        assert stage.broker.texts() == ["text"]
+
+    stage.show(wait)

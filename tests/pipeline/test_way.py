@@ -8,12 +8,18 @@ from typing import Any
 
 import pytest
 
-from service.core.errors import OutputTooLarge, PublishFailed, ServiceFailure, TransientFailure
+from service.core.errors import (
+    CommitFailed,
+    OutputTooLarge,
+    PublishFailed,
+    ServiceFailure,
+    TransientFailure,
+)
 from service.core.events import Abandoned, Event, Finished
 from service.core.messages import Message, Outcome, Passed, Reason, Rejected, Skipped
 from service.core.offsets import Progress
 from service.core.status import GroupStatus, State
-from service.pipeline import Bounds, Pipeline
+from service.pipeline import COMMIT_AGAIN_S, FINAL_COMMITS_S, Bounds, Pipeline
 from tests.support import virtual_time
 from tests.support.fakes import FakeBroker, FakeExtractor, FakeSink, FakeSource, partition
 
@@ -705,6 +711,62 @@ def test_a_last_commit_that_fails_is_said(stage: Stage) -> None:
     stage.source.refuse_commits = 1000
     assert not stage.show()
     assert stage.broker.committed == {}
+
+
+@pytest.mark.parametrize("interval_s", [0.5, 300.0])
+def test_last_commits_do_not_wait_for_the_commit_interval(interval_s: float) -> None:
+    """A stop whose commits are refused to the end takes seconds, whatever the interval is; one
+    that is refused twice is made good."""
+    for refused, committed in ((1000, False), (2, True)):
+        stage = Stage(bounds=replace(BOUNDS, commit_interval_s=interval_s))
+        stage.broker.append("text")
+        assert stopped_after_s(stage, stage.pipeline.stop, refused) <= FINAL_COMMITS_S
+        assert stage.broker.committed == ({partition(): 1} if committed else {})
+
+
+def test_a_forced_stop_tries_one_commit_and_does_not_wait(stage: Stage) -> None:
+    """A second signal asks for the end at once."""
+    stage.broker.append("text")
+    assert stopped_after_s(stage, stage.pipeline.force, refused=1000) == 0
+
+
+def test_a_second_signal_ends_the_last_commits(stage: Stage) -> None:
+    """Whoever forces a stop between two of them is not made to wait for the rest."""
+    stage.broker.append("text")
+
+    def stop_and_force() -> None:
+        stage.pipeline.stop()
+        asyncio.get_running_loop().call_later(COMMIT_AGAIN_S / 2, stage.pipeline.force)
+
+    assert stopped_after_s(stage, stop_and_force, refused=1000) == COMMIT_AGAIN_S / 2
+
+
+def test_last_commits_that_nobody_answers_are_bounded(stage: Stage) -> None:
+    """A coordinator that hangs costs the source's own bound twice at the most."""
+    stage.broker.append("text")
+
+    async def nobody() -> None:
+        await asyncio.sleep(5.0)
+        raise CommitFailed("no answer")
+
+    stage.source.before_storing = nobody
+    assert stopped_after_s(stage, stage.pipeline.stop, refused=0) <= FINAL_COMMITS_S + 5.0
+
+
+def stopped_after_s(stage: Stage, stop: Callable[[], None], refused: int) -> float:
+    """How long a stop takes at which nothing is in flight and so many commits are refused."""
+
+    async def play() -> float:
+        stage.source.refuse_commits = 1000
+        stage.source.assign(stage.pipeline)
+        run = asyncio.create_task(stage.pipeline.run())
+        await asyncio.sleep(10)
+        stage.source.refuse_commits = refused
+        stop()
+        await run
+        return asyncio.get_running_loop().time() - 10
+
+    return round(virtual_time.run(play()), 1)
 
 
 def test_a_bug_ends_the_run_uncommitted(stage: Stage) -> None:
