@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Literal, Protocol, TypeAlias, assert_never
 
 from service.core.budgets import NO_TOKENS, Estimate
@@ -56,6 +56,7 @@ from service.core.messages import (
     Partition,
     Passed,
     Postponed,
+    Provenance,
     Publishable,
     Reason,
     Rejected,
@@ -102,8 +103,9 @@ STALLED_AFTER_S = 60.0
 LOOK_S = 1.0
 """Between two looks at a call that is overdue by setting, and may not be cut off or hedged yet."""
 
-OVERSTAYED = "not answered within extraction.message_timeout_s"
-"""How the detail of such a dead letter begins."""
+CLOSE_S = 30.0
+"""Seconds within which readers are told that a call was cut off whose records are out. Where Kafka
+takes longer, the message ends without: a set that is never completed is dropped as well."""
 
 KAFKA_SLOW_AFTER_S = 5.0
 """An acknowledgement that takes longer means that we wait for Kafka."""
@@ -240,6 +242,16 @@ class Bounds:
     later: Later | None = None  # None: exhausted messages are rejected at once
     message_timeout_s: float | None = None  # from its first call; None: however long it takes
     hedge_after_s: float | None = None  # a second call for one that runs so long; None: never
+
+
+@dataclass(frozen=True, slots=True)
+class CutOff:
+    """A message's time (`message_timeout_s`) was over, and its calls were ended without an
+    answer."""
+
+
+Result: TypeAlias = Extracted | Rejected | CallFailure
+"""What a call came to."""
 
 
 class Pipeline:
@@ -565,13 +577,13 @@ class Pipeline:
             self._give_back(entry)
         self._account(entry, turn, result)
         match result:
+            case CutOff():
+                self._answer(entry, self._overstayed(entry))
             case NoRoom():
                 self._provider_answers(turn)
                 self._go_on_later(entry, result)
             case CallFailure():
                 self._failed(entry, turn, result)
-            case _ if _has_overstayed(result):
-                self._answer(entry, result)
             case _:
                 if not _from_the_cache(result):
                     self._provider_answers(turn)
@@ -579,13 +591,11 @@ class Pipeline:
         self._admit()
         await self._hand_over(entry.holding, entry.lane)
 
-    def _account(
-        self, entry: Entry, turn: Turn, result: Extracted | Rejected | CallFailure
-    ) -> None:
+    def _account(self, entry: Entry, turn: Turn, result: Result | CutOff) -> None:
         """What an attempt has cost; one that took its answer from the cache has cost nothing."""
-        spent = result.provenance
-        if spent is None:
+        if isinstance(result, CutOff) or result.provenance is None:
             return
+        spent = result.provenance
         before, entry.spent = entry.spent, spent
         usd = spent.cost_usd - (0.0 if before is None else before.cost_usd)
         answered = not (spent.cached or isinstance(result, TransientFailure | ServiceFailure))
@@ -642,7 +652,8 @@ class Pipeline:
     def _postponed(self, entry: Entry) -> Postponed | None:
         """An exhausted message goes to the retry topic, where there is one, so and so often."""
         later, now_ms = self._bounds.later, self._wall_ms()
-        history = lived_on(entry.message, entry.attempts, entry.first_failed_at_ms or now_ms)
+        attempts = _attempts(entry, entry.spent)
+        history = lived_on(entry.message, attempts, entry.first_failed_at_ms or now_ms)
         if later is None or history.retries >= later.attempts_max:
             return None
         due_ms = now_ms + int(later.delay_s * 1000)
@@ -663,25 +674,28 @@ class Pipeline:
         if entry.holding.lost:
             return
         if isinstance(outcome, Rejected):
-            first_ms = (
-                self._wall_ms() if entry.first_failed_at_ms is None else entry.first_failed_at_ms
-            )
-            calls = outcome.provenance.calls if outcome.provenance else 0
-            outcome = replace(
-                outcome,
-                attempts=max(calls, entry.attempts),
-                first_failed_at_ms=first_ms,
-                records_out=entry.records_out,
-            )
+            outcome = self._explained(entry, outcome)
+        if isinstance(outcome, Extracted | Rejected) and outcome.provenance is not None:
+            outcome = replace(outcome, provenance=_with_calls_beside(entry, outcome.provenance))
         self._window.answered(entry, outcome, self._now_s())
 
-    async def _ask(self, entry: Entry, turn: Turn) -> Extracted | Rejected | CallFailure:
+    def _explained(self, entry: Entry, rejected: Rejected) -> Rejected:
+        """How the message came to it; before `_with_calls_beside`."""
+        first_ms = entry.first_failed_at_ms
+        return replace(
+            rejected,
+            attempts=_attempts(entry, rejected.provenance),
+            first_failed_at_ms=self._wall_ms() if first_ms is None else first_ms,
+            records_out=entry.records_out,
+        )
+
+    async def _ask(self, entry: Entry, turn: Turn) -> Result | CutOff:
         self._hedges.called()
         if self._bounds.hedge_after_s is None and self._bounds.message_timeout_s is None:
             return await self._ask_once(entry)
         return await self._ask_watched(entry, turn)
 
-    async def _ask_once(self, entry: Entry) -> Extracted | Rejected | CallFailure:
+    async def _ask_once(self, entry: Entry) -> Result:
         try:
             if self._streams is not None:
                 return await self._stream(entry, self._streams)
@@ -689,37 +703,60 @@ class Pipeline:
         except CallFailure as failure:
             return failure
 
-    async def _ask_watched(self, entry: Entry, turn: Turn) -> Extracted | Rejected | CallFailure:
+    async def _ask_watched(self, entry: Entry, turn: Turn) -> Result | CutOff:
         """It may be asked a second time beside the first, or be cut off.
 
         The first answer wins; what failed is returned only where nothing else is under way.
         """
         async with asyncio.TaskGroup() as calls:
-            first = calls.create_task(self._ask_once(entry))
-            running, hedged = {first}, False
-            result: Extracted | Rejected | CallFailure | None = None
-            while running:
+            running = {first := calls.create_task(self._ask_once(entry))}
+            ended: dict[asyncio.Task[Result], Result] = {}
+            hedged = cut_off = False
+            while running and not cut_off and not any(map(_is_answer, ended.values())):
                 look_at_s = self._look_again_s(entry, turn, hedged=hedged)
                 timeout_s = None if look_at_s is None else max(0.0, look_at_s - self._now_s())
                 done, running = await asyncio.wait(
                     running, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
                 )
-                for call in done:
-                    result = _better(result, call.result())
-                if isinstance(result, Extracted | Rejected):
-                    break
-                if not done and self._overstays(entry):
-                    result = self._overstayed(entry)
-                    break
-                if not done and not hedged and self._may_hedge(entry, turn):
+                ended |= {call: call.result() for call in done}
+                cut_off = not done and self._overstays(entry)
+                if not done and not cut_off and not hedged and self._may_hedge(entry, turn):
                     hedged = True
                     second = calls.create_task(self._ask_once(entry))
                     second.add_done_callback(self._second_ended)
                     running.add(second)
+            stream = self._streaming.get(entry)  # it is forgotten with its task
             for call in running:
                 call.cancel()
-        assert result is not None, "no call has ended"
-        return self._told_hedge(entry, result, done, first) if hedged else result
+        result = CutOff() if cut_off else reduce(_better, ended.values())
+        if hedged:
+            answer = next((call for call, each in ended.items() if each is result), None)
+            answered = answer is not None and _is_answer(result)
+            self._observe(
+                Hedged("none" if not answered else "first" if answer is first else "second")
+            )
+        self._account_beside(entry, result, tuple(ended.values()), len(running))
+        if cut_off and stream is not None:
+            await self._close_cut_off(entry, stream)
+        return result
+
+    def _account_beside(
+        self, entry: Entry, result: Result | CutOff, ended: tuple[Result, ...], called_off: int
+    ) -> None:
+        """Calls of an attempt that its result does not know of: they are counted, and spent.
+
+        One that has ended tells what it has cost. One that was called off because the other was
+        answered is priced as that one's last call; where none was answered nobody knows.
+        """
+        known = () if isinstance(result, CutOff) else (result,)
+        calls = sum(_calls_made(entry, each) for each in ended)
+        usd = sum(_cost_usd(entry, each) for each in ended)
+        entry.calls_beside += calls - sum(_calls_made(entry, each) for each in known) + called_off
+        beside_usd = usd - sum(_cost_usd(entry, each) for each in known)
+        beside_usd += called_off * sum(_cost_usd(entry, each) for each in known)
+        entry.beside_usd += beside_usd
+        if beside_usd > 0:
+            self._admission.spend.spent(self._now_s(), beside_usd)
 
     def _look_again_s(self, entry: Entry, turn: Turn, *, hedged: bool) -> float | None:
         """When one of the two settings has something to say of a running call."""
@@ -749,26 +786,16 @@ class Pipeline:
         """A second call has a slot of its own, which comes back whether it has begun or not."""
         self._admission.release()
 
-    def _told_hedge(
-        self,
-        entry: Entry,
-        result: Extracted | Rejected | CallFailure,
-        done: AbstractSet[asyncio.Task[Extracted | Rejected | CallFailure]],
-        first: asyncio.Task[Extracted | Rejected | CallFailure],
-    ) -> Extracted | Rejected | CallFailure:
-        """The other call is counted too, and priced as what the winner has cost at the last."""
-        answered = isinstance(result, Extracted | Rejected) and not _has_overstayed(result)
-        self._observe(Hedged("none" if not answered else "first" if first in done else "second"))
-        if isinstance(result, CallFailure) or result.provenance is None:
-            return result
-        spent = result.provenance
-        usd = spent.cost_usd - (0.0 if entry.spent is None else entry.spent.cost_usd)
-        both = replace(spent, calls=spent.calls + 1, cost_usd=spent.cost_usd + usd)
-        return replace(result, provenance=both)
-
     def _overstays(self, entry: Entry) -> bool:
-        """It has held up what stands behind it for too long, and not because of an outage."""
+        """It has held up what stands behind it for too long, and not because of an outage.
+
+        A streamed answer that has come to its end waits for Kafka only, and is not cut off: its
+        set may be complete, and the message has its records.
+        """
         if self._bounds.message_timeout_s is None or entry.first_called_s is None:
+            return False
+        stream = self._streaming.get(entry)
+        if stream is not None and stream.completing:
             return False
         now_s = self._now_s()
         age_s = now_s - entry.first_called_s
@@ -776,14 +803,15 @@ class Pipeline:
             now_s, self._last_success_s
         )
 
-    def _overstayed(self, entry: Entry) -> Rejected:
-        return Rejected(
+    def _overstayed(self, entry: Entry) -> Outcome:
+        return self._postponed(entry) or Rejected(
             Reason.EXHAUSTED,
-            f"{OVERSTAYED} ({self._bounds.message_timeout_s:g} s), while others succeeded",
+            "not answered within extraction.message_timeout_s "
+            f"({self._bounds.message_timeout_s:g} s), while others succeeded",
             provenance=entry.spent,
         )
 
-    async def _ask_alone(self, entry: Entry, turn: Turn) -> Extracted | Rejected | CallFailure:
+    async def _ask_alone(self, entry: Entry, turn: Turn) -> Result | CutOff:
         """While it runs nobody else does, and if the process dies now, it is known of what."""
         await self._mark_alone(entry, entry.message.offset)
         result = await self._ask(entry, turn)
@@ -810,11 +838,21 @@ class Pipeline:
         )
         self._streaming[entry] = stream
         try:
-            result = await self._streamed_whole(entry, stream, streams)
+            return await self._streamed_whole(entry, stream, streams)
         finally:
-            entry.records_out += stream.aborted_records
             del self._streaming[entry]
-        return result
+
+    async def _close_cut_off(self, entry: Entry, stream: RecordStream) -> None:
+        """Before the message has its outcome, and while its partition is ours: a call whose
+        partition is lost is called off here as well."""
+        self._streaming[entry] = stream
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                await stream.close()
+        except TimeoutError:
+            log.warning("Kafka did not take the end of an answer that was cut off")
+        finally:
+            del self._streaming[entry]
 
     async def _streamed_whole(
         self, entry: Entry, stream: RecordStream, streams: Streams
@@ -845,6 +883,7 @@ class Pipeline:
         await asyncio.sleep(self._backoff.delay_s(attempts, self._uniform))
 
     def _streamed(self, entry: Entry, records: int, first: bool) -> None:
+        entry.records_out += records
         self._observe(Streamed(records, self._now_s() - entry.since_s if first else None))
         self._moved_on()
 
@@ -928,7 +967,7 @@ class Pipeline:
         if isinstance(failure, OutputTooLarge) and isinstance(
             entry.outcome, Extracted | Passed | Postponed
         ):
-            entry.outcome = _too_large(entry.outcome)
+            entry.outcome = self._explained(entry, _too_large(entry, entry.outcome))
         else:
             entry.publish_attempts += 1
             rest_s = self._backoff.delay_s(entry.publish_attempts, self._uniform)
@@ -1269,17 +1308,58 @@ def _earlier(one_s: float | None, other_s: float) -> float:
     return other_s if one_s is None else min(one_s, other_s)
 
 
-def _better(
-    one: Extracted | Rejected | CallFailure | None, other: Extracted | Rejected | CallFailure
-) -> Extracted | Rejected | CallFailure:
-    """Of two calls for one message: an outcome, else what has progress to go on with."""
-    if one is None or (isinstance(one, CallFailure) and not isinstance(one, NoRoom)):
+def _better(one: Result, other: Result) -> Result:
+    """Of two calls for one message: an answer, else what waits for room, else the later failure.
+
+    Where both go on later, they go on with the progress of the one that has more calls paid for.
+    """
+    if not isinstance(one, CallFailure):
+        return one
+    if not isinstance(other, CallFailure):
         return other
-    return one
+    further = one if _calls(one.provenance) > _calls(other.provenance) else other
+    if isinstance(one, NoRoom) or isinstance(other, NoRoom):
+        return NoRoom(progress=further.progress, provenance=further.provenance)
+    return further
 
 
-def _has_overstayed(outcome: Extracted | Rejected) -> bool:
-    return isinstance(outcome, Rejected) and outcome.detail.startswith(OVERSTAYED)
+def _is_answer(result: Result | CutOff) -> bool:
+    return isinstance(result, Extracted | Rejected)
+
+
+def _calls(spent: Provenance | None) -> int:
+    return 0 if spent is None else spent.calls
+
+
+def _calls_made(entry: Entry, result: Result) -> int:
+    """Calls of this attempt alone; an extractor that tells none has made one."""
+    return max(1, _calls(result.provenance) - _calls(entry.spent))
+
+
+def _cost_usd(entry: Entry, result: Result) -> float:
+    """Of this attempt alone."""
+    before_usd = 0.0 if entry.spent is None else entry.spent.cost_usd
+    return 0.0 if result.provenance is None else result.provenance.cost_usd - before_usd
+
+
+def _attempts(entry: Entry, spent: Provenance | None) -> int:
+    """Calls that went out for a message, as its dead letter and its history tell them.
+
+    Answered or not, re-asks and second calls beside the first too, and those that were cut off.
+    Where the extractor does not tell its calls, attempts that failed stand for them.
+    """
+    return max(_calls(spent), entry.attempts) + entry.calls_beside
+
+
+def _with_calls_beside(entry: Entry, spent: Provenance) -> Provenance:
+    """Of what a message has cost, the part that no answer knows of is added."""
+    if not entry.calls_beside:
+        return spent
+    return replace(
+        spent,
+        calls=spent.calls + entry.calls_beside,
+        cost_usd=spent.cost_usd + entry.beside_usd,
+    )
 
 
 def _from_the_cache(outcome: Extracted | Rejected) -> bool:
@@ -1295,9 +1375,10 @@ def _exhausted(entry: Entry, failure: CallFailure) -> Rejected:
     )
 
 
-def _too_large(outcome: Extracted | Passed | Postponed) -> Rejected:
+def _too_large(entry: Entry, outcome: Extracted | Passed | Postponed) -> Rejected:
     if isinstance(outcome, Postponed):
-        return Rejected(Reason.EXHAUSTED, "the retry topic takes no message of this size")
+        detail = "the retry topic takes no message of this size"
+        return Rejected(Reason.EXHAUSTED, detail, provenance=entry.spent)
     if isinstance(outcome, Passed):
         return Rejected(Reason.OUTPUT_TOO_LARGE, "the output topic takes no tombstone of this size")
     largest = max((len(record.json) for record in outcome.records), default=0)

@@ -49,8 +49,6 @@ class RecordStream:
         self._first = True
         self._waits_since_s: float | None = None
         self._waited_s = 0.0
-        self.aborted_records = 0
-        """Records acknowledged of answers that were not completed."""
 
     async def publish(self, part: Part) -> None:
         """Hand a record over at once; waits only while too many are not acknowledged.
@@ -81,9 +79,13 @@ class RecordStream:
             aborted = Aborted(self._open.answer_id, self._answer_records, self._open.provenance)
             await self._hand_over(aborted)
             await self._settle(0)
-        self.aborted_records += self._answer_records
         # A marker that is too large goes missing: readers drop what is never completed.
         self._open, self._answer_records, self._refused = None, 0, None
+
+    @property
+    def completing(self) -> bool:
+        """The answer has come to its end; what is left of it is on its way to Kafka."""
+        return isinstance(self._open, Extracted)
 
     @property
     def provenance(self) -> Provenance | None:

@@ -52,6 +52,7 @@ WATCHDOG = "service/core/watchdog.py"
 
 WAY = "tests/pipeline/test_way.py::test_"
 ADMISSION = "tests/pipeline/test_admission.py::test_"
+STREAMING = "tests/pipeline/test_streaming.py::test_"
 REBALANCE = "tests/pipeline/test_rebalance.py::test_"
 DIED = "tests/pipeline/test_process_died.py::test_"
 SIMULATION = "tests/pipeline/test_simulation.py::test_"
@@ -350,6 +351,66 @@ MUTATIONS = (
         "(min(due_s, max(now_s, entry.not_before_s)), number, entry)",
         "(max(min(due_s, now_s), entry.not_before_s), number, entry)",
         (UNIT_WINDOW + "a_wake_makes_no_retry_later",),
+    ),
+    Mutation(
+        "14 a second call's answer is dropped where the first found no room",
+        PIPELINE,
+        "    if not isinstance(other, CallFailure):\n        return other\n",
+        "    if not isinstance(other, CallFailure) and not isinstance(one, NoRoom):\n"
+        "        return other\n",
+        (ADMISSION + "a_second_call_is_answered_where_the_first_found_no_room",),
+    ),
+    Mutation(
+        "14 of two calls the answers of one are paid for again",
+        PIPELINE,
+        "further = one if _calls(one.provenance) > _calls(other.provenance) else other",
+        "further = other",
+        (ADMISSION + "of_two_calls_without_an_answer_the_better_progress_is_kept",),
+    ),
+    Mutation(
+        "14 the other one of two calls costs nothing",
+        PIPELINE,
+        "        entry.beside_usd += beside_usd\n        if beside_usd > 0:\n",
+        "        if False:\n",
+        (
+            ADMISSION + "a_second_call_is_answered_where_the_first_found_no_room",
+            ADMISSION + "a_slow_call_is_made_a_second_time_and_both_are_paid_for",
+        ),
+    ),
+    Mutation(
+        "14 a call that was cut off is no attempt",
+        PIPELINE,
+        "for each in known) + called_off\n",
+        "for each in known)\n",
+        (ADMISSION + "a_dead_letter_counts_calls_that_were_cut_off",),
+    ),
+    Mutation(
+        "14 a message that takes too long does not wait in the retry topic",
+        PIPELINE,
+        "return self._postponed(entry) or Rejected(\n",
+        "return Rejected(\n",
+        (ADMISSION + "a_message_that_takes_too_long_waits_in_the_retry_topic",),
+    ),
+    Mutation(
+        "14 a set whose call is cut off is not closed",
+        PIPELINE,
+        "        if cut_off and stream is not None:\n",
+        "        if False:\n",
+        (STREAMING + "a_message_that_is_cut_off_closes_its_set",),
+    ),
+    Mutation(
+        "14 a set that is cut off holds its message for as long as Kafka is down",
+        PIPELINE,
+        "            async with asyncio.timeout(CLOSE_S):\n",
+        "            async with asyncio.timeout(None):\n",
+        (STREAMING + "a_message_that_is_cut_off_while_kafka_is_down_ends_all_the_same",),
+    ),
+    Mutation(
+        "14 an answer that is complete is cut off while Kafka takes it",
+        PIPELINE,
+        "        if stream is not None and stream.completing:\n",
+        "        if False:\n",
+        (STREAMING + "an_answer_that_waits_for_kafka_only_is_not_cut_off",),
     ),
     Mutation(
         "15 a dead letter that cannot be published counts as finished",

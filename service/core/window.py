@@ -53,6 +53,8 @@ class Entry:
         "alone",
         "attempts",
         "attempts_that_count",
+        "beside_usd",
+        "calls_beside",
         "first_called_s",
         "first_failed_at_ms",
         "holding",
@@ -83,6 +85,8 @@ class Entry:
         self.first_called_s: float | None = None
         self.not_before_s = now_s  # the provider asked to wait so long
         self.spent: Provenance | None = None  # for it, as far as it is known
+        self.calls_beside = 0  # that `spent` does not know of: a hedge's other one, one cut off
+        self.beside_usd = 0.0  # what these have cost, as far as it is known
         self.text = ""
         self.outcome: Outcome | None = None
         self.attempts = 0  # failed ones
@@ -91,7 +95,7 @@ class Entry:
         self.first_failed_at_ms: int | None = None
         self.lane_wait_s = 0.0  # from its outcome to the hand-over
         self.publish_attempts = 0  # failed ones
-        self.records_out = 0  # published of answers that were not completed
+        self.records_out = 0  # acknowledged while the model wrote; none of its sets is complete
         self.alone = holding.next_is_suspect()  # it runs by itself
 
     @property

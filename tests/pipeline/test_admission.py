@@ -13,14 +13,23 @@ from service.core.circuit import PROBE_CAP_S, Circuit, CircuitState
 from service.core.errors import CallFailure, NoRoom, ServiceFailure, TransientFailure
 from service.core.events import Hedged, Retried
 from service.core.hedges import HEDGED_SHARE
+from service.core.history import History
 from service.core.limits import Admission, Cause, Limits
-from service.core.messages import Extracted, Partition, Provenance, Reason, Rejected
+from service.core.messages import Extracted, Partition, Postponed, Provenance, Reason, Rejected
 from service.core.retry import RETRY_AFTER_MAX_S
 from service.core.status import State
-from service.pipeline import Pipeline
+from service.pipeline import Later, Pipeline
 from tests.pipeline.test_way import BOUNDS, SETTLED, Stage, decode
 from tests.support import virtual_time
-from tests.support.fakes import PROBE, FakeBroker, FakeExtractor, FakeSink, FakeSource, partition
+from tests.support.fakes import (
+    PROBE,
+    PROVENANCE,
+    FakeBroker,
+    FakeExtractor,
+    FakeSink,
+    FakeSource,
+    partition,
+)
 
 WIDE = replace(BOUNDS, concurrency=50, window=200)
 
@@ -510,6 +519,87 @@ def test_a_second_call_is_no_second_chance_to_fail() -> None:
     assert stage.extractor.calls == ["slow", "slow"]
     assert not [event for event in stage.events if isinstance(event, Retried)]
     assert [event for event in stage.events if isinstance(event, Hedged)] == [Hedged("first")]
+
+
+def spent(calls: int) -> Provenance:
+    return replace(PROVENANCE, calls=calls, cost_usd=0.01 * calls)
+
+
+def asked_twice(*ends: NoRoom | TransientFailure) -> Limited:
+    """A message whose first call ends after 20 s, the second one, made at 10 s, 5 s later; the
+    calls after these take a second."""
+    stage = Limited(Limits(4), bounds=replace(BOUNDS, hedge_after_s=10.0))
+    priced_at(stage, 0.01)
+    stage.broker.append("slow")
+    latencies = iter([20.0, 15.0])
+    stage.extractor.latency_s = lambda text: next(latencies, 1.0)
+    stage.extractor.scripts["slow"] = list(ends)
+    return stage
+
+
+def test_a_second_call_is_answered_where_the_first_found_no_room() -> None:
+    """The answer is paid for and counts; so does what the first call has cost."""
+    stage = asked_twice(NoRoom(progress="one", provenance=spent(1)))
+    stage.show()
+    [(_, outcome)] = stage.broker.published
+    assert isinstance(outcome, Extracted)
+    assert stage.extractor.calls == ["slow", "slow"]
+    assert (outcome.provenance.calls, outcome.provenance.cost_usd) == (2, 0.02)
+    assert [event for event in stage.events if isinstance(event, Hedged)] == [Hedged("second")]
+    assert stage.admission.spend.last_hour_usd(0) == pytest.approx(0.02)
+    assert stage.admission.busy == 0
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kept"),
+    [
+        (NoRoom(progress="one", provenance=spent(1)), (2, "two"), "two"),
+        (NoRoom(progress="two", provenance=spent(2)), (1, "one"), "two"),
+        (TransientFailure("timeout", progress="two", provenance=spent(2)), (1, "one"), "two"),
+    ],
+)
+def test_of_two_calls_without_an_answer_the_better_progress_is_kept(
+    first: NoRoom | TransientFailure, second: tuple[int, str], kept: str
+) -> None:
+    """Answers already paid for are not asked for again, and both calls are spent."""
+    calls, progress = second
+    failed = TransientFailure("server_error", progress=progress, provenance=spent(calls))
+    stage = asked_twice(first, failed)
+    stage.show()
+    assert stage.extractor.progress == [None, None, kept]
+    retried = [event for event in stage.events if isinstance(event, Retried)]
+    assert bool(retried) == isinstance(first, TransientFailure)
+    assert stage.admission.spend.last_hour_usd(0) >= 0.03
+    [(_, outcome)] = stage.broker.published
+    assert isinstance(outcome, Extracted)
+
+
+def test_a_dead_letter_counts_calls_that_were_cut_off() -> None:
+    """Two calls went out and neither was answered: two attempts."""
+    bounds = replace(BOUNDS, hedge_after_s=10.0, message_timeout_s=30.0)
+    stage = Limited(Limits(4), bounds=bounds)
+    stage.broker.append("slow")
+    stage.extractor.latency_s = lambda text: 1000.0 if text == "slow" else 0.1
+    stage.show(busy(stage, 60))  # type: ignore[arg-type]
+    [rejected] = stage.rejected()
+    assert stage.extractor.cancelled == ["slow", "slow"]
+    assert rejected.attempts == 2
+    assert [event for event in stage.events if isinstance(event, Hedged)] == [Hedged("none")]
+
+
+def test_a_message_that_takes_too_long_waits_in_the_retry_topic() -> None:
+    """Cut off like one that is exhausted: where there is such a topic it goes there first, with
+    the call that was cut off in its history."""
+    bounds = replace(BOUNDS, ordering="none", message_timeout_s=30.0, later=Later(10.0, 3))
+    stage = Limited(Limits(4), bounds=bounds)
+    stage.broker.append("slow")
+    stage.extractor.latency_s = lambda text: 1000.0 if text == "slow" else 0.1
+    stage.show(busy(stage, 60))  # type: ignore[arg-type]
+    assert not stage.rejected()
+    [postponed] = [each for _, each in stage.broker.published if isinstance(each, Postponed)]
+    history = History.of(postponed.carries)
+    assert history is not None
+    assert (history.attempts, history.retries) == (1, 1)
 
 
 def test_no_more_than_one_call_in_twenty_is_a_second_one() -> None:

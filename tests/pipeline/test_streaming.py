@@ -11,8 +11,8 @@ from service.core.errors import PublishFailed, TransientFailure
 from service.core.events import Finished, Streamed
 from service.core.messages import Aborted, Extracted, Part, Publishable, Reason, Rejected
 from service.core.status import State
-from service.pipeline import Pipeline
-from service.streams import UNACKNOWLEDGED_MAX
+from service.pipeline import CLOSE_S, Pipeline
+from service.streams import UNACKNOWLEDGED_MAX, Publish
 from tests.chaos.reader import first_complete_sets
 from tests.pipeline.test_way import BOUNDS, SETTLED, Stage
 from tests.support.fakes import FakeStreams, partition
@@ -342,3 +342,100 @@ def test_a_death_in_the_middle_costs_a_repeat() -> None:
     stage.die(after_s=2.5)
     stage.show()
     assert stage.sets() == [["a 2 0", "a 2 1", "a 2 2", "a 2 3"]]
+
+
+class Overstaying(Streaming):
+    """Messages `b…` write one record in 0.1 s; "a" writes one each second, and is too slow."""
+
+    def __init__(self) -> None:
+        super().__init__(records=30, record_s=1.0)
+        self.bounds = replace(self.bounds, message_timeout_s=5.5)
+        self.sink.ack_s = 0.001
+        self.others = FakeStreams(records=1, record_s=0.1)
+        self.pipeline = self.new_pipeline()
+
+    def new_pipeline(self, **more: Any) -> Pipeline:
+        return Stage.new_pipeline(self, streams=self, **more)
+
+    async def stream(
+        self, text: str, progress: object | None, publish: Publish
+    ) -> Extracted | Rejected:
+        streams = self.streams if text == "a" else self.others
+        return await streams.stream(text, progress, publish)
+
+    async def keep_busy(self, seconds: int) -> None:
+        for n in range(seconds):
+            self.broker.append(f"b{n}")
+            await asyncio.sleep(1)
+
+    def of_a(self) -> list[Publishable]:
+        return [outcome for message, outcome in self.broker.published if message.value == b"a"]
+
+
+def test_a_message_that_is_cut_off_closes_its_set() -> None:
+    """Its records are out: a marker says that no more will come, and the letter how many did."""
+    stage = Overstaying()
+    stage.broker.append("a")
+    stage.show(lambda: stage.keep_busy(20))
+    *records, marker, letter = stage.of_a()
+    assert len(records) == 5
+    assert isinstance(marker, Aborted)
+    assert marker.records == 5
+    assert isinstance(letter, Rejected)
+    assert (letter.reason, letter.records_out, letter.attempts) == (Reason.EXHAUSTED, 5, 1)
+    assert stage.streams.cancelled == 1
+
+
+def test_a_message_that_is_cut_off_while_kafka_is_down_ends_all_the_same() -> None:
+    """The marker is waited for so and so long; the letter goes out once Kafka takes it."""
+    stage = Overstaying()
+    stage.broker.append("a")
+
+    async def act() -> None:
+        await stage.keep_busy(4)
+        stage.sink.down = True
+        await asyncio.sleep(CLOSE_S + 10)
+        assert stage.pipeline.status(SETTLED).slots_busy == 0
+        stage.sink.down = False
+        await stage.keep_busy(70)
+
+    stage.show(act)
+    letter = stage.of_a()[-1]
+    assert isinstance(letter, Rejected)
+    assert letter.records_out == sum(isinstance(each, Part) for each in stage.of_a())
+
+
+def test_a_message_that_is_cut_off_and_lost_closes_nothing() -> None:
+    """Whoever holds the partition now writes the message's records: no marker of ours any more."""
+    stage = Overstaying()
+    stage.broker.append("a")
+
+    async def act() -> None:
+        await stage.keep_busy(5)
+        stage.sink.ack_s = 3.0  # the marker waits for the record before it
+        await asyncio.sleep(1)
+        before = len(stage.of_a())
+        stage.source.give_anew(partition())
+        assert not any(isinstance(each, Aborted | Rejected) for each in stage.of_a())
+        await asyncio.sleep(4)
+        assert not any(isinstance(each, Aborted | Rejected) for each in stage.of_a()[before:])
+        stage.pipeline.force()
+
+    stage.show(act)
+
+
+def test_an_answer_that_waits_for_kafka_only_is_not_cut_off() -> None:
+    """Its set may be complete: cut off, the message would be out and a dead letter as well."""
+    stage = Overstaying()
+    stage.streams.records = 5
+    stage.broker.append("a")
+
+    async def act() -> None:
+        await stage.keep_busy(4)
+        await asyncio.sleep(0.5)
+        stage.sink.ack_s = 20.0
+        await stage.keep_busy(40)
+
+    stage.show(act)
+    assert not stage.rejected()
+    assert isinstance(stage.of_a()[-1], Extracted)
