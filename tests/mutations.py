@@ -44,6 +44,7 @@ SOURCE = "service/kafka/source.py"
 SINK = "service/kafka/sink.py"
 SENDING = "service/kafka/sending.py"
 LEAN = "service/llm/lean.py"
+SHAPES = "service/llm/shapes.py"
 ANSWER_TEXT = "service/llm/answer_text.py"
 MEMBERSHIP = "service/kafka/membership.py"
 TRANSACTIONS = "service/kafka/transactions.py"
@@ -66,6 +67,8 @@ ONCE = "tests/contract/test_transactions.py::test_"
 SUPERVISION = "tests/contract/test_supervision.py::test_"
 LEAN_TESTS = "tests/contract/test_lean.py::test_"
 HAND_OVER = "tests/unit/test_hand_over.py::test_"
+UNIT_FAILURES = "tests/unit/test_failures.py::test_"
+EXTRACTOR_TESTS = "tests/contract/test_extractor.py::test_"
 UNIT_ANSWER_TEXT = "tests/unit/test_answer_text.py::test_"
 UNIT_DEPARTURES = "tests/unit/test_departures.py::test_"
 UNIT_SENDING = "tests/unit/test_sending.py::test_"
@@ -1030,6 +1033,48 @@ MUTATIONS = (
         "if partition.topic in self.doubtful():",
         "if False:",
         (SUPERVISION + "a_commit_does_not_wait_for_a_topic_of_the_same_name",),
+    ),
+    Mutation(
+        "refusals: a text that is repeated chooses what it means",
+        SHAPES,
+        "self._without_echo(value[:STRING_MAX_CHARS])",
+        "value[:STRING_MAX_CHARS]",
+        (UNIT_FAILURES + "an_echo_of_the_message_says_nothing",),
+    ),
+    Mutation(
+        "refusals: a whole minute's tokens are waited for by a text that is larger",
+        SHAPES,
+        "if status == 429 and _never_fits(said.words):",
+        "if False:",
+        (UNIT_FAILURES + "what_concerns_this_message",),
+    ),
+    Mutation(
+        "refusals: a setting is taken for the message's own fault",
+        "service/llm/failures.py",
+        "unclear=True, detail=detail)",
+        "unclear=False, detail=detail)",
+        (EXTRACTOR_TESTS + "what_says_nothing_is_its_own_once_others_are_answered",),
+    ),
+    Mutation(
+        "refusals: an answer from before the refusal is evidence",
+        "service/llm/evidence.py",
+        "self._answered.get(route, refused_s) > refused_s",
+        "route in self._answered",
+        (EXTRACTOR_TESTS + "who_was_answered_before_is_no_evidence",),
+    ),
+    Mutation(
+        "refusals: the limit's two names are tried for ever",
+        "service/llm/cascade.py",
+        "if parameter in self.not_taken or other in self.not_taken:",
+        "if False:",
+        (EXTRACTOR_TESTS + "an_endpoint_that_takes_neither_name_is_a_setting",),
+    ),
+    Mutation(
+        "refusals: the key stands in a dead letter",
+        "service/llm/extractor.py",
+        'return content.replace(key, b"[OPENAI_API_KEY]")',
+        "return content",
+        (EXTRACTOR_TESTS + "the_key_is_in_no_dead_letter",),
     ),
     Mutation(
         "answers: one of two objects is chosen",

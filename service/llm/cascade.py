@@ -10,7 +10,7 @@ Rules of this file: no I/O; `Conversation` holds all state.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import TypeAlias, assert_never
 
@@ -18,12 +18,19 @@ from instructor.v2.core.errors import ResponseParsingError
 from pydantic import BaseModel, ValidationError
 
 from service import NextModel
-from service.core.errors import CallFailure, ServiceFailure, TransientFailure
+from service.core.errors import CallFailure, ServiceFailure, TransientFailure, Unclear
 from service.core.events import CallResult
 from service.core.messages import Extracted, Provenance, Reason, Rejected
 from service.llm.answers import Completion
 from service.llm.conversation import Conversation
-from service.llm.failures import Failure, Refused, Transient, Unserviceable
+from service.llm.failures import (
+    Failure,
+    Malformed,
+    Refused,
+    Transient,
+    Unserviceable,
+    Unsupported,
+)
 from service.llm.prices import Bill, Cost, bill
 from service.llm.records import RecordType, new_answer_id
 from service.llm.request import RequestTemplate
@@ -37,6 +44,8 @@ SAID_MAX_CHARS = 500
 """What a dead letter shows of each model that was asked before the last one."""
 BYTES_PER_TOKEN = 4
 """An estimate that needs no tokenizer: English has about 4, other scripts about 3."""
+OTHER_NAME = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
+"""Names of the answer's limit: newer models and older servers each know one of them."""
 LONGER_FACTOR = 2
 """How much more an answer may take that was cut off at its limit."""
 CUTS_MAX = 8
@@ -45,14 +54,34 @@ MAYBE_CHARGED = frozenset({"timeout", "connection", "broken_answer"})
 """Failures after which the same call is made again although the first may have been charged."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Step:
-    """One model, and how it is asked and charged."""
+    """One model, and how it is asked and charged.
+
+    What the endpoint does not take for this model is learned from its refusals, and changes how it
+    is asked from then on, but not what.
+    """
 
     model: str
     request: RequestTemplate
     longer: RequestTemplate
     cost: Cost | None
+    not_taken: set[str] = field(default_factory=set)
+    warned: set[str] = field(default_factory=set)
+    """What was said once of this model."""
+
+    def does_not_take(self, parameter: str) -> bool:
+        """Whether it can be asked without: by the limit's other name, or not told at all."""
+        other = OTHER_NAME.get(parameter)
+        if parameter in self.not_taken or other in self.not_taken:
+            return False
+        self.not_taken.add(parameter)
+        self.request = self.request.without(parameter, other)
+        self.longer = self.longer.without(parameter, other)
+        return True
+
+    def sends(self, parameter: str) -> bool:
+        return self.request.sends(parameter)
 
     def body(self, talk: Conversation) -> bytes:
         request = self.longer if talk.longer else self.request
@@ -116,11 +145,14 @@ class Cascade:
         match answer:
             case Transient(result, after_s):
                 return self._transient(result, after_s, talk)
-            case Unserviceable(reason, remedy):
-                lasting = ServiceFailure(
-                    reason, remedy=remedy, progress=talk, provenance=talk.spent
-                )
+            case Unserviceable(reason, remedy, unclear):
+                kind = Unclear if unclear else ServiceFailure
+                lasting = kind(reason, remedy=remedy, progress=talk, provenance=talk.spent)
                 return Verdict("service", lasting)
+            case Unsupported(_, otherwise):
+                return self.judge(otherwise, talk)
+            case Malformed(detail, said):
+                return self._malformed(detail, said, talk)
             case Refused(Reason.TOO_LONG, _, detail):
                 return self._too_long(detail, talk)
             case Refused(why, result, detail):
@@ -183,7 +215,7 @@ class Cascade:
         reason: Reason,
         detail: str,
         talk: Conversation,
-        answer: Completion,
+        answer: Completion | str,
     ) -> Verdict:
         """The next model's turn; after the last one the message is rejected."""
         if not self._has_next(talk):
@@ -199,6 +231,17 @@ class Cascade:
             said=(*talk.said, said),
         )
         return Verdict(result, self._fitting(after))
+
+    def _malformed(self, detail: str, said: str, talk: Conversation) -> Verdict:
+        """The provider did not hand the answer on: asked again as one that does not validate."""
+        error = ResponseParsingError("The answer was no valid JSON for the schema", mode="JSON")
+        if talk.reasks >= self._extraction.reasks_max:
+            return self._gave_up("invalid", Reason.INVALID, detail, talk, said)
+        tail = talk.tail
+        if said.strip():
+            message = {"role": "assistant", "content": said}
+            tail += self.step(talk).request.reask(message, error)
+        return Verdict("invalid", replace(talk, tail=tail, reasks=talk.reasks + 1, purpose="reask"))
 
     def _has_next(self, talk: Conversation) -> bool:
         return talk.step + 1 < len(self._steps)
@@ -264,9 +307,9 @@ def _rejected(
     reason: Reason,
     detail: str,
     talk: Conversation,
-    answer: Completion | None = None,
+    answer: Completion | str | None = None,
 ) -> Verdict:
-    text = answer.answer.shown if answer else None
+    text = answer.answer.shown if isinstance(answer, Completion) else answer
     if talk.said:
         detail = "\n".join((*talk.said, _said(talk.spent.model, reason, detail)))
     return Verdict(

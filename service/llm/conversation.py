@@ -35,6 +35,8 @@ class Conversation:
     cuts: int = 0
     step: int = 0
     said: tuple[str, ...] = field(default=(), repr=False)
+    refused_s: float | None = None
+    """When the present step refused it without a reason that is known (monotonic seconds)."""
 
     def paid(self, bill: Bill) -> Conversation:
         """One call more, and what it cost."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,6 +16,7 @@ from typing import TypeAlias
 
 import httpx2
 import openai
+from pydantic_core import from_json
 
 from service.core.budgets import NO_TOKENS, Estimate
 from service.core.circuit import Circuit
@@ -24,12 +26,21 @@ from service.core.limits import Admission, Limits, Meter
 from service.core.messages import Extracted, Reason, Rejected
 from service.llm.allowance import read_allowance
 from service.llm.answers import BrokenAnswer, Completion, read_completion
-from service.llm.bounded import TooLarge, Undecodable
-from service.llm.cascade import LONGER_FACTOR, Cascade, Next, Step
+from service.llm.bounded import ERROR_MAX_BYTES, TooLarge, Undecodable
+from service.llm.cascade import LONGER_FACTOR, OTHER_NAME, Cascade, Next, Step
 from service.llm.conversation import Conversation
 from service.llm.endpoint import endpoint, missing_models, shown, unlisted
 from service.llm.estimate import Estimator
-from service.llm.failures import Failure, Transient, from_status
+from service.llm.evidence import Evidence
+from service.llm.failures import (
+    Failure,
+    Refused,
+    Transient,
+    Unserviceable,
+    Unsupported,
+    from_status,
+    from_words,
+)
 from service.llm.lean import Answered, LeanPost
 from service.llm.prices import Bill, cost_of
 from service.llm.prompt import build_prompt
@@ -48,6 +59,16 @@ KEEPALIVE_S = 4.0
 others) closes them, which would cost a call each time both happen at once."""
 AS_IT_IS = {"Accept-Encoding": "identity"}
 """Answers are small, and one that is not encoded cannot grow when it is decoded."""
+CONTEXT_MIN, CONTEXT_STEP = 2048, 1024
+"""Contexts that servers cut to are multiples of 1024 tokens, and never smaller."""
+CUT_BYTES_PER_TOKEN = 4.4
+"""More bytes than English has a token: a request so large that counts as a round number of tokens
+was cut. By chance one large request in a thousand counts so, and it is said once."""
+ADAPTATIONS_MAX = 4
+"""Parameters that one call finds out about; more than there are to be learned."""
+KEY_MIN_BYTES = 8
+"""A shorter key may be a word."""
+BOM = b"\xef\xbb\xbf"
 DECIDES_ANSWERS = frozenset(
     {
         *("instructions", "examples", "cardinality", "model", "mode", "output_tokens_max"),
@@ -60,6 +81,8 @@ PROBE_TEXT = "Is anybody there?"
 """All that a probe says beside the instructions; nobody reads its answer."""
 
 Answer: TypeAlias = Answered | httpx2.Response
+
+log = logging.getLogger(__name__)
 
 
 class OpenAIExtractor:
@@ -96,6 +119,7 @@ class OpenAIExtractor:
         self._request = RequestTemplate.build(prompt, answer, extraction, self._base_url)
         steps = [self._step(model, settings) for model in extraction.model]
         self._cascade = Cascade(steps, self.record_type, extraction)
+        self._evidence = Evidence()
         self._streaming = Streaming(
             self.record_type,
             extraction.mode,
@@ -271,10 +295,12 @@ class OpenAIExtractor:
         try:
             body = step.body(talk)
             charged = charged or self._estimator.estimate(step.model, len(body))
-            if publish is None:
-                answer = await self._send(step, body)
-            else:
-                answer = await self._send_streaming(step, body, talk, publish)
+            answer = await self._asked(step, talk, publish)
+            for _ in range(ADAPTATIONS_MAX):
+                if not isinstance(answer, Unsupported) or not self._adapted(step, answer.parameter):
+                    break
+                answer = await self._asked(step, talk, publish)
+            talk = self._noted(step, talk, answer, began)
             self._used(step, answer, len(body), charged)
             self._repaired(answer)
             bill = step.bill(answer)
@@ -297,12 +323,66 @@ class OpenAIExtractor:
                 )
             )
 
+    async def _asked(
+        self, step: Step, talk: Conversation, publish: Publish | None
+    ) -> Completion | Failure:
+        body = step.body(talk)
+        if publish is None:
+            return await self._send(step, talk, body)
+        return await self._send_streaming(step, body, talk, publish)
+
+    def _adapted(self, step: Step, parameter: str) -> bool:
+        """Whether the same call is to be made again without what was refused: another call may
+        have found it out in the meantime."""
+        if not step.sends(parameter):
+            return parameter in step.not_taken
+        if not step.does_not_take(parameter):
+            return False
+        other = OTHER_NAME.get(parameter)
+        log.warning(
+            "%s does not take %s for %s: %s from now on",
+            self._place,
+            parameter,
+            step.model,
+            "it is left out" if other is None else f"{other} is sent",
+        )
+        return True
+
+    def _noted(
+        self, step: Step, talk: Conversation, answer: Completion | Failure, began_s: float
+    ) -> Conversation:
+        """Evidence for or against others, or this message."""
+        match answer:
+            case Completion():
+                self._evidence.answered(step.model, began_s)
+                self._warn_of_a_cut(step, talk, answer)
+                return replace(talk, refused_s=None)
+            case Unserviceable(unclear=True) if talk.refused_s is None:
+                return replace(talk, refused_s=time.monotonic())
+            case _:
+                return talk
+
+    def _warn_of_a_cut(self, step: Step, talk: Conversation, answer: Completion) -> None:
+        """Ollama drops the beginning of what exceeds its context, and says nothing of it."""
+        tokens = answer.tokens.input
+        if tokens < CONTEXT_MIN or tokens % CONTEXT_STEP:
+            return
+        if step.request.size_bytes + _bytes(talk.text) > CUT_BYTES_PER_TOKEN * tokens:
+            self._say_once(
+                step,
+                "cut",
+                "%s seems to have cut a text to its context of %d tokens without a word: give the "
+                "server a larger context (Ollama: num_ctx), or set extraction.text_tokens_max",
+                step.model,
+                tokens,
+            )
+
     def _repaired(self, answer: Completion | Failure) -> None:
         if isinstance(answer, Completion):
             for how in answer.answer.repairs:
                 self._observe(Repaired(how))
 
-    async def _send(self, step: Step, body: bytes) -> Completion | Failure:
+    async def _send(self, step: Step, talk: Conversation, body: bytes) -> Completion | Failure:
         """One request. Foreign exceptions end here: their texts can repeat the request.
 
         What they mean is returned, not raised, so that none of them is chained to ours.
@@ -315,19 +395,21 @@ class OpenAIExtractor:
             return Transient("timeout")
         except openai.APIStatusError as error:
             self._told_failure(step, error, body, asked_at_s)
-            return self._classified(step, error.status_code, error.response, error.body)
+            return self._classified(step, talk, error.status_code, error.response)
         except openai.APIConnectionError:
             # The SDK's own timeout too: only connecting has one.
             return Transient("connection")
         except (TooLarge, Undecodable):
-            return Transient("broken_answer")
+            return self._too_large(step)
         self._told(response.headers, asked_at_s)
         try:
             return read_completion(
-                response.content, self._extraction.mode, many=self.record_type.many
+                self._scrubbed(response.content),
+                self._extraction.mode,
+                many=self.record_type.many,
             )
         except BrokenAnswer as broken:
-            return self._broken(step, broken.error, response)
+            return self._broken(step, talk, broken.error, response)
 
     async def _send_streaming(
         self, step: Step, body: bytes, talk: Conversation, publish: Publish
@@ -340,21 +422,72 @@ class OpenAIExtractor:
             return Transient("timeout")
         except openai.APIStatusError as error:
             self._told_failure(step, error, body, asked_at_s)
-            return self._classified(step, error.status_code, error.response, error.body)
+            return self._classified(step, talk, error.status_code, error.response)
         except (openai.APIConnectionError, httpx2.HTTPError):
             return Transient("connection")
+        except (TooLarge, Undecodable):
+            return self._too_large(step)
         except BrokenStream as broken:
-            return self._broken(step, broken.error, broken.response)
+            return self._broken(step, talk, broken.error, broken.response)
 
-    def _broken(self, step: Step, error: object, response: Answer) -> Failure:
-        """A 200 without a completion: some gateways wrap an error and its status into it."""
-        code = error.get("code") if isinstance(error, dict) else None
-        if isinstance(code, int) and 400 <= code <= 599:
-            return self._classified(step, code, response, error)
+    def _too_large(self, step: Step) -> Failure:
+        self._say_once(
+            step,
+            "answer_max_bytes",
+            "an answer of %s was larger than extraction.answer_max_bytes (%d), or packed in a way "
+            "that nobody asked for: it was not read",
+            step.model,
+            self._extraction.answer_max_bytes,
+        )
         return Transient("broken_answer")
 
-    def _classified(self, step: Step, status: int, response: Answer, error: object) -> Failure:
-        return from_status(status, response.headers, error, model=step.model, base_url=self._place)
+    def _broken(self, step: Step, talk: Conversation, error: object, response: Answer) -> Failure:
+        """A 200 without a completion: some gateways wrap an error and its status into it."""
+        code = error.get("code") if isinstance(error, dict) else None
+        if isinstance(code, str) and code.isdecimal():
+            code = int(code[:3])
+        meant = {"model": step.model, "base_url": self._place, "text": talk.text}
+        if isinstance(code, int) and 400 <= code <= 599:
+            return from_status(code, response.headers, error, **meant)
+        return from_words(response.headers, error, **meant) or Transient("broken_answer")
+
+    def _classified(
+        self, step: Step, talk: Conversation, status: int, response: httpx2.Response
+    ) -> Failure:
+        content = self._scrubbed(response.content[:ERROR_MAX_BYTES])
+        try:
+            body = from_json(content.removeprefix(BOM), allow_inf_nan=False)
+        except ValueError:
+            body = content.decode(errors="replace")
+        failure = from_status(
+            status,
+            response.headers,
+            body,
+            model=step.model,
+            base_url=self._place,
+            text=talk.text,
+        )
+        if isinstance(failure, Unserviceable) and failure.unclear:
+            return self._whose(step, talk, failure)
+        return failure
+
+    def _whose(self, step: Step, talk: Conversation, failure: Unserviceable) -> Failure:
+        """A refusal that says nothing is the message's own where others are answered."""
+        if self._evidence.is_its_own(step.model, talk.refused_s):
+            return Refused(Reason.BAD_REQUEST, "bad_request", failure.detail)
+        return failure
+
+    def _scrubbed(self, content: bytes) -> bytes:
+        """Without the key, which some servers repeat in what they say."""
+        key = self._api_key.encode()
+        if len(key) < KEY_MIN_BYTES or key not in content:
+            return content
+        return content.replace(key, b"[OPENAI_API_KEY]")
+
+    def _say_once(self, step: Step, what: str, sentence: str, *values: object) -> None:
+        if what not in step.warned:
+            step.warned.add(what)
+            log.warning(sentence, *values)
 
 
 def _bytes(text: str) -> int:

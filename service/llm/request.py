@@ -70,7 +70,22 @@ class RequestTemplate:
         """The same for another model, or with another limit of the answer; of the same version,
         as it asks the same."""
         rest = {**self._rest, "model": model, self._limit_name: output_tokens_max}
-        return replace(self, foot=b"]," + _json(rest)[1:])
+        return replace(self, foot=b"]," + _json(rest)[1:], _rest=rest)
+
+    def sends(self, parameter: str) -> bool:
+        return parameter in self._rest
+
+    def without(self, parameter: str, other: str | None) -> RequestTemplate:
+        """The same, with the parameter under its other name or, without one, left out; of the same
+        version, as it asks the same."""
+        if parameter not in self._rest:
+            return self
+        rest = {key: value for key, value in self._rest.items() if key != parameter}
+        name = self._limit_name
+        if other is not None:
+            rest[other] = self._rest[parameter]
+            name = other if parameter == name else name
+        return replace(self, foot=b"]," + _json(rest)[1:], _rest=rest, _limit_name=name)
 
     @property
     def size_bytes(self) -> int:

@@ -77,7 +77,8 @@ ANSWERED = frozenset(
 
 RETRY_REASONS = (
     *("rate_limited", "overloaded", "timeout", "connection", "server_error", "broken_answer"),
-    *("credentials", "permission", "quota", "model", "endpoint", "setting", "refused"),
+    *("credentials", "permission", "quota", "account", "region", "model", "endpoint", "setting"),
+    "unclear",
 )
 OTHER = "other"
 """Label of what is in no closed set: better a coarse figure than a series for each text."""

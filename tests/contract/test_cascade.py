@@ -84,7 +84,7 @@ async def test_a_stronger_model_is_not_asked_where_one_can(endpoint: Endpoint) -
     assert endpoint.total() == 1
 
 
-@pytest.mark.parametrize("script", ["400", "content_filter", "policy", "too_long"])
+@pytest.mark.parametrize("script", ["content_filter", "policy", "too_long"])
 async def test_what_no_model_helps_goes_to_no_other(endpoint: Endpoint, script: str) -> None:
     """A request that is refused, a filter, a text too long: rejected at the first model."""
     async with started(given=given()) as extractor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import logging
 import traceback
 from collections.abc import AsyncIterator
@@ -20,6 +22,7 @@ from service.core.errors import (
     NoRoom,
     ServiceFailure,
     TransientFailure,
+    Unclear,
     WrongSettings,
 )
 from service.core.events import Called
@@ -29,7 +32,7 @@ from service.llm.prompt import build_prompt, delimited
 from service.llm.records import load_record_type
 from service.llm.request import shows_schema
 from service.settings import Settings
-from tests.support.endpoint import MODEL, Endpoint, Step
+from tests.support.endpoint import MODEL, Asked, Endpoint, Script, Step
 from tests.support.extractors import ADA, Events, calls, settings, started
 
 MODES = ("json_schema", "tools", "json")
@@ -151,8 +154,6 @@ async def test_what_is_wrong_for_the_user_is_told_to_the_model(endpoint: Endpoin
         ("truncate", Reason.TRUNCATED),
         ("too_long", Reason.TOO_LONG),
         ("413", Reason.TOO_LONG),
-        ("400", Reason.BAD_REQUEST),
-        ("422", Reason.BAD_REQUEST),
     ],
 )
 async def test_what_fails_for_good_is_rejected_at_once(
@@ -221,7 +222,6 @@ async def test_a_date_to_retry_after_is_honoured(endpoint: Endpoint) -> None:
     ("script", "reason"),
     [
         ("401", "credentials"),
-        ("403", "permission"),
         ("no_model", "model"),
         ("404", "endpoint"),
         ("405", "endpoint"),
@@ -242,6 +242,155 @@ async def test_what_somebody_must_mend_is_no_fault_of_the_message(
     assert failed.value.remedy.endswith(".")
     assert called(events) == [("service", False), ("validated", False)]
     assert isinstance(outcome, Extracted)
+
+
+@pytest.mark.parametrize("status", [400, 403, 406, 422, 451])
+async def test_what_says_nothing_is_its_own_once_others_are_answered(
+    endpoint: Endpoint, status: int
+) -> None:
+    """A firewall answers for one text as it would for a wrong key: what becomes of others tells."""
+    text = f"{ADA} [[{status}]]"
+    async with started() as extractor:
+        with pytest.raises(Unclear) as first:
+            await extractor.call(text, None)
+        with pytest.raises(Unclear) as second:  # nobody was answered since
+            await extractor.call(text, first.value.progress)
+        await extractor.call("Bo is 5", None)
+        outcome = await extractor.call(text, second.value.progress)
+    assert isinstance(outcome, Rejected)
+    assert outcome.reason == Reason.BAD_REQUEST
+    assert outcome.detail.startswith(str(status))
+    assert first.value.reason == "unclear"
+
+
+async def test_who_was_answered_before_is_no_evidence(endpoint: Endpoint) -> None:
+    """A key may have been taken away in the meantime; a call that began before tells nothing."""
+    async with started() as extractor:
+        slow = asyncio.create_task(extractor.call("Bo is 5 [[answer after_ms=200]]", None))
+        while not endpoint.in_flight:
+            await asyncio.sleep(0.01)
+        with pytest.raises(Unclear) as failed:
+            await extractor.call(f"{ADA} [[403]]", None)
+        await slow
+        with pytest.raises(Unclear):
+            await extractor.call(f"{ADA} [[403]]", failed.value.progress)
+
+
+async def test_the_key_is_in_no_dead_letter(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where an endpoint repeats it, in an error or in an answer."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-canary-1234")
+    error = b'{"error":{"code":"content_filter","message":"Bearer sk-canary-1234 is flagged"}}'
+    answered = b'{"choices":[{"message":{"content":"my key is sk-canary-1234"}}]}'
+    async with started(reasks_max=0) as extractor:
+        for status, body in ((400, error), (200, answered)):
+            endpoint.script = lambda _, s=status, b=body: Step("given", status=s, body=b)
+            outcome = await extractor.call(ADA, None)
+            assert isinstance(outcome, Rejected)
+            assert "sk-canary" not in f"{outcome.detail} {outcome.answer}"
+            assert "[OPENAI_API_KEY]" in f"{outcome.detail} {outcome.answer}"
+
+
+def takes_only(*names: str) -> Script:
+    """An endpoint that refuses each of these parameters."""
+
+    def script(asked: Asked) -> Step:
+        for name in names:
+            if name in asked.body:
+                body = {"error": {"message": f"Unsupported parameter: '{name}'.", "param": name}}
+                return Step("given", status=400, body=json.dumps(body).encode())
+        return Step()
+
+    return script
+
+
+async def test_the_limits_other_name_is_found_once(
+    endpoint: Endpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the refusal that names it, behind any host; the next call knows, and it is said once."""
+    endpoint.script = takes_only("max_tokens", "temperature")
+    events: Events = []
+    async with started(events, temperature=0.0) as extractor:
+        versions = set()
+        for text in (ADA, "Bo is 5"):
+            outcome = await extractor.call(text, None)
+            assert isinstance(outcome, Extracted | Rejected)
+            with contextlib.suppress(ServiceFailure):
+                outcome = await extractor.call(text, None)
+            assert isinstance(outcome, Extracted)
+            versions.add(outcome.provenance.prompt_version)
+    sent = endpoint.requests[-1].json
+    assert (sent["max_completion_tokens"], "max_tokens" in sent) == (1024, False)
+    assert "temperature" not in sent
+    assert len(versions) == 1, "two prompts of what asks the same"
+    said = [record.message for record in caplog.records if "does not take" in record.message]
+    assert len(said) == 2
+
+
+async def test_an_endpoint_that_takes_neither_name_is_a_setting(endpoint: Endpoint) -> None:
+    """It does not go back and forth between them."""
+    endpoint.script = takes_only("max_tokens", "max_completion_tokens")
+    async with started() as extractor:
+        for _ in range(2):
+            with pytest.raises(ServiceFailure) as failed:
+                await extractor.call(ADA, None)
+            assert failed.value.reason == "setting"
+            assert "output_tokens_max" in failed.value.remedy
+    assert endpoint.total() <= 3
+
+
+async def test_calls_that_find_it_out_together_all_succeed(endpoint: Endpoint) -> None:
+    """Each of them was sent before the first refusal came."""
+    endpoint.script = takes_only("max_tokens")
+    async with started() as extractor, asyncio.TaskGroup() as group:
+        calls = [group.create_task(extractor.call(f"Bo is {n}", None)) for n in range(8)]
+    assert all(isinstance(call.result(), Extracted) for call in calls)
+
+
+async def test_an_answer_that_the_provider_could_not_read_is_asked_again(
+    endpoint: Endpoint,
+) -> None:
+    """Groq keeps it and shows it: the model is told, as of any answer that does not validate."""
+    body = b'{"error":{"code":"json_validate_failed","failed_generation":"{\\"name\\": Ann"}}'
+    events: Events = []
+    endpoint.script = lambda asked: (
+        Step() if asked.call > 1 else Step("given", status=400, body=body)
+    )
+    async with started(events) as extractor:
+        outcome = await extractor.call(ADA, None)
+    assert isinstance(outcome, Extracted)
+    assert called(events) == [("invalid", False), ("validated", True)]
+    assert '{"name": Ann' in str(endpoint.requests[1].json["messages"])
+
+
+async def test_a_text_that_was_cut_without_a_word_is_told(
+    endpoint: Endpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A large request that counts as a round number of tokens; once, and no other call is."""
+    usage = {"prompt_tokens": 4096, "completion_tokens": 9, "total_tokens": 4105}
+    message = {"content": '{"name":"Ann","age":30}'}
+    body = {"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage}
+    endpoint.script = lambda _: Step("given", body=json.dumps(body).encode())
+    async with started() as extractor:
+        await extractor.call("short", None)
+        assert not caplog.records
+        for _ in range(2):
+            assert isinstance(await extractor.call("word " * 5000, None), Extracted)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "cut" in caplog.text
+
+
+async def test_a_truncated_answer_says_that_the_model_was_thinking(endpoint: Endpoint) -> None:
+    """Tokens of reasoning are the usual cause, and no limit of ours says so."""
+    async with started() as extractor:
+        outcome = await extractor.call(f"{ADA} [[truncate reasoning=900]]", None)
+        other = await extractor.call(f"{ADA} [[truncate]]", None)
+    assert isinstance(outcome, Rejected)
+    assert isinstance(other, Rejected)
+    assert "reasoning" in outcome.detail
+    assert "thinking" in outcome.detail
+    assert "reasoning" not in other.detail
 
 
 async def test_a_call_that_never_returns_is_cut(endpoint: Endpoint) -> None:

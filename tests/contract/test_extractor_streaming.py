@@ -178,7 +178,7 @@ async def test_an_invalid_element_is_asked_again_with_a_new_id(endpoint: Endpoin
         ("content_filter", Reason.FILTERED, 0),
         ("no_json", Reason.INVALID, 0),
         ("invalid", Reason.INVALID, 0),
-        ("400", Reason.BAD_REQUEST, 0),
+        ("policy", Reason.FILTERED, 0),
     ],
 )
 async def test_what_fails_for_good_is_rejected(

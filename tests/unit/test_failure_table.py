@@ -14,10 +14,12 @@ from service.llm.failures import (
     REMEDIES,
     TABLE,
     FailureClass,
+    Malformed,
     Refused,
     Row,
     Transient,
     Unserviceable,
+    Unsupported,
     from_status,
 )
 from service.telemetry.metrics import RETRY_REASONS
@@ -28,6 +30,7 @@ PASSES = "contract/test_extractor.py::test_what_passes_is_handed_back_to_be_trie
 REJECTED = "contract/test_extractor.py::test_what_fails_for_good_is_rejected_at_once"
 MENDED = "contract/test_extractor.py::test_what_somebody_must_mend_is_no_fault_of_the_message"
 USER_CODE = "contract/test_extractor.py::test_an_exception_in_the_users_code_rejects_its_message"
+OWN = "contract/test_extractor.py::test_what_says_nothing_is_its_own_once_others_are_answered"
 SETTING = "unit/test_failures.py::test_what_somebody_must_mend"
 
 SHOWN_BY = {
@@ -38,25 +41,27 @@ SHOWN_BY = {
     "server_error": PASSES,
     "broken_answer": PASSES,
     "invalid": "contract/test_extractor.py::test_an_answer_that_never_validates_is_rejected",
+    "refused": REJECTED,
     "filtered": REJECTED,
     "truncated": "contract/test_cascade.py::test_an_answer_cut_off_twice_is_rejected",
     "too_long": "contract/test_cascade.py::test_cutting_has_an_end",
     "undecodable": "contract/test_extractor.py::test_half_a_character_is_undecodable",
-    "bad_request": REJECTED,
+    "bad_request": OWN,
     "user_code": USER_CODE,
     "credentials": "process/test_failures.py::test_credentials_refused_later_stop_intake_and_heal",
-    "permission": MENDED,
+    "permission": SETTING,
+    "unclear": OWN,
     "quota": MENDED,
     "model": MENDED,
     "endpoint": MENDED,
     "setting": SETTING,
+    "account": SETTING,
+    "region": SETTING,
 }
-"""By label; "refused" is a model's word and an endpoint's."""
+"""By label."""
 
 
 def shown_by(row: Row) -> str:
-    if row.label == "refused":
-        return REJECTED if row.kind is FailureClass.MESSAGE else SETTING
     return SHOWN_BY[row.label]
 
 
@@ -106,10 +111,22 @@ def test_the_table_is_complete() -> None:
 
 
 EXAMPLES = [
-    *[(400, "bad_request"), (401, "credentials"), (402, "quota"), (403, "permission")],
+    *[(400, "unclear"), (401, "credentials"), (402, "quota"), (403, "unclear")],
     *[(404, "endpoint"), (405, "endpoint"), (408, "timeout"), (409, "server_error")],
-    *[(413, "too_long"), (418, "refused"), (422, "bad_request"), (425, "server_error")],
-    *[(429, "rate_limited"), (500, "server_error"), (503, "overloaded"), (529, "overloaded")],
+    *[
+        (413, "too_long"),
+        (418, "unclear"),
+        (422, "unclear"),
+        (424, "server_error"),
+        (425, "server_error"),
+    ],
+    *[
+        (429, "rate_limited"),
+        (498, "overloaded"),
+        (500, "server_error"),
+        (503, "overloaded"),
+        (529, "overloaded"),
+    ],
 ]
 
 
@@ -123,5 +140,7 @@ def test_a_status_has_the_class_of_its_row(status: int, label: str) -> None:
             kind = FailureClass.MESSAGE
         case Unserviceable(found):
             kind = FailureClass.SERVICE
+        case Unsupported() | Malformed():
+            raise AssertionError("a status alone says neither")
     assert found == label
     assert label in {row.label for row in TABLE if row.kind is kind}
