@@ -578,6 +578,16 @@ MUTATIONS = (
         (UNIT_HOLDINGS + "whoever_is_put_out_by_his_name_does_not_join_again",),
     ),
     Mutation(
+        "9 whoever is put out while it joins joins again",
+        MEMBERSHIP,
+        "if pending is not None and FencedInstanceIdError.__name__ in str(pending):",
+        "if False:",
+        (
+            "tests/unit/test_membership.py::"
+            "test_whoever_is_put_out_while_it_joins_hears_why_and_does_not_join_again",
+        ),
+    ),
+    Mutation(
         "9 being put out counts as a death",
         STARTS,
         "lived_on = has_lived_on(mark.bearer, own)",

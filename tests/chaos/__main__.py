@@ -1,7 +1,10 @@
 """Chaos on a real cluster: seeded faults, then what was lost, repeated or late.
 
     python -m tests.chaos --round kills [--seed N] [--times N] [--mode exactly_once]
+    python -m tests.chaos --round cut_log [--seed N] [--times N] [--mode exactly_once]
     python -m tests.chaos --round all
+
+`cut_log` has topics and a verdict of its own (cut_log.py) and is not among `all`.
 
 Prints a row of a Markdown table for each round, progress to stderr. Exit code 1 where something
 does not hold; it is named under the table, and the logs are kept. The faults are drawn from the
@@ -18,6 +21,7 @@ import sys
 import time
 from dataclasses import replace
 
+from tests.chaos import cut_log
 from tests.chaos.rounds import HEAD, PLANS, Plan, Row, play
 from tests.support.cluster import Cluster
 
@@ -55,9 +59,22 @@ def _show(row: Row) -> None:
         say(f"logs: {row.folder}")
 
 
+def _cut_logs(given: argparse.Namespace, seed: int) -> int:
+    mode, times = given.mode or "at_least_once", given.times or 1
+    with Cluster() as cluster:
+        row = asyncio.run(cut_log.play(cluster, seed=seed, mode=mode, times=times, say=say))
+    for line in row.broken:
+        say(f"BROKEN {line}")
+    if row.broken:
+        say(f"logs: {row.folder}")
+    print(cut_log.HEAD)
+    print(row)
+    return 1 if row.broken else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.chaos", description=__doc__)
-    parser.add_argument("--round", choices=(*PLANS, "all"), required=True)
+    parser.add_argument("--round", choices=(*PLANS, "cut_log", "all"), required=True)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--times", type=int, default=None, help="faults; for soak minutes")
     parser.add_argument("--mode", choices=("at_least_once", "exactly_once"), default=None)
@@ -67,6 +84,8 @@ def main() -> int:
     seed = random.SystemRandom().randrange(10**6) if given.seed is None else given.seed
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     say(f"seed {seed}")
+    if given.round == "cut_log":
+        return _cut_logs(given, seed)
     rows = []
     with Cluster() as cluster:
         for name in names:

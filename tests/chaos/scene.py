@@ -98,15 +98,27 @@ class Scene:
     loading: bool = True
     loaded: asyncio.Event = field(default_factory=asyncio.Event)
     """The load has ended, and what it sent is acknowledged."""
+    paused: bool = False
+    """The load sends nothing for now."""
+    quiet: asyncio.Event = field(default_factory=asyncio.Event)
+    """It is paused, and what it sent is acknowledged."""
+    cuttable: bool = False
+    """The input has two replicas, one of which is enough: its log can be cut."""
     _numbers: Any = field(default_factory=lambda: itertools.count(1))
 
     # --- topics --------------------------------------------------------------------------------
 
     async def create_topics(self) -> None:
         stamped = {"message.timestamp.type": "LogAppendTime"}
+        unclean = {"unclean.leader.election.enable": "true", "min.insync.replicas": "1"}
         for topic in (self.input, self.output, self.dead_letters):
+            cuttable = self.cuttable and topic == self.input
             await create_topic(
-                self.cluster.bootstrap_servers, topic, PARTITIONS, replication=3, config=stamped
+                self.cluster.bootstrap_servers,
+                topic,
+                PARTITIONS,
+                replication=2 if cuttable else 3,
+                config=stamped | (unclean if cuttable else {}),
             )
 
     async def configure_output(self, **config: str) -> None:
@@ -117,7 +129,7 @@ class Scene:
             await client.alter_configs([resource])
 
     async def until_replicated(self, within_s: float = 60) -> None:
-        """Wait until every partition has its three replicas in sync again."""
+        """Wait until every partition has all its replicas in sync again."""
         topics = [self.input, self.output, self.dead_letters, "__consumer_offsets"]
         async with asyncio.timeout(within_s):
             while True:
@@ -125,14 +137,16 @@ class Scene:
                     async with asyncio.timeout(10), admin(self.cluster.bootstrap_servers) as client:
                         found = await client.describe_topics(topics)
                         partitions = [p for topic in found for p in topic["partitions"]]
-                        if partitions and all(len(p["isr"]) == 3 for p in partitions):
+                        if partitions and all(
+                            len(p["isr"]) == len(p["replicas"]) for p in partitions
+                        ):
                             return
                 await asyncio.sleep(0.5)
 
     # --- workers -------------------------------------------------------------------------------
 
-    def start_worker(self) -> Worker:
-        worker = Worker(f"w{next(self._numbers)}", self._environment(), self.folder)
+    def start_worker(self, *options: str) -> Worker:
+        worker = Worker(f"w{next(self._numbers)}", self._environment(), self.folder, options)
         self.workers[worker.name] = worker
         return worker
 
@@ -215,6 +229,10 @@ class Scene:
         await producer.start()
         try:
             while self.loading:
+                if self.paused:
+                    self.quiet.set()
+                    await asyncio.sleep(0.1)
+                    continue
                 waiting = []
                 for partition in range(PARTITIONS):
                     for _ in range(BACKLOG - self.backlog(partition)):
@@ -232,6 +250,17 @@ class Scene:
                 async with asyncio.timeout(10):
                     await producer.stop()
         return number
+
+    async def pause_load(self) -> None:
+        """Returns when nothing is on its way."""
+        self.quiet.clear()
+        self.paused = True
+        await self.quiet.wait()
+
+    async def resume_load(self) -> None:
+        """Goes on from where the log ends now, which may be before what was acknowledged."""
+        self.sent.update(await end_offsets(self.cluster.bootstrap_servers, self.input))
+        self.paused = False
 
     def backlog(self, partition: int) -> int:
         """Messages of this partition that are sent and not stored as finished."""
@@ -338,6 +367,7 @@ async def scene(
     settings: Mapping[str, str],
     proxied: bool,
     say: Say,
+    cuttable: bool = False,
 ) -> AsyncIterator[Scene]:
     """Topics, endpoint, proxy; load, watch and supervision run. Workers are up to the caller.
 
@@ -348,7 +378,7 @@ async def scene(
         Proxy(cluster.fronts) as proxy,
         _endpoint(folder, pace, seed) as url,
     ):
-        made = Scene(cluster, proxy, url, folder, pace, settings, proxied, say)
+        made = Scene(cluster, proxy, url, folder, pace, settings, proxied, say, cuttable=cuttable)
         await made.create_topics()
         async with asyncio.TaskGroup() as tasks:
             background = [tasks.create_task(each()) for each in (made.watch, made.supervise)]

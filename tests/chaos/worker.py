@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import aiohttp
@@ -21,12 +21,18 @@ UP_S = 60.0
 
 
 class Worker:
-    """One `python -m service run`; what it prints goes to a file.
+    """One `python -m service run`, with `options` behind it; what it prints goes to a file.
 
     It dies with the process that started it, even where that one is killed.
     """
 
-    def __init__(self, name: str, environment: Mapping[str, str], folder: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        environment: Mapping[str, str],
+        folder: Path,
+        options: Sequence[str] = (),
+    ) -> None:
         self.name = name
         self.log = folder / f"{name}.log"
         (self.port,) = free_ports(1)
@@ -40,7 +46,7 @@ class Worker:
         }
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                dying_with_us([sys.executable, "-m", "service", "run"]),
+                dying_with_us([sys.executable, "-m", "service", "run", *options]),
                 cwd=ROOT,
                 env={**clean, **environment, **own},
                 stdin=subprocess.PIPE,
@@ -93,6 +99,10 @@ class Worker:
         """A sample by its name, labels included; None while there is none or no answer."""
         found = re.search(rf"^{re.escape(name)} (\S+)$", await self._page("metrics"), re.MULTILINE)
         return None if found is None else float(found.group(1))
+
+    async def readiness(self) -> str:
+        """What it says on /readyz; empty while it does not answer."""
+        return await self._page("readyz")
 
     async def note_metrics(self) -> None:
         """What it says of itself goes into its log: for one that will be killed."""
