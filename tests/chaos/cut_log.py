@@ -208,6 +208,8 @@ async def _held(made: Scene, held: dict[int, int]) -> AsyncIterator[str]:
         made.say(f"  partition {each}: held at {now[each]}, its log ends at {ends[each]}")
         if now[each] != offset:
             yield f"partition {each} was cut and went on: {offset} -> {now[each]}"
+        if ends[each] <= offset:
+            yield f"partition {each} did not grow past {offset} again: nothing is shown"
     for each in others:
         if now[each] <= before[each]:
             yield f"partition {each} was not cut and stood still at {now[each]}"
