@@ -114,14 +114,11 @@ async def play(cluster: Cluster, *, seed: int, mode: str, times: int, say: Say) 
 async def _cut_and_mend(made: Scene, row: Row, follower: int, leader: int) -> set[str]:
     """One cut, what workers make of it, and the person's word; the texts that are gone."""
     shared = await _shared(made, follower, leader)
-    before = {m.text for m in await read_input(made.cluster.bootstrap_servers, made.input)}
-    cut = await _cut(made, shared, follower, leader)
+    cut, gone = await _cut(made, shared, follower, leader)
     held = {each: made.stored[-1].offsets[each][0] for each in cut}
     made.say(f"  next offset and end of each cut log: { {p: (held[p], cut[p]) for p in cut} }")
     if not cut:
         row.broken.append("no log was cut: the leader was not elected unclean, or too late")
-    after = await read_input(made.cluster.bootstrap_servers, made.input)
-    gone = before - {message.text for message in after}
     if cut and not await _said(made):
         row.broken.append("no worker says on /readyz that a log was cut")
     await made.resume_load()
@@ -153,8 +150,11 @@ async def _shared(made: Scene, follower: int, leader: int) -> set[int]:
     }
 
 
-async def _cut(made: Scene, shared: set[int], follower: int, leader: int) -> dict[int, int]:
-    """Partition -> where its log ends now, for those that end before the next offset."""
+async def _cut(
+    made: Scene, shared: set[int], follower: int, leader: int
+) -> tuple[dict[int, int], set[str]]:
+    """Partition -> where its log ends now, for those that end before the next offset; and the
+    texts that are gone."""
     at_s = time.time()
     await asyncio.to_thread(made.cluster.kill, follower)
     missed = await end_offsets(made.cluster.bootstrap_servers, made.input)
@@ -163,6 +163,7 @@ async def _cut(made: Scene, shared: set[int], follower: int, leader: int) -> dic
         BEHIND_S,
     )
     await made.pause_load()
+    before = await _texts(made)
     await asyncio.to_thread(made.cluster.kill, leader)
     await asyncio.to_thread(made.cluster.start, follower)
     await _until_led(made, shared, follower)
@@ -171,7 +172,13 @@ async def _cut(made: Scene, shared: set[int], follower: int, leader: int) -> dic
     made.struck.append(Struck("cut_log", at_s, time.time()))
     ends = await end_offsets(made.cluster.bootstrap_servers, made.input)
     stored = made.stored[-1].offsets
-    return {each: ends[each] for each in shared if ends[each] < stored[each][0]}
+    cut = {each: ends[each] for each in shared if ends[each] < stored[each][0]}
+    return cut, before - await _texts(made)
+
+
+async def _texts(made: Scene) -> set[str]:
+    sent = await read_input(made.cluster.bootstrap_servers, made.input)
+    return {message.text for message in sent}
 
 
 async def _until_led(made: Scene, partitions: set[int], node: int) -> None:

@@ -105,6 +105,7 @@ class Scene:
     cuttable: bool = False
     """The input has two replicas, one of which is enough: its log can be cut."""
     _numbers: Any = field(default_factory=lambda: itertools.count(1))
+    _texts: Any = field(default_factory=itertools.count)
 
     # --- topics --------------------------------------------------------------------------------
 
@@ -210,15 +211,14 @@ class Scene:
 
     async def load(self) -> None:
         """Produce, so that every partition has its backlog, until `loading` is over."""
-        number = 0
         while self.loading:
             try:
-                number = await self._produce(number)
+                await self._produce()
             except (KafkaError, OSError) as error:
                 self.say(f"! the load's producer is replaced: {type(error).__name__}")
         self.loaded.set()
 
-    async def _produce(self, number: int) -> int:
+    async def _produce(self) -> None:
         producer = AIOKafkaProducer(
             bootstrap_servers=self.cluster.bootstrap_servers,
             acks="all",
@@ -236,8 +236,8 @@ class Scene:
                 waiting = []
                 for partition in range(PARTITIONS):
                     for _ in range(BACKLOG - self.backlog(partition)):
-                        key, text = message(number, partition)
-                        number += 1
+                        # No text comes twice, whatever became of the producer before.
+                        key, text = message(next(self._texts), partition)
                         waiting.append(
                             await producer.send(self.input, text, key, partition=partition)
                         )
@@ -249,7 +249,6 @@ class Scene:
             with suppress(TimeoutError):
                 async with asyncio.timeout(10):
                     await producer.stop()
-        return number
 
     async def pause_load(self) -> None:
         """Returns when nothing is on its way."""
