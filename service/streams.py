@@ -108,6 +108,10 @@ class RecordStream:
             await self._hand_over(piece)
 
     async def _hand_over(self, piece: Piece) -> None:
+        """Behind whatever has failed, which the sink would let it overtake: it knows lanes of
+        messages, not the order within one."""
+        while any(_has_failed(future) for _, future in self._unacknowledged):
+            await self._send_again()
         with self._waiting():
             future = await self._send(piece)
         future.add_done_callback(partial(self._acknowledged, piece))
@@ -173,3 +177,9 @@ class RecordStream:
         finally:
             self._waited_s += loop.time() - self._waits_since_s
             self._waits_since_s = None
+
+
+def _has_failed(future: asyncio.Future[None]) -> bool:
+    if not future.done():
+        return False
+    return future.cancelled() or isinstance(future.exception(), PublishFailed)

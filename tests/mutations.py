@@ -632,6 +632,13 @@ MUTATIONS = (
         (UNIT_SENDING + "a_dead_letter_that_is_refused_for_its_size_keeps_its_place",),
     ),
     Mutation(
+        "21 a streamed record goes before one of its message that has failed",
+        "service/streams.py",
+        "while any(_has_failed(future) for _, future in self._unacknowledged):",
+        "while False:",
+        ("tests/unit/test_streams.py::test_what_has_failed_goes_before_the_next_piece",),
+    ),
+    Mutation(
         "21 the queues do not know which messages share a lane",
         SINK,
         "self._failures.lane(message) or message.coordinates",
