@@ -60,6 +60,7 @@ SIMULATION = "tests/pipeline/test_simulation.py::test_"
 UNIT_WINDOW = "tests/unit/test_window.py::test_"
 UNIT_OFFSETS = "tests/unit/test_offsets.py::test_"
 UNIT_STARTS = "tests/unit/test_starts.py::test_"
+UNIT_HISTORY = "tests/unit/test_history.py::test_"
 UNIT_HOLDINGS = "tests/unit/test_holdings.py::test_"
 CONTRACT = "tests/contract/test_source.py::test_"
 CONTRACT_SINK = "tests/contract/test_sink.py::test_"
@@ -906,6 +907,20 @@ MUTATIONS = (
         "            self._tell_of_starts(taken, stored, bounds)\n",
         "",
         (UNIT_HOLDINGS + "a_group_without_offsets_is_told_before_it_starts",),
+    ),
+    Mutation(
+        "76 a message sent again is named with the id of the topic that it waited in",
+        "service/core/history.py",
+        "    if _claimed_origin(message) is None:\n        return message.topic_id.encode()\n",
+        "    return message.topic_id.encode()\n",
+        (UNIT_HISTORY + "a_topics_id_is_that_of_the_topic_in_the_origin",),
+    ),
+    Mutation(
+        "76 outputs do not name the id of their topic",
+        "service/kafka/codecs.py",
+        "*(((TOPIC_ID_HEADER, topic_id),) if topic_id else ()),",
+        "",
+        ("tests/unit/test_codecs.py::test_outputs_name_the_topics_id_where_it_is_known",),
     ),
     Mutation(
         "30 a worker that is fenced in a revoke fences back",

@@ -6,7 +6,7 @@ names. Whatever is not exactly such a block is the message's own.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from service.core.messages import Headers, Message
@@ -14,7 +14,12 @@ from service.core.messages import Headers, Message
 ID_HEADER = "sluice.id"
 """On an output `topic:partition:offset:index`, on a message sent again `topic:partition:offset`."""
 
+TOPIC_ID_HEADER = "sluice.source.topic.id"
+"""The id of the topic that `sluice.id` names: a topic that is made again repeats its offsets."""
+
 _ORIGIN = re.compile(rb"[a-zA-Z0-9._-]{1,249}:[0-9]{1,10}:[0-9]{1,19}")
+
+_TOPIC_ID = re.compile(rb"[A-Za-z0-9_-]{22}")
 
 _NUMBER = re.compile(rb"-?[0-9]{1,19}")
 
@@ -28,7 +33,8 @@ _NUMBERS = (
 )
 """The rest of the block, in the order of the fields below."""
 
-_NAMES = (ID_HEADER, *_NUMBERS)
+_BLOCKS = ((ID_HEADER, TOPIC_ID_HEADER, *_NUMBERS), (ID_HEADER, *_NUMBERS))
+"""The names in a block, with and without a known topic id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +42,8 @@ class History:
     """Where a message first came in and what it has been through; times in epoch milliseconds.
 
     `timestamp_ms` is the one it first had. `attempts` and `first_failed_at_ms` are of all its
-    lives. `due_ms`: not before this; 0: at once.
+    lives. `due_ms`: not before this; 0: at once. `topic_id` is that of the topic in `origin`, empty
+    where it is not known.
     """
 
     origin: bytes
@@ -46,6 +53,7 @@ class History:
     redrives: int = 0
     retries: int = 0
     due_ms: int = 0
+    topic_id: bytes = field(default=b"", kw_only=True)
 
     @property
     def headers(self) -> Headers:
@@ -55,23 +63,42 @@ class History:
             *(self.redrives, self.retries, self.due_ms),
         )
         written = zip(_NUMBERS, numbers, strict=True)
-        return ((ID_HEADER, self.origin), *((name, b"%d" % number) for name, number in written))
+        return (
+            (ID_HEADER, self.origin),
+            *(((TOPIC_ID_HEADER, self.topic_id),) if self.topic_id else ()),
+            *((name, b"%d" % number) for name, number in written),
+        )
 
     @classmethod
     def of(cls, headers: Headers) -> Self | None:
         """What the block at the end says; None where there is none."""
-        block = headers[-len(_NAMES) :]
-        if tuple(name for name, _ in block) != _NAMES:
+        block = dict(_block(headers))
+        origin, numbers = block.get(ID_HEADER), [block.get(name) or b"" for name in _NUMBERS]
+        if origin is None or not is_origin(origin) or not all(map(_NUMBER.fullmatch, numbers)):
             return None
-        origin, *numbers = (value or b"" for _, value in block)
-        if not is_origin(origin) or not all(map(_NUMBER.fullmatch, numbers)):
+        if TOPIC_ID_HEADER in block and not is_topic_id(block[TOPIC_ID_HEADER]):
             return None
-        return cls(origin, *map(int, numbers))
+        topic_id = block.get(TOPIC_ID_HEADER) or b""
+        return cls(origin, *map(int, numbers), topic_id=topic_id)
 
 
 def own_part(headers: Headers) -> Headers:
     """The headers that the message first came in with."""
-    return headers if History.of(headers) is None else headers[: -len(_NAMES)]
+    return headers if History.of(headers) is None else headers[: -len(_block(headers))]
+
+
+def _block(headers: Headers) -> Headers:
+    """The headers at the end whose names are those of a block; none where they are not."""
+    for names in _BLOCKS:
+        block = headers[-len(names) :]
+        if tuple(name for name, _ in block) == names:
+            return block
+    return ()
+
+
+def is_topic_id(value: bytes | None) -> bool:
+    """Whether it has the form in which Kafka's tools print a topic's id."""
+    return value is not None and _TOPIC_ID.fullmatch(value) is not None
 
 
 def is_origin(value: bytes | None) -> bool:
@@ -87,13 +114,27 @@ def origin(message: Message) -> bytes:
     records of one message there must not end under one id here. Whoever may write the input topic
     can claim an origin; that is no more than they can do anyway.
     """
-    for name, value in reversed(message.headers):
-        if name == ID_HEADER:
-            if value is not None and is_origin(value):
-                return value
-            break
+    if (claimed := _claimed_origin(message)) is not None:
+        return claimed
     at = message.coordinates
     return f"{at.topic}:{at.partition}:{at.offset}".encode()
+
+
+def _claimed_origin(message: Message) -> bytes | None:
+    claimed = _last(message, ID_HEADER)
+    return claimed if is_origin(claimed) else None
+
+
+def origin_topic_id(message: Message) -> bytes:
+    """The id of the topic that `origin` names, claimed in the same way; empty: not known."""
+    if _claimed_origin(message) is None:
+        return message.topic_id.encode()
+    claimed = _last(message, TOPIC_ID_HEADER)
+    return claimed if claimed is not None and is_topic_id(claimed) else b""
+
+
+def _last(message: Message, wanted: str) -> bytes | None:
+    return next((value for name, value in reversed(message.headers) if name == wanted), None)
 
 
 def first_timestamp_ms(message: Message) -> int:
@@ -106,7 +147,13 @@ def lived_on(message: Message, attempts: int, first_failed_at_ms: int) -> Histor
     """Its history with these attempts, failed ones, added."""
     before = History.of(message.headers)
     if before is None:
-        return History(origin(message), message.timestamp_ms, attempts, first_failed_at_ms)
+        return History(
+            origin(message),
+            message.timestamp_ms,
+            attempts,
+            first_failed_at_ms,
+            topic_id=origin_topic_id(message),
+        )
     return History(
         before.origin,
         before.timestamp_ms,
@@ -114,4 +161,5 @@ def lived_on(message: Message, attempts: int, first_failed_at_ms: int) -> Histor
         before.first_failed_at_ms,
         before.redrives,
         before.retries,
+        topic_id=before.topic_id,
     )

@@ -50,6 +50,8 @@ class Message:
     timestamp_ms: int
     trace: Headers = ()
     """The headers of the trace that its outputs belong to; none: they carry the message's own."""
+    topic_id: str = ""
+    """The id of its topic, which one made again under its name has not; empty: not known."""
 
     @property
     def coordinates(self) -> Coordinates:

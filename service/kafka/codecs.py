@@ -8,7 +8,13 @@ from typing import Any, TypeAlias
 
 from pydantic_core import from_json
 
-from service.core.history import ID_HEADER, first_timestamp_ms, origin
+from service.core.history import (
+    ID_HEADER,
+    TOPIC_ID_HEADER,
+    first_timestamp_ms,
+    origin,
+    origin_topic_id,
+)
 from service.core.messages import (
     Aborted,
     Extracted,
@@ -108,9 +114,11 @@ def _too_long(size: int, size_max: int) -> Rejected:
 def record_headers(message: Message, extracted: Extracted, index: int) -> HeaderList:
     """The headers of record `index` of a message: the input's own, then where it came from."""
     provenance = extracted.provenance
-    headers = _source_headers(message, extracted.earlier + index)
-    headers.insert(-4, ("sluice.answer.id", extracted.answer_id.encode()))
+    headers = _carried(message)
     headers += (
+        (ID_HEADER, b"%b:%d" % (origin(message), extracted.earlier + index)),
+        ("sluice.answer.id", extracted.answer_id.encode()),
+        *_source_headers(message),
         ("sluice.record.index", b"%d" % (extracted.earlier + index)),
         ("sluice.record.count", b"%d" % (extracted.earlier + len(extracted.records))),
         *provenance_headers(provenance),
@@ -152,9 +160,9 @@ def part_headers(message: Message, part: Part) -> HeaderList:
 
 def aborted_headers(message: Message, aborted: Aborted) -> HeaderList:
     """The headers of a closing marker: `sluice.record.aborted` says how many records went out."""
-    source = [header for header in _source_headers(message, 0) if header[0] != ID_HEADER]
     return [
-        *source,
+        *_carried(message),
+        *_source_headers(message),
         (ID_HEADER, origin(message) + b":aborted"),
         ("sluice.answer.id", aborted.answer_id.encode()),
         ("sluice.record.aborted", b"%d" % aborted.records),
@@ -163,13 +171,18 @@ def aborted_headers(message: Message, aborted: Aborted) -> HeaderList:
 
 def tombstone_headers(message: Message) -> HeaderList:
     """The headers of a tombstone that is handed on: no model has seen it."""
-    return _source_headers(message, 0)
-
-
-def _source_headers(message: Message, index: int) -> HeaderList:
     return [
         *_carried(message),
-        (ID_HEADER, b"%b:%d" % (origin(message), index)),
+        (ID_HEADER, b"%b:0" % origin(message)),
+        *_source_headers(message),
+    ]
+
+
+def _source_headers(message: Message) -> HeaderList:
+    """Where the message stands; the topic's id is that of the topic in `sluice.id`."""
+    topic_id = origin_topic_id(message)
+    return [
+        *(((TOPIC_ID_HEADER, topic_id),) if topic_id else ()),
         ("sluice.source.topic", message.partition.topic.encode()),
         ("sluice.source.partition", b"%d" % message.partition.partition),
         ("sluice.source.offset", b"%d" % message.offset),

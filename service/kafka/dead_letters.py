@@ -8,7 +8,7 @@ where it carried headers of these names itself. Readers take the last header of 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from service.core.history import ID_HEADER, lived_on
+from service.core.history import ID_HEADER, TOPIC_ID_HEADER, lived_on
 from service.core.messages import Headers, Message, Reason, Rejected
 from service.kafka.codecs import HeaderList, provenance_headers
 
@@ -136,6 +136,7 @@ def _our_headers(message: Message, rejected: Rejected, now_ms: int) -> HeaderLis
     history = lived_on(message, rejected.attempts, failed_ms)
     headers: HeaderList = [
         (ID_HEADER, history.origin),
+        *(((TOPIC_ID_HEADER, history.topic_id),) if history.topic_id else ()),
         ("sluice.source.timestamp", b"%d" % history.timestamp_ms),
         ("sluice.error.reason", rejected.reason.value.encode()),
         ("sluice.error.detail", _capped(rejected.detail, DETAIL_MAX_BYTES)),

@@ -92,8 +92,9 @@ class Holding:
     next: int
     stored: Stored  # what Kafka is known to hold
     others: Others = NO_OTHERS  # what a newer version has stored besides
-    cut_at: int | None = None  # the log ended there, before what was read of it
+    topic_id: str = ""  # empty where brokers tell none
     attempted: dict[Stored, Progress] = field(default_factory=dict)  # may have arrived
+    cut_at: int | None = None  # the log ended there, before what was read of it
 
     def attempt(self, stored: Stored, progress: Progress) -> None:
         """It is about to be sent; of many that were not answered only the last can still come."""
@@ -656,7 +657,8 @@ class Holdings:
         others = others_to_keep(progress.next_offset, stored)
         mark = Mark(self._nonce, began, topic_id, others, bearer=self._bearer)
         given = Given(next(self._epochs), progress)
-        return Holding(given, progress.next_offset, to_store(progress, mark), others)
+        stored_now = to_store(progress, mark)
+        return Holding(given, progress.next_offset, stored_now, others, topic_id or "")
 
     def _may_be_kept(self, given: _Given, topic_ids: Mapping[str, str]) -> dict[Partition, Holding]:
         """Partitions that nobody can have had in between, if Kafka holds what we left there."""

@@ -20,7 +20,14 @@ from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
 from aiokafka.structs import ConsumerRecord
 
 from service.core.errors import CannotRun
-from service.core.history import ID_HEADER, History, is_origin, own_part
+from service.core.history import (
+    ID_HEADER,
+    TOPIC_ID_HEADER,
+    History,
+    is_origin,
+    is_topic_id,
+    own_part,
+)
 from service.core.messages import Coordinates, Headers
 from service.kafka.connection import client_options, stop_for, within
 from service.kafka.dead_letters import MARKER, original_headers
@@ -111,6 +118,7 @@ class Letter:
     @property
     def history(self) -> History:
         """What the message carries when it is sent again now."""
+        topic_id = self._said.get(TOPIC_ID_HEADER, b"")
         first_ms = self.number("sluice.source.timestamp")
         failed_ms = self.number("sluice.first.failed.at")
         return History(
@@ -119,6 +127,7 @@ class Letter:
             self.attempts,
             self.written_ms if failed_ms is None else failed_ms,
             redrives=self.redrives + 1,
+            topic_id=topic_id if is_topic_id(topic_id) else b"",
         )
 
 

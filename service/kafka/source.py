@@ -342,6 +342,7 @@ class KafkaSource:
                 value=record.value,
                 headers=tuple(record.headers),
                 timestamp_ms=record.timestamp,
+                topic_id=holding.topic_id,
             )
             for record in records
         ]

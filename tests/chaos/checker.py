@@ -64,7 +64,7 @@ class Report:
     duplicates: int = 0
     """Outcomes beyond the first that the reader is left with."""
     raw_duplicates: int = 0
-    """Records and dead letters beyond the first of their `sluice.id`."""
+    """Records and dead letters beyond the first of their `sluice.id` of one topic."""
     out_of_order: list[str] = field(default_factory=list)
     """`sluice.id`s whose first appearance comes after a later one of their key."""
     mixed_up: list[str] = field(default_factory=list)
@@ -142,8 +142,8 @@ def _outcomes(
 
 
 def _raw_duplicates(evidence: Evidence) -> int:
-    records = Counter(record.header["sluice.id"] for record in evidence.published)
-    letters = Counter(letter.origin for letter in evidence.letters)
+    records = Counter(record.identity for record in evidence.published)
+    letters = Counter((letter.topic_id, letter.origin) for letter in evidence.letters)
     return sum(n - 1 for n in records.values()) + sum(n - 1 for n in letters.values())
 
 
@@ -154,15 +154,15 @@ def _in_sets(sets: Iterable[Sequence[Published]]) -> Iterator[Published]:
 def _inversions(records: Iterable[Published]) -> Iterator[str]:
     """First appearances that come after a later one of their key: within a partition of the
     input, by offset and index."""
-    latest: dict[tuple[int, int, bytes], tuple[int, int]] = {}
-    seen: set[str] = set()
+    latest: dict[tuple[int, int, bytes, str], tuple[int, int]] = {}
+    seen: set[tuple[str, str]] = set()
     for record in records:
-        sluice_id = record.header["sluice.id"]
-        if record.key is None or sluice_id in seen:
+        topic_id, sluice_id = record.identity
+        if record.key is None or record.identity in seen:
             continue
-        seen.add(sluice_id)
+        seen.add(record.identity)
         origin = origin_of(sluice_id)
-        lane = (record.partition, origin.partition, record.key)
+        lane = (record.partition, origin.partition, record.key, topic_id)
         place = (origin.offset, int(record.header["sluice.record.index"]))
         if place < latest.get(lane, (-1, -1)):
             yield sluice_id

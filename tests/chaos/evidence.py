@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 from tests.support.topics import scan_topic
 
-HEADERS = ("sluice.id", "sluice.answer.id", "sluice.record.index", "sluice.record.count")
+TOPIC_ID = "sluice.source.topic.id"
+HEADERS = ("sluice.id", "sluice.answer.id", "sluice.record.index", "sluice.record.count", TOPIC_ID)
 PERSON = re.compile(r"(\w+) is (\d+)")
 
 
@@ -52,6 +53,12 @@ class Published:
     header: Mapping[str, str]
     at_s: float
 
+    @property
+    def identity(self) -> tuple[str, str]:
+        """What is the same in a repetition, and no other record's: of a topic that is made again
+        offsets come again, and with them `sluice.id`s."""
+        return self.header.get(TOPIC_ID, ""), self.header["sluice.id"]
+
 
 @dataclass(frozen=True, slots=True)
 class Letter:
@@ -60,6 +67,7 @@ class Letter:
     origin: Origin
     reason: str
     at_s: float
+    topic_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +145,7 @@ async def read_output(servers: str, topic: str) -> tuple[list[Published], int]:
     committed = []
     async for read in scan_topic(servers, topic):
         whole = read.header
-        header = {name: whole[name] for name in HEADERS}
+        header = {name: whole[name] for name in HEADERS if name in whole}
         at_s = read.timestamp_ms / 1000
         committed.append(
             Published(read.partition, read.offset, read.key, read.value or b"", header, at_s)
@@ -153,7 +161,8 @@ async def read_letters(servers: str, topic: str) -> list[Letter]:
     async for read in scan_topic(servers, topic):
         header = read.header
         origin = origin_of(header["sluice.id"])
-        found.append(Letter(origin, header["sluice.error.reason"], read.timestamp_ms / 1000))
+        at_s, topic_id = read.timestamp_ms / 1000, header.get(TOPIC_ID, "")
+        found.append(Letter(origin, header["sluice.error.reason"], at_s, topic_id))
     return found
 
 

@@ -27,10 +27,12 @@ def first_complete_sets(records: Iterable[R]) -> Iterator[list[R]]:
     """
     waiting: dict[str, dict[int, R]] = {}
     counts: dict[str, int] = {}
-    seen: set[str] = set()
+    seen: set[tuple[str | None, str]] = set()
     for record in records:
         header = record.header
-        message, answer = header["sluice.id"].rpartition(":")[0], header["sluice.answer.id"]
+        # A topic that is made again repeats its offsets, and with them the ids.
+        message = header.get("sluice.source.topic.id"), header["sluice.id"].rpartition(":")[0]
+        answer = header["sluice.answer.id"]
         if message in seen:
             continue
         if "sluice.record.aborted" in header:

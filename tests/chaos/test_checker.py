@@ -11,6 +11,7 @@ import pytest
 
 from tests.chaos.checker import DEAF_S, Limits, Report, examine
 from tests.chaos.evidence import (
+    TOPIC_ID,
     Call,
     Evidence,
     Letter,
@@ -94,6 +95,20 @@ def test_half_a_set_is_lost() -> None:
     del evidence.published[7]
     evidence.published.append(records(evidence.sent[3], 9.0, "b")[0])
     assert judged(evidence).lost == [Origin(0, 3)]
+
+
+def test_a_topic_made_again_repeats_offsets_and_no_message() -> None:
+    """The topic's id belongs to a reader's key: two messages under one `sluice.id` are two."""
+    first = records(message(0), 1.0)
+    second = [
+        replace(each, header={**each.header, "sluice.answer.id": "b", TOPIC_ID: "B"})
+        for each in first
+    ]
+    assert [*first_complete_sets([*first, *second, *second])] == [first, second]
+    evidence = good()
+    evidence.published += second
+    report = judged(evidence)
+    assert (report.raw_duplicates, report.out_of_order) == (0, [])
 
 
 def test_a_dead_letter_is_an_outcome() -> None:

@@ -45,6 +45,7 @@ from service.core.offsets import Progress
 from service.demo.broker import EmbeddedBroker
 from service.kafka.membership import Membership
 from service.kafka.offsets import GroupOffsets
+from service.kafka.topic_ids import topic_ids
 from tests.support import topics
 from tests.support.kafka import SASL_PASSWORD, SASL_USER, RealKafka, free_ports
 from tests.support.sources import PATIENCE_S, Broker, Fake, HeldUp, Kafka, both, member, part
@@ -118,6 +119,15 @@ async def test_messages_come_in_order_with_all_they_have(broker: Broker) -> None
     assert one.messages[0].headers == (("h", b"\xff\x00"), ("h", b""))
     assert one.messages[0].timestamp_ms == 1_700_000_000_123
     assert one.positions == {part(topic): 3}
+
+
+async def test_messages_name_the_id_of_their_topic(real: Kafka) -> None:
+    """As Kafka's tools print it: one made again under the name has another."""
+    topic, group = await real.topic(), topics.unique_name("g")
+    await real.send(topic, "a")
+    async with member(real, topic, group) as one, topics.admin(real.servers) as client:
+        await one.until(lambda: len(one.messages) == 1)
+        assert {topic: one.messages[0].topic_id} == await topic_ids(client, [topic])
 
 
 async def test_positions_never_run_ahead_of_the_messages(broker: Broker) -> None:

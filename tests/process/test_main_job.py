@@ -159,6 +159,7 @@ async def test_the_output_says_where_it_came_from(scene: Scene) -> None:
         "sluice.source.topic",
         "sluice.source.partition",
         "sluice.source.offset",
+        "sluice.source.topic.id",
         "sluice.prompt.version",
         "sluice.schema.version",
         "sluice.tokens.input",

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from service.core.history import origin
 from service.core.messages import (
+    Aborted,
     Extracted,
     Headers,
     Message,
@@ -22,6 +23,7 @@ from service.core.messages import (
     TextCut,
 )
 from service.kafka.codecs import (
+    aborted_headers,
     decoder,
     provenance_headers,
     record_headers,
@@ -161,6 +163,17 @@ def test_an_outputs_headers_stand_in_their_order() -> None:
         ("sluice.cached", b"false"),
         ("sluice.cost.usd", b"0"),
     ]
+
+
+def test_outputs_name_the_topics_id_where_it_is_known() -> None:
+    """Of every kind; of a message sent again that of the topic in its `sluice.id`."""
+    known = replace(message(b"text"), topic_id="A" * 22)
+    named = ("sluice.source.topic.id", b"A" * 22)
+    assert record_headers(known, EXTRACTED, 1)[2] == named
+    assert named in tombstone_headers(known)
+    assert named in aborted_headers(known, Aborted("answer-7", 1, EXTRACTED.provenance))
+    again = replace(message(b"text", (("sluice.id", b"notes:0:5"),)), topic_id="A" * 22)
+    assert "sluice.source.topic.id" not in dict(record_headers(again, EXTRACTED, 1))
 
 
 def test_headers_say_what_is_known_of_the_cost() -> None:

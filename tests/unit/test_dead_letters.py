@@ -103,6 +103,20 @@ def test_a_message_sent_again_keeps_its_origin() -> None:
     assert headers["__dlq.errors.offset"] == b"41"
 
 
+def test_a_dead_letter_names_the_topics_id() -> None:
+    """Behind the id that it belongs to; that of its origin where the message was sent again."""
+    known = replace(message(), topic_id="A" * 22)
+    headers = dead_letter(known, REJECTED, "group", NOW_MS).headers
+    at = [name for name, _ in headers].index("sluice.id")
+    assert headers[at + 1] == ("sluice.source.topic.id", b"A" * 22)
+    history = History(b"notes:0:5", 17, attempts=8, first_failed_at_ms=23, topic_id=b"B" * 22)
+    again = replace(message(history.headers), topic_id="A" * 22)
+    assert (
+        dict(dead_letter(again, REJECTED, "group", NOW_MS).headers)["sluice.source.topic.id"]
+        == b"B" * 22
+    )
+
+
 def test_every_reason_has_its_sentence() -> None:
     """`__dlq.errors.message` is one fixed sentence a reason: it can't quote anything."""
     assert set(Reason) == set(SENTENCES)

@@ -1,25 +1,39 @@
 """What a message that is sent again carries of what happened to it before."""
 
+from dataclasses import replace
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.core.history import History, first_timestamp_ms, lived_on, origin, own_part
+from service.core.history import (
+    History,
+    first_timestamp_ms,
+    lived_on,
+    origin,
+    origin_topic_id,
+    own_part,
+)
 from service.core.messages import Headers, Message, Partition
 
+TOPIC_ID = b"AAAAAAAAAAAAAAAAAAAA-_"
 HISTORY = History(b"notes:3:41", -1, 8, 1_700_000_001_000, redrives=2, retries=1, due_ms=5)
-NAMES = st.sampled_from([*(name for name, _ in HISTORY.headers), "a"])
+NAMED = replace(HISTORY, topic_id=TOPIC_ID)
+NAMES = st.sampled_from([*(name for name, _ in NAMED.headers), "a"])
 HEADERS = st.lists(st.tuples(NAMES, st.none() | st.binary(max_size=3)), max_size=9).map(tuple)
 
 
-def message(headers: Headers = ()) -> Message:
-    return Message(Partition("notes", 0), 7, 1, b"k", b"v", headers, 1_700_000_009_000)
+def message(headers: Headers = (), topic_id: str = "") -> Message:
+    where = Partition("notes", 0)
+    return Message(where, 7, 1, b"k", b"v", headers, 1_700_000_009_000, topic_id=topic_id)
 
 
+@pytest.mark.parametrize("history", [HISTORY, NAMED], ids=["no topic id", "topic id"])
 @given(HEADERS)
-def test_it_is_read_back_and_taken_off(headers: Headers) -> None:
+def test_it_is_read_back_and_taken_off(history: History, headers: Headers) -> None:
     """Behind any headers, of whatever names, the block is found and comes off without a trace."""
-    again = (*headers, *HISTORY.headers)
-    assert History.of(again) == HISTORY
+    again = (*headers, *history.headers)
+    assert History.of(again) == history
     assert own_part(again) == headers
 
 
@@ -36,6 +50,24 @@ def test_a_damaged_block_is_not_believed() -> None:
         block = list(HISTORY.headers)
         block[index] = (block[index][0], value)
         assert own_part(tuple(block)) == tuple(block)
+    for value in (b"", b"short", b"A" * 21 + b":", None):
+        block = list(NAMED.headers)
+        block[1] = (block[1][0], value)
+        assert own_part(tuple(block)) == tuple(block)
+
+
+def test_a_topics_id_is_that_of_the_topic_in_the_origin() -> None:
+    """Its own in a first life, what is carried in a later one, nothing where nothing is said."""
+    own = "BBBBBBBBBBBBBBBBBBBBBB"
+    assert origin_topic_id(message(topic_id=own)) == own.encode()
+    assert lived_on(message(topic_id=own), 3, 5).topic_id == own.encode()
+    again = message(NAMED.headers, own)
+    assert origin_topic_id(again) == lived_on(again, 3, 5).topic_id == TOPIC_ID
+    assert origin_topic_id(message(HISTORY.headers, own)) == b""
+    claimed = (("sluice.id", b"notes:0:5"), ("sluice.source.topic.id", b"?"))
+    assert origin_topic_id(message(claimed, own)) == b""
+    an_output = (("sluice.id", b"notes:0:5:1"), ("sluice.source.topic.id", TOPIC_ID))
+    assert origin_topic_id(message(an_output, own)) == own.encode()
 
 
 def test_lives_add_up() -> None:

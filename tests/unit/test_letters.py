@@ -53,6 +53,15 @@ def test_a_letter_of_a_redriven_message() -> None:
     assert read.history == History(b"notes:0:5", 17, 11, 23, redrives=3)
 
 
+@pytest.mark.parametrize(("written", "read"), [(b"A" * 22, b"A" * 22), (b"?", b"")])
+def test_the_topics_id_goes_along_when_a_letter_is_sent_again(written: bytes, read: bytes) -> None:
+    """It belongs to the origin; of a letter by others only where it has the form of one."""
+    headers = (*letter().headers, ("sluice.source.topic.id", written))
+    again = Letter.of(record(headers))
+    assert again is not None
+    assert again.history.topic_id == read
+
+
 def test_a_letter_of_others() -> None:
     """What brokers write for share groups (KIP-1191) is enough to be shown and sent again."""
     read = Letter.of(
