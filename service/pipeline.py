@@ -510,8 +510,11 @@ class Pipeline:
             return now_s + wait_s
         self._admission.circuit.probing()
         self._admission.charge(now_s, NO_TOKENS)
-        self._probe_running = self._tasks.create_task(_to_its_end(self._probe))
-        self._probe_running.add_done_callback(self._probe_called_off)
+        self._probe_running = self._born(self._probe)
+        if self._probe_running is None:
+            self._admission.circuit.cancelled()
+        else:
+            self._probe_running.add_done_callback(self._probe_called_off)
         return None
 
     def _probe_called_off(self, probe: asyncio.Task[None]) -> None:
@@ -547,7 +550,7 @@ class Pipeline:
         self._turns[entry] = turn
         self._start(entry.holding, self._call, entry, turn, ended=partial(self._ended, entry, turn))
 
-    def _ended(self, entry: Entry, turn: Turn, _: asyncio.Task[None]) -> None:
+    def _ended(self, entry: Entry, turn: Turn, _: asyncio.Task[None] | None) -> None:
         if self._turns.get(entry) is turn:  # it has never begun, so nothing went out
             self._admission.unused(self._now_s(), turn.estimate)
             self._give_back(entry)
@@ -1205,17 +1208,31 @@ class Pipeline:
         holding: Holding,
         work: Work,
         *arguments: object,
-        ended: Callable[[asyncio.Task[None]], None] | None = None,
+        ended: Callable[[asyncio.Task[None] | None], None] | None = None,
     ) -> None:
         """A task that is called off when the holding is lost; `ended` is called when it is over,
-        even if it was called off before its first step."""
-        if self._tasks is None:
+        even if it was called off before its first step, or was never born."""
+        task = self._born(work, *arguments)
+        if task is None:
+            if ended is not None:
+                ended(None)
             return
-        task = self._tasks.create_task(_to_its_end(work, *arguments))
         self._working[task] = holding
         task.add_done_callback(self._working.pop)
         if ended is not None:
             task.add_done_callback(ended)
+
+    def _born(self, work: Work, *arguments: object) -> asyncio.Task[None] | None:
+        """A task of the run. None where the run is over, or ends because another task has failed:
+        in that moment the group takes none any more, while timers and answers still come."""
+        if self._tasks is None:
+            return None
+        coroutine = _to_its_end(work, *arguments)
+        try:
+            return self._tasks.create_task(coroutine)
+        except RuntimeError:
+            coroutine.close()
+            return None
 
     def _wake_at(self, when_s: float | None) -> None:
         if self._wake is not None:
@@ -1234,8 +1251,7 @@ class Pipeline:
         try:
             act(*arguments)
         except Exception as error:  # the loop would only log it, and the message would hang
-            if self._tasks is not None:
-                self._tasks.create_task(_raise(error))
+            self._born(_raise, error)
 
     async def _until(self, possible: Callable[[], bool], timeout_s: float | None = None) -> bool:
         """Wait until `possible`, at most `timeout_s`; says whether it is.

@@ -308,6 +308,13 @@ MUTATIONS = (
         (ADMISSION + "one_probe_at_a_time_whatever_older_calls_come_to",),
     ),
     Mutation(
+        "11 what a run that is ending starts is an error of its own",
+        PIPELINE,
+        "        except RuntimeError:\n            coroutine.close()\n            return None\n",
+        "        except ZeroDivisionError:\n            return None\n",
+        (WAY + "nothing_is_started_in_the_moment_in_which_a_bug_ends_the_run",),
+    ),
+    Mutation(
         "12 markers behind the last message hold the next offset back",
         OFFSETS,
         "return max(self._position, self._last_delivered + 1)",

@@ -1,6 +1,7 @@
 """The way of a message, under virtual time, against fakes that check every call."""
 
 import asyncio
+import gc
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ from service.core.errors import (
     TransientFailure,
 )
 from service.core.events import Abandoned, Event, Finished
-from service.core.messages import Message, Outcome, Passed, Reason, Rejected, Skipped
+from service.core.messages import Batch, Message, Outcome, Passed, Reason, Rejected, Skipped
 from service.core.offsets import Progress
 from service.core.status import GroupStatus, State
 from service.pipeline import COMMIT_AGAIN_S, FINAL_COMMITS_S, Bounds, Pipeline
@@ -778,6 +779,36 @@ def test_a_bug_ends_the_run_uncommitted(stage: Stage) -> None:
         stage.show()
     assert caught.group_contains(RuntimeError, match="bug")
     assert stage.broker.committed.get(partition(), 0) <= 1
+
+
+def test_nothing_is_started_in_the_moment_in_which_a_bug_ends_the_run(stage: Stage) -> None:
+    """Between the failure and the run's end timers and answers still come: what they would start
+    is not born, none of it is left unawaited, and the bug is all that the run ends with."""
+    stage.broker.append("text 0")
+    stage.extractor.scripts["text 0"] = [RuntimeError("bug")]
+    told: list[object] = []
+
+    async def act() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: told.append(context))
+
+        def taken(turn: int) -> None:
+            """A message that needs no call: a task hands it over, as one does behind a timer."""
+            epoch = stage.source.epochs[partition()]
+            late = Message(partition(), turn, epoch, None, b"bad", (), 0)
+            stage.pipeline._take(Batch((late,)))
+            if turn < 20:
+                loop.call_soon(taken, turn + 1)
+
+        loop.call_at(0.1, taken, 1)
+        await asyncio.sleep(10)
+
+    with pytest.raises(ExceptionGroup) as caught:
+        stage.show(act)
+    assert caught.group_contains(RuntimeError, match="bug")
+    gc.collect()
+    assert told == []
+    assert stage.pipeline._admission.busy == 0
 
 
 def test_a_bug_in_a_callback_ends_the_run(stage: Stage) -> None:
