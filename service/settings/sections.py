@@ -303,9 +303,10 @@ class ExtractionSettings(Section):
         return len(self.model) * (1 + self.reasks_max + (self.truncated == "retry"))
 
     message_timeout_s: float | None = Field(default=None, gt=0, le=86_400)
-    """Seconds from a message's first call after which it is cut off and rejected as `exhausted`,
-    if others succeed meanwhile: it holds up what stands behind it in its lane. Without it a message
-    may take as long as its attempts do."""
+    """Seconds from a message's first call after which it is cut off and, like one whose attempts
+    are used up, waits in retries.topic or is rejected as `exhausted`, if others succeed meanwhile:
+    it holds up what stands behind it in its lane. Without it a message may take as long as its
+    attempts do."""
     hedge_after_s: float | None = Field(default=None, gt=0, le=3600)
     """Seconds of a call after which a second one is made beside it for the same message; the first
     answer wins, both are paid for. At most one call in twenty is such a second one, and only where
