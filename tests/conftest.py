@@ -12,6 +12,7 @@ import pytest
 from service.demo.broker import EmbeddedBroker
 from tests.support.kafka import Broker, KafkaUnavailable, RealKafka, find_broker
 from tests.support.redis import RealRedis, RedisUnavailable
+from tests.support.started import do_without, for_tests
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,15 +37,7 @@ def own_broker() -> Iterator[Broker]:
 
 
 def _broker() -> Iterator[Broker]:
-    try:
-        broker = find_broker()
-        broker.start()
-    except KafkaUnavailable as error:
-        do_without(str(error))
-    try:
-        yield broker
-    finally:
-        broker.remove()
+    yield from for_tests(find_broker, KafkaUnavailable, "TEST_KAFKA")
 
 
 @pytest.fixture(scope="session")
@@ -64,24 +57,7 @@ def mock_kafka() -> Iterator[EmbeddedBroker]:
 @pytest.fixture
 def redis() -> Iterator[RealRedis]:
     """A real Redis or Valkey of one test's own; it starts within a few hundredths of a second."""
-    try:
-        server = RealRedis()
-    except RedisUnavailable as error:
-        if os.environ.get("TEST_REDIS") == "required":
-            pytest.fail(str(error), pytrace=False)
-        pytest.skip(str(error))
-    server.start()
-    try:
-        yield server
-    finally:
-        server.remove()
-
-
-def do_without(reason: str) -> None:
-    """Skips what needs a real Kafka; fails it where TEST_KAFKA=required."""
-    if os.environ.get("TEST_KAFKA") == "required":
-        pytest.fail(reason, pytrace=False)
-    pytest.skip(reason)
+    yield from for_tests(RealRedis, RedisUnavailable, "TEST_REDIS")
 
 
 @contextmanager

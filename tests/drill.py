@@ -338,9 +338,7 @@ def draw(stage: Stage, folder: Path) -> None:
 @asynccontextmanager
 async def stage_set() -> AsyncIterator[Stage]:
     """Everything started, messages coming; everything stopped and removed at the end."""
-    broker = RealKafka()
-    try:
-        await asyncio.to_thread(broker.start)
+    with RealKafka() as broker:
         for name in ("messages", "records", "dead-letters"):
             await create_topic(broker.bootstrap_servers, name)
         async with (
@@ -357,8 +355,6 @@ async def stage_set() -> AsyncIterator[Stage]:
                     feeding = tasks.create_task(feed(stage))
                     yield stage
                     feeding.cancel()
-    finally:
-        await asyncio.to_thread(broker.remove)
 
 
 async def until_scraped(stage: Stage) -> None:

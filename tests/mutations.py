@@ -25,7 +25,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.kafka import find_broker
+from tests.support.kafka import a_kafka
 
 ROOT = Path(__file__).parent.parent
 
@@ -1213,16 +1213,9 @@ def _all_pass(checkout: Path, tests: list[str] | tuple[str, ...]) -> bool:
 @contextmanager
 def _real_kafka() -> Iterator[None]:
     """One for all rows; they find it in the environment."""
-    if os.environ.get("KAFKA_BOOTSTRAP_SERVERS"):
+    with a_kafka() as servers:
+        os.environ["KAFKA_BOOTSTRAP_SERVERS"] = servers
         yield
-        return
-    broker = find_broker()
-    broker.start()
-    os.environ["KAFKA_BOOTSTRAP_SERVERS"] = broker.bootstrap_servers
-    try:
-        yield
-    finally:
-        broker.remove()
 
 
 if __name__ == "__main__":

@@ -13,17 +13,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
 from tests.bench import latency, ratios
 from tests.bench.built import Missing
 from tests.bench.driver import Figures, Load, Place, fill, measure
-from tests.support.kafka import find_broker
+from tests.support.kafka import a_kafka
 
 FULL = (
     Load("e1", "1,000 calls in flight, of 4 s", 1000, 4000.0, 0.5),
@@ -90,17 +87,6 @@ async def run(servers: str, given: argparse.Namespace) -> None:
             print(f"wrote {path}")
 
 
-@contextmanager
-def kafka() -> Iterator[str]:
-    """The one that KAFKA_BOOTSTRAP_SERVERS names, or one of our own."""
-    servers = os.environ.get("KAFKA_BOOTSTRAP_SERVERS")
-    if servers is not None:
-        yield servers
-        return
-    with find_broker() as broker:
-        yield broker.bootstrap_servers
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("--scenarios", type=lambda text: text.split(","), default=list("abcde"))
@@ -110,7 +96,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="medians of so many")
     parser.add_argument("--pictures", type=Path, help="folder for charts")
     given = parser.parse_args()
-    with kafka() as servers:
+    with a_kafka() as servers:
         asyncio.run(run(servers, given))
 
 

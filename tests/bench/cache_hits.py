@@ -55,9 +55,7 @@ async def main() -> None:
     parser.add_argument("--texts", type=int, default=2000)
     parser.add_argument("--in-flight", type=int, default=50)
     given = parser.parse_args()
-    server = RealRedis()
-    server.start()
-    try:
+    with RealRedis() as server:
         async with endpoint(0, 0) as url:
             os.environ |= {"OPENAI_BASE_URL": f"{url}/v1", "OPENAI_API_KEY": "none"}
             patient = {"redis_url": server.url, "redis_timeout_s": 5}
@@ -65,8 +63,6 @@ async def main() -> None:
                 cache = {"mode": mode, **(patient if mode == "redis" else {})}
                 settings = Settings.model_validate({"cache": cache})
                 await measure(mode, settings, given)
-    finally:
-        server.remove()
 
 
 if __name__ == "__main__":

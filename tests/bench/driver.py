@@ -99,32 +99,61 @@ async def fill(servers: str, load: Load, seconds: float) -> Place:
 
 async def measure(place: Place, peer: str, seconds: float, warm_up_s: float) -> Figures:
     """Run one peer; raises `AssertionError` where it does not do what it is there for."""
-    output, letters = unique_name("output"), unique_name("letters")
-    for topic in (output, letters):
-        await create_topic(place.servers, topic, 6)
-    async with endpoint(place.load) as url:
-        environment = environment_of(place, output, letters, url) | _workers(peer, place.load)
-        async with running(_command(peer), environment) as process:
-            await _until_warm(url, process, warm_up_s)
-            figures = await _observed(peer, place.load, url, process, seconds)
-            left = place.messages - (await stats(url))["calls"]
-            assert left > place.load.slots, f"{peer} ran out of messages: enlarge rate_max"
-            await _until_published(place.servers, output, url)
+    told = _workers(peer, place.load)
+    async with at_work(place, command=_command(peer), told=told) as work:
+        await work.until_calls(WARM_UP_CALLS_MIN)
+        await asyncio.sleep(warm_up_s)
+        figures = await _observed(peer, place.load, work, seconds)
+        left = place.messages - await work.calls()
+        assert left > place.load.slots, f"{peer} ran out of messages: enlarge rate_max"
+        await _until_published(place.servers, work)
     return figures
 
 
-async def _until_warm(url: str, process: asyncio.subprocess.Process, warm_up_s: float) -> None:
-    deadline = time.monotonic() + START_S
-    while (await stats(url))["calls"] < WARM_UP_CALLS_MIN:
-        assert process.returncode is None, "the peer ended"
-        assert time.monotonic() < deadline, "the peer makes no calls"
-        await asyncio.sleep(0.1)
-    await asyncio.sleep(warm_up_s)
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A peer at work: its process, the endpoint that counts its calls, the topic of its records."""
+
+    process: asyncio.subprocess.Process
+    url: str
+    output: str
+
+    async def calls(self) -> int:
+        return int((await stats(self.url))["calls"])
+
+    async def until_calls(self, wanted: int, within_s: float = START_S) -> int:
+        """Wait until the endpoint has answered so many; returns how many they are then."""
+        deadline = time.monotonic() + within_s
+        while (calls := await self.calls()) < wanted:
+            assert self.process.returncode is None, "the peer ended"
+            assert time.monotonic() < deadline, f"{calls} calls instead of {wanted}"
+            await asyncio.sleep(0.1)
+        return calls
 
 
-async def _observed(
-    peer: str, load: Load, url: str, process: asyncio.subprocess.Process, seconds: float
-) -> Figures:
+@asynccontextmanager
+async def at_work(
+    place: Place,
+    *,
+    command: list[str] | None = None,
+    told: Mapping[str, str] | None = None,
+    topic_config: Mapping[str, str] | None = None,
+) -> AsyncIterator[Work]:
+    """Sluice, or another command, on a place: topics, endpoint and process; all of it ends here.
+
+    `told` goes over the environment that each peer gets.
+    """
+    output, letters = unique_name("output"), unique_name("letters")
+    for topic in (output, letters):
+        await create_topic(place.servers, topic, 6, config=topic_config)
+    async with endpoint(place.load) as url:
+        environment = environment_of(place, output, letters, url) | dict(told or {})
+        async with running(command or sluice(), environment) as process:
+            yield Work(process, url, output)
+
+
+async def _observed(peer: str, load: Load, work: Work, seconds: float) -> Figures:
+    url, process = work.url, work.process
     before, cpu_before_s, began_s = await stats(url), cpu_s(process.pid), time.monotonic()
     await asyncio.sleep(seconds)
     after, cpu_after_s, elapsed_s = (
@@ -144,14 +173,14 @@ async def _observed(
     )
 
 
-async def _until_published(servers: str, topic: str, url: str) -> None:
+async def _until_published(servers: str, work: Work) -> None:
     """What it called for it also publishes: at least what was called when this began."""
-    wanted = (await stats(url))["calls"] - 20
+    wanted = await work.calls() - 20
     deadline = time.monotonic() + PUBLISHED_S
     consumer = AIOKafkaConsumer(bootstrap_servers=servers)
     await consumer.start()
     try:
-        where = [TopicPartition(topic, number) for number in range(6)]
+        where = [TopicPartition(work.output, number) for number in range(6)]
         while sum((await consumer.end_offsets(where)).values()) < wanted:
             assert time.monotonic() < deadline, "what was called is not published"
             await asyncio.sleep(0.2)

@@ -21,11 +21,8 @@ from tests.bench.driver import (
     START_S,
     Load,
     Place,
-    endpoint,
-    environment_of,
+    at_work,
     memory_mb,
-    running,
-    sluice,
     stats,
 )
 from tests.support.topics import create_topic, producer, unique_name
@@ -61,21 +58,17 @@ class Added:
 async def added(servers: str, load: Load, seconds: float) -> Added:
     """Run Sluice at `LOAD_SHARE` of its slots, ordering none, and look at each record."""
     place = Place(servers, replace(load, partitions=6), unique_name("input"))
-    output, letters = unique_name("output"), unique_name("letters")
-    for topic in (place.input, output, letters):
-        await create_topic(servers, topic, 6, config=STAMPED)
-    async with endpoint(load) as url:
-        told = environment_of(place, output, letters, url)
-        told["SLUICE_DELIVERY__ORDERING"] = "none"
-        async with running(sluice(), told) as process:
-            await _first_call(place, url)
-            rate = load.slots_rate * LOAD_SHARE
-            async with asyncio.TaskGroup() as tasks:
-                sending = tasks.create_task(_send(place, rate))
-                reading = tasks.create_task(_read(servers, output, seconds))
-                ways_ms = await reading
-                sending.cancel()
-            held_mb = memory_mb(process.pid)
+    await create_topic(servers, place.input, 6, config=STAMPED)
+    told = {"SLUICE_DELIVERY__ORDERING": "none"}
+    async with at_work(place, told=told, topic_config=STAMPED) as work:
+        await _first_call(place, work.url)
+        rate = load.slots_rate * LOAD_SHARE
+        async with asyncio.TaskGroup() as tasks:
+            sending = tasks.create_task(_send(place, rate))
+            reading = tasks.create_task(_read(servers, work.output, seconds))
+            ways_ms = await reading
+            sending.cancel()
+        held_mb = memory_mb(work.process.pid)
     cuts = quantiles(map(sum, ways_ms), n=100)
     before_ms, after_ms = map(median, zip(*ways_ms, strict=True))
     return Added(load.slots, len(ways_ms), rate, cuts[49], cuts[98], held_mb, before_ms, after_ms)

@@ -17,9 +17,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.bench.__main__ import LOADS, kafka
-from tests.bench.driver import Load, Place, endpoint, environment_of, fill, measure, running, stats
-from tests.support.topics import create_topic, unique_name
+from tests.bench.__main__ import LOADS
+from tests.bench.driver import WARM_UP_CALLS_MIN, Load, Place, at_work, fill, measure
+from tests.support.kafka import a_kafka
 
 SCENARIOS = {load.letter: load for load in LOADS}
 WARM_UP_S = 6.0
@@ -34,22 +34,16 @@ async def profile(servers: str, load: Load, seconds: float, functions: int) -> s
 
 async def sampled(place: Place, seconds: float) -> dict[str, Any]:
     """The same once more, under the profiler."""
-    topics = unique_name("output"), unique_name("letters")
-    for topic in topics:
-        await create_topic(place.servers, topic, 6)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "samples.json"
         command = [sys.executable, "-m", "tests.bench.sampled", "run"]
-        async with endpoint(place.load) as url:
-            told = {**environment_of(place, *topics, url), "BENCH_SAMPLES": str(path)}
-            async with running(command, told) as process:
-                while (await stats(url))["calls"] < 200:
-                    await asyncio.sleep(0.2)
-                await asyncio.sleep(WARM_UP_S)
-                process.send_signal(signal.SIGUSR1)
-                await asyncio.sleep(seconds)
-                process.send_signal(signal.SIGTERM)
-                await process.wait()
+        async with at_work(place, command=command, told={"BENCH_SAMPLES": str(path)}) as work:
+            await work.until_calls(WARM_UP_CALLS_MIN)
+            await asyncio.sleep(WARM_UP_S)
+            work.process.send_signal(signal.SIGUSR1)
+            await asyncio.sleep(seconds)
+            work.process.send_signal(signal.SIGTERM)
+            await work.process.wait()
         found: dict[str, Any] = json.loads(path.read_text())
     return found
 
@@ -74,7 +68,7 @@ def main() -> None:
     parser.add_argument("--functions", type=int, default=15)
     given = parser.parse_args()
     load = SCENARIOS[given.scenario]
-    with kafka() as servers:
+    with a_kafka() as servers:
         print(asyncio.run(profile(servers, load, given.seconds, given.functions)))
 
 

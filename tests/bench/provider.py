@@ -21,7 +21,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
 from tests.support.endpoint import Asked, Endpoint, Latency, Step
-from tests.support.kafka import find_broker
+from tests.support.kafka import a_kafka
 from tests.support.service import Service, service
 from tests.support.topics import committed, create_topic, produce, read_topic, unique_name
 
@@ -223,13 +223,9 @@ async def run(servers: str, words: list[str]) -> bool:
 
 
 def main(words: list[str]) -> int:
-    broker = find_broker()
-    broker.start()
-    try:
+    with a_kafka() as servers:
         print("| what | measured | demanded | holds |\n|---|---|---|---|")
-        return 0 if asyncio.run(run(broker.bootstrap_servers, words)) else 1
-    finally:
-        broker.remove()
+        return 0 if asyncio.run(run(servers, words)) else 1
 
 
 if __name__ == "__main__":

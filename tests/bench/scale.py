@@ -15,27 +15,25 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
 
-from tests.bench.__main__ import LOADS, kafka
+from tests.bench.__main__ import LOADS
 from tests.bench.driver import (
     Figures,
     Place,
+    at_work,
     cpu_s,
-    endpoint,
-    environment_of,
     fill,
     measure,
     memory_mb,
-    running,
-    sluice,
-    stats,
 )
-from tests.support.topics import create_topic, unique_name
+from tests.support.kafka import a_kafka
 
 AT_ONCE = next(load for load in LOADS if load.letter == "b")
 FIRST = 10_000
 """Messages before the first look: the process has started, and learned what it learns."""
 STRETCHES = (FIRST, 50_000, 100_000, 300_000, 600_000, 1_000_000)
 """Where one stretch ends and the next one begins."""
+STRETCH_S = 1800.0
+"""The longest that one stretch may take: 400,000 messages at 220 a second."""
 PARTITIONS = (1, 6, 50, 200)
 WARM_UP_S = 5.0
 SPREAD_MAX = 1.10
@@ -55,18 +53,12 @@ async def long_run(servers: str, messages: int) -> list[Look]:
     """One process through all of them; a look at each end of a stretch."""
     seconds = messages / AT_ONCE.rate_max
     place = await fill(servers, AT_ONCE, seconds)
-    topics = unique_name("output"), unique_name("letters")
-    for topic in topics:
-        await create_topic(servers, topic, 6)
     looks = []
-    async with endpoint(place.load) as url:
-        environment = environment_of(place, *topics, url)
-        async with running(sluice(), environment) as process:
-            for end in (each for each in STRETCHES if each <= messages):
-                while (calls := (await stats(url))["calls"]) < end:
-                    assert process.returncode is None, "it ended"
-                    await asyncio.sleep(0.1)
-                looks.append(Look(int(calls), cpu_s(process.pid), memory_mb(process.pid)))
+    async with at_work(place) as work:
+        pid = work.process.pid
+        for end in (each for each in STRETCHES if each <= messages):
+            calls = await work.until_calls(end, within_s=STRETCH_S)
+            looks.append(Look(calls, cpu_s(pid), memory_mb(pid)))
     return looks
 
 
@@ -112,7 +104,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15.0, help="of one measurement")
     parser.add_argument("--rounds", type=int, default=3, help="over partitions: medians of so many")
     given = parser.parse_args()
-    with kafka() as servers:
+    with a_kafka() as servers:
         asyncio.run(run(servers, given.messages, given.seconds, given.rounds))
 
 

@@ -20,7 +20,7 @@ import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from tests.support.kafka import find_broker
+from tests.support.kafka import a_kafka
 from tests.support.service import ROOT
 from tests.support.topics import create_topic, produce, unique_name
 
@@ -109,12 +109,8 @@ def main() -> None:
     parser.add_argument("--sigma", type=float, default=1.0)
     parser.add_argument("--ordering", choices=("key", "partition", "none"), default="key")
     given = parser.parse_args()
-    servers = os.environ.get("KAFKA_BOOTSTRAP_SERVERS")
-    if servers is not None:
+    with a_kafka() as servers:
         asyncio.run(measure(servers, given))
-        return
-    with find_broker() as broker:
-        asyncio.run(measure(broker.bootstrap_servers, given))
 
 
 if __name__ == "__main__":

@@ -7,23 +7,16 @@ from collections.abc import Iterator
 import pytest
 
 from tests.chaos.rounds import PLANS, play
-from tests.conftest import do_without
 from tests.support.cluster import Cluster
 from tests.support.kafka import KafkaUnavailable
+from tests.support.started import for_tests
 
 SEED = 4
 
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    try:
-        made = Cluster().__enter__()
-    except KafkaUnavailable as error:
-        do_without(str(error))
-    try:
-        yield made
-    finally:
-        made.remove()
+    yield from for_tests(Cluster, KafkaUnavailable, "TEST_KAFKA")
 
 
 @pytest.mark.real_kafka

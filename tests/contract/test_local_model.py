@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from service.core.errors import CannotRun
 from service.core.messages import Extracted, Rejected
-from service.demo.download import fetch_model
 from service.demo.examples import PERSON
 from service.demo.model import MODEL_NAME, local_model
 from service.llm.extractor import OpenAIExtractor
 from service.settings import Settings
+from tests.support.started import local_model_is_here
 
 RIGHT_AT_LEAST = 14
 
@@ -59,12 +57,7 @@ TITLES = re.compile(r"^(mr|mrs|ms|dr|professor|little|old|young)\.? ", re.IGNORE
 @pytest.fixture
 async def extractor(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[OpenAIExtractor]:
     """The service's own extractor in front of the local model, set as the demo sets it."""
-    try:
-        await fetch_model(lambda done, total: None)
-    except CannotRun as reason:
-        if os.environ.get("TEST_MODEL") == "required":
-            pytest.fail(str(reason), pytrace=False)
-        pytest.skip(str(reason))
+    await local_model_is_here()
     shots = [{"text": text, "records": dict(record)} for text, record in PERSON.shots]
     settings = Settings.model_validate(
         {

@@ -8,7 +8,7 @@ import json
 import random
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
@@ -28,8 +28,9 @@ from service.core.messages import Partition
 from service.kafka.producers import Output
 from service.kafka.starts import Stored
 from service.kafka.transactions import PARTITIONS_MAX
-from tests.conftest import do_without, hanging
+from tests.conftest import hanging
 from tests.support.kafka import Broker, KafkaUnavailable, RealKafka
+from tests.support.started import for_tests
 from tests.support.topics import committed, create_topic, end_offsets, read_topic, unique_name
 from tests.support.transactions import Answer, Worker, hangs_at, output, pauses_at, worker
 
@@ -861,29 +862,29 @@ async def test_an_unforeseen_exception_ends_the_owner(place: Place) -> None:
     assert await place.settled() == []
 
 
-async def test_an_id_that_the_coordinator_forgot_is_fenced_anew() -> None:
+@pytest.fixture
+def forgetful_broker() -> Iterator[RealKafka]:
+    """Its coordinator forgets a transactional id that was not used for a second."""
+    settings = {
+        "transactional.id.expiration.ms": "1000",
+        "transaction.remove.expired.transaction.cleanup.interval.ms": "500",
+    }
+    yield from for_tests(lambda: RealKafka(settings), KafkaUnavailable, "TEST_KAFKA")
+
+
+@pytest.mark.real_kafka
+async def test_an_id_that_the_coordinator_forgot_is_fenced_anew(
+    forgetful_broker: RealKafka,
+) -> None:
     """After days without a use (here a second): told as fenced; another fence heals it."""
-    try:
-        broker = RealKafka(
-            {
-                "transactional.id.expiration.ms": "1000",
-                "transaction.remove.expired.transaction.cleanup.interval.ms": "500",
-            }
-        )
-        await asyncio.to_thread(broker.start)
-    except KafkaUnavailable as error:
-        do_without(str(error))
-    try:
-        place = await make(broker.bootstrap_servers)
-        async with worker(place.servers, place.group) as one:
-            await one.own(place.first)
-            await one.publish(place.first, [0], place.outputs)
-            await asyncio.sleep(5)
-            with pytest.raises(PublishFailed):
-                await one.send(place.first, 1, place.outputs(1))
-            assert one.fenced == [place.first]
-            await one.own(place.first)
-            await one.publish(place.first, [0, 1], place.outputs)
-        assert await place.settled() == ["0:0", "0:1"]
-    finally:
-        await asyncio.to_thread(broker.remove)
+    place = await make(forgetful_broker.bootstrap_servers)
+    async with worker(place.servers, place.group) as one:
+        await one.own(place.first)
+        await one.publish(place.first, [0], place.outputs)
+        await asyncio.sleep(5)
+        with pytest.raises(PublishFailed):
+            await one.send(place.first, 1, place.outputs(1))
+        assert one.fenced == [place.first]
+        await one.own(place.first)
+        await one.publish(place.first, [0, 1], place.outputs)
+    assert await place.settled() == ["0:0", "0:1"]

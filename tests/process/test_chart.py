@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from typing import Any
 
@@ -13,6 +12,7 @@ from service.settings import Settings
 from service.settings.reading import load
 from tests.support.chart import CASES, CHART, EXAMPLES, Refused, golden, rendered, values_of
 from tests.support.helm import NoHelm, helm
+from tests.support.started import do_without
 from tests.support.stopping import CLOSING_S, longest_stop_s
 
 BROKERS = {"kafka": {"bootstrap_servers": "kafka:9092"}}
@@ -23,9 +23,7 @@ def _a_helm() -> None:
     try:
         helm()
     except NoHelm as reason:
-        if os.environ.get("TEST_HELM") == "required":
-            raise
-        pytest.skip(str(reason))
+        do_without(str(reason), "TEST_HELM")
 
 
 def only(kind: str, objects: list[dict[str, Any]]) -> dict[str, Any]:

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from service.core.errors import CannotRun
-from service.demo.download import fetch_model
 from tests.support.endpoint import MODEL, Endpoint
+from tests.support.started import local_model_is_here
 
 ROOT = Path(__file__).parents[2]
 MARK = "DEMO_TEST_MARK"
@@ -91,12 +90,7 @@ def scripted(endpoint: Endpoint) -> dict[str, str]:
 @pytest.mark.timeout(300)
 async def test_ends_by_itself() -> None:
     """`--messages 12` with the local model: a summary, exit code 0, no process left."""
-    try:
-        await fetch_model(lambda done, total: None)
-    except CannotRun as reason:
-        if os.environ.get("TEST_MODEL") == "required":
-            pytest.fail(str(reason), pytrace=False)
-        pytest.skip(str(reason))
+    await local_model_is_here()
     mark = uuid.uuid4().hex
     async with demo(mark, "--messages", "12") as process:
         said = (await process.communicate())[0].decode()

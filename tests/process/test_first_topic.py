@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from service.core.errors import CannotRun
-from service.demo.download import fetch_model
 from service.demo.model import local_model
 from tests.support.kafka import free_ports
+from tests.support.started import local_model_is_here
 from tests.support.topics import produce, read_topic, unique_name
 
 ROOT = Path(__file__).parents[2]
@@ -66,12 +65,7 @@ async def say(command: str, folder: Path, environment: dict[str, str]) -> str:
 
 async def test_the_first_topic(real_kafka: str, tmp_path: Path) -> None:
     """Each command prints what README shows, and the records are those that it shows."""
-    try:
-        await fetch_model(lambda done, total: None)
-    except CannotRun as reason:
-        if os.environ.get("TEST_MODEL") == "required":
-            pytest.fail(str(reason), pytrace=False)
-        pytest.skip(str(reason))
+    await local_model_is_here()
     mails, orders = unique_name("mails"), unique_name("orders")
 
     def ours(text: str) -> str:

@@ -13,12 +13,11 @@ import os
 import struct
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
-from typing import Self
 
 from aiokafka.errors import KafkaError
 
 from tests.support.kafka import PROPERTIES, KafkaNode, KafkaUnavailable, free_ports, java_can_run_it
+from tests.support.started import Started
 from tests.support.topics import admin
 
 NODES = (1, 2, 3)
@@ -32,7 +31,7 @@ _DESCRIBE_QUORUM = 55
 _TIMEOUT_S = 3.0
 
 
-class Cluster:
+class Cluster(Started):
     """Three nodes on free ports of 127.0.0.1: replication 3, two of them must acknowledge.
 
     A context manager. `kill`, `stop`, `pause` take a node's id (1 to 3), as `start` and `resume`
@@ -64,25 +63,12 @@ class Cluster:
             for node in NODES
         }
 
-    def __enter__(self) -> Self:
+    def begin(self) -> None:
         if not java_can_run_it():
             raise KafkaUnavailable("no cluster: install Java 17 and Maven")
-        try:
-            with ThreadPoolExecutor(len(NODES)) as threads:
-                list(threads.map(KafkaNode.launch, self._nodes.values()))
-                list(threads.map(KafkaNode.wait_until_it_answers, self._nodes.values()))
-        except BaseException:
-            self.remove()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.remove()
+        with ThreadPoolExecutor(len(NODES)) as threads:
+            list(threads.map(KafkaNode.launch, self._nodes.values()))
+            list(threads.map(KafkaNode.wait_until_it_answers, self._nodes.values()))
 
     def kill(self, node: int) -> None:
         self._nodes[node].kill()

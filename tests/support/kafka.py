@@ -14,10 +14,12 @@ import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
+from typing import TypeAlias
+
+from tests.support.started import Started
 
 KAFKA_VERSION = "4.3.1"
 CLUSTER_ID = "sluice-test-cluster-id"
@@ -91,44 +93,7 @@ class KafkaUnavailable(Exception):
     """No real Kafka can be had here; the text says why."""
 
 
-class Broker(Protocol):
-    """A real Kafka that tests may start, kill and start again."""
-
-    bootstrap_servers: str
-
-    def start(self) -> None: ...
-    def stop(self) -> None: ...
-    def kill(self) -> None: ...
-    def remove(self) -> None: ...
-
-
-class _Removing:
-    """`with broker:` starts it and in the end removes its process and its data."""
-
-    def start(self) -> None:
-        raise NotImplementedError
-
-    def remove(self) -> None:
-        raise NotImplementedError
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.remove()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.remove()
-
-
-class KafkaNode(_Removing):
+class KafkaNode(Started):
     """One node of Apache Kafka run by Java, its data in a temporary folder.
 
     `properties` are all that it has, listeners included; `formatting` is what its storage is
@@ -150,6 +115,9 @@ class KafkaNode(_Removing):
         self._heap_mb = heap_mb
         self._process: subprocess.Popen[bytes] | None = None
         self.bootstrap_servers = bootstrap_servers
+
+    def begin(self) -> None:
+        self.start()
 
     def start(self) -> None:
         self.launch()
@@ -297,13 +265,16 @@ class RealKafka(KafkaNode):
         )
 
 
-class DockerKafka(_Removing):
+class DockerKafka(Started):
     """The same broker from its official image, where there is Docker and no Java."""
 
     def __init__(self) -> None:
         port, self._controller_port = free_ports(2)
         self.bootstrap_servers = f"127.0.0.1:{port}"
         self._container: str | None = None
+
+    def begin(self) -> None:
+        self.start()
 
     def start(self) -> None:
         if self._container is None:
@@ -346,6 +317,20 @@ class DockerKafka(_Removing):
         for name, value in own.items():
             options += ["-e", f"KAFKA_{name.upper().replace('.', '_')}={value}"]
         return options
+
+
+Broker: TypeAlias = "RealKafka | DockerKafka"
+"""A real Kafka that tests may stop, kill and start again."""
+
+
+@contextmanager
+def a_kafka() -> Iterator[str]:
+    """Bootstrap servers of the one that KAFKA_BOOTSTRAP_SERVERS names, else of one of our own."""
+    if given := os.environ.get("KAFKA_BOOTSTRAP_SERVERS"):
+        yield given
+        return
+    with find_broker() as broker:
+        yield broker.bootstrap_servers
 
 
 def find_broker() -> Broker:

@@ -19,13 +19,13 @@ import urllib.parse
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Any, Self
+from types import ModuleType
+from typing import Any
 
-import pytest
 import yaml
 
 from tests.support.kafka import dying_with_us, free_ports
+from tests.support.started import Started, do_without
 
 GOLDEN = Path(__file__).parents[1] / "data" / "metrics.txt"
 
@@ -54,9 +54,7 @@ def promtool(*arguments: str) -> str:
     try:
         command = [tool("promtool"), *arguments]
     except PrometheusUnavailable as error:
-        if os.environ.get("TEST_PROMTOOL") == "required":
-            pytest.fail(str(error), pytrace=False)
-        pytest.skip(str(error))
+        do_without(str(error), "TEST_PROMTOOL")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -132,7 +130,7 @@ def _said(*command: str, cwd: str | Path) -> str:
     return done.stdout
 
 
-class Prometheus:
+class Prometheus(Started):
     """A server with this configuration and these files beside it; `with` starts and removes it."""
 
     def __init__(self, config: Mapping[str, Any], files: Mapping[str, str]) -> None:
@@ -142,22 +140,6 @@ class Prometheus:
         self._config, self._files = config, files
         self._folder = Path(tempfile.mkdtemp(prefix="sluice-prometheus-"))
         self._process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> Self:
-        try:
-            self._start()
-        except BaseException:
-            self._remove()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._remove()
 
     def query(self, expression: str) -> list[dict[str, Any]]:
         """What an instant query gives; raises `ValueError` with Prometheus's own words."""
@@ -184,7 +166,7 @@ class Prometheus:
         except urllib.error.HTTPError as error:
             raise ValueError(error.read().decode(errors="replace")) from None
 
-    def _start(self) -> None:
+    def begin(self) -> None:
         (self._folder / "prometheus.yml").write_text(yaml.safe_dump(dict(self._config)))
         for name, text in self._files.items():
             (self._folder / name).write_text(text)
@@ -223,7 +205,7 @@ class Prometheus:
         except OSError:
             return False
 
-    def _remove(self) -> None:
+    def remove(self) -> None:
         process, self._process = self._process, None
         if process is not None:
             process.terminate()

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from tests.support.kafka import dying_with_us, free_ports
+from tests.support.started import Started
 
 START_TIMEOUT_S = 20.0
 """From the process's start to its first answer; 0.05 s on a free machine."""
@@ -22,7 +23,7 @@ class RedisUnavailable(Exception):
     """No server can be had here; the text says what to do."""
 
 
-class RealRedis:
+class RealRedis(Started):
     """One server without persistence. Stopped or halted, it can come back on the same port."""
 
     def __init__(self) -> None:
@@ -34,6 +35,9 @@ class RealRedis:
     @property
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}/0"
+
+    def begin(self) -> None:
+        self.start()
 
     def start(self, *options: str) -> None:
         """Options as on its command line, `("--requirepass", "secret")`."""
