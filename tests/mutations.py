@@ -1157,12 +1157,22 @@ MUTATIONS = (
         "0 < count",
         (UNIT_ANSWER_TEXT + "a_count_that_no_model_can_have_is_none",),
     ),
+    Mutation(
+        "the demo's model is started without the OpenMP runtime that a minimal Debian lacks",
+        "service/demo/model.py",
+        'os.execve(sys.executable, arguments, {**os.environ, "LD_LIBRARY_PATH": searched})',
+        "assert searched and arguments",
+        ("tests/unit/test_demo.py::test_a_missing_openmp_comes_from_its_wheel",),
+    ),
 )
 
 
 def main(words: list[str]) -> int:
     """The exit code: 1 where a guard is missed by its tests."""
     chosen = [each for each in MUTATIONS if not words or set(words) & set(each.defect.split())]
+    if not chosen:
+        print(f"No row has any of these words or numbers: {' '.join(words)}")
+        return 1
     with _real_kafka(), tempfile.TemporaryDirectory() as folder:
         checkout = Path(folder)
         for name in ("service", "tests"):

@@ -90,6 +90,21 @@ def test_a_broken_link_is_found(tmp_path: Path) -> None:
     assert anchors(page) == {"one-name-here"}
 
 
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_settings_and_metrics_that_are_named_exist(page: Path) -> None:
+    """A page that names a setting or a metric that is gone would send its reader astray."""
+    places = {place[:end] for place in every_setting() for end in range(1, len(place) + 1)}
+    sections = {place[0] for place in every_setting()}
+    text = without_generated(prose(page.read_text()))
+    names = [tuple(one.split(".")) for one in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)`", text)]
+    named = [name for name in names if name[0] in sections and name[-1] != "py"]
+    assert [name for name in named if name not in places] == []
+    metrics = re.findall(r"^\| `(sluice_\w+)`", (DOCS / "metrics.md").read_text(), flags=re.M)
+    ends = re.compile(r"_(bucket|sum|count)$")
+    used = re.findall(r"`(sluice_[a-z_]+)[`{]", text)
+    assert [name for name in used if ends.sub("", name) not in metrics] == []
+
+
 def test_readme_is_short() -> None:
     """Five minutes: what it is, whether it fits, a first try, a first topic of one's own."""
     text = (ROOT / "README.md").read_text()
