@@ -1164,6 +1164,13 @@ MUTATIONS = (
         "assert searched and arguments",
         ("tests/unit/test_demo.py::test_a_missing_openmp_comes_from_its_wheel",),
     ),
+    Mutation(
+        "settings: a bound that the value must stay below is not said",
+        "service/settings/wording.py",
+        '    if "exclusiveMaximum" in node:',
+        "    if False:",
+        ("tests/unit/test_settings.py::test_wrong_value",),
+    ),
 )
 
 

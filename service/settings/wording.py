@@ -178,10 +178,13 @@ _WORDS = {
 
 
 def _bounds(node: Mapping[str, Any]) -> str:
+    """As in " from 1 up to 10" and " above 0, below 1"; nothing where there is no bound."""
     low = f" from {node['minimum']}" if "minimum" in node else ""
-    if "exclusiveMinimum" in node:
-        low = f" above {node['exclusiveMinimum']},"
     high = f" up to {node['maximum']}" if "maximum" in node else ""
+    if "exclusiveMaximum" in node:
+        high = f" below {node['exclusiveMaximum']}"
+    if "exclusiveMinimum" in node:
+        low = f" above {node['exclusiveMinimum']}" + ("," if high else "")
     return low + high
 
 

@@ -352,6 +352,7 @@ WRONG = [
     ("extraction__record", "s.json", "a JSON schema is not taken yet"),
     ("extraction__call_timeout_s", "nan", "allowed: a number above 0, up to 3600"),
     ("extraction__call_timeout_s", "inf", "allowed: a number above 0, up to 3600"),
+    ("dead_letters__guard__share_max", "1", "allowed: a number above 0, below 1"),
     ("extraction__examples", "[{", "allowed: a list"),
     ("extraction__examples", '[{"text": "a"}]', "[0].records: is missing"),
     ("delivery__rebalance_drain_s", "21", "allowed: a number from 0 up to 20"),
