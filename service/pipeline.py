@@ -550,7 +550,9 @@ class Pipeline:
         self._turns[entry] = turn
         self._start(entry.holding, self._call, entry, turn, ended=partial(self._ended, entry, turn))
 
-    def _ended(self, entry: Entry, turn: Turn, _: asyncio.Task[None] | None) -> None:
+    def _ended(self, entry: Entry, turn: Turn, task: asyncio.Task[None] | None) -> None:
+        if task is not None:
+            del self._working[task]
         if self._turns.get(entry) is turn:  # it has never begun, so nothing went out
             self._admission.unused(self._now_s(), turn.estimate)
             self._give_back(entry)
@@ -1210,17 +1212,18 @@ class Pipeline:
         *arguments: object,
         ended: Callable[[asyncio.Task[None] | None], None] | None = None,
     ) -> None:
-        """A task that is called off when the holding is lost; `ended` is called when it is over,
-        even if it was called off before its first step, or was never born."""
+        """A task that is called off when the holding is lost.
+
+        `ended` is called when it is over, even if it was called off before its first step, or was
+        never born, and takes it from `_working`: one callback for each call is cheaper than two.
+        """
         task = self._born(work, *arguments)
         if task is None:
             if ended is not None:
                 ended(None)
             return
         self._working[task] = holding
-        task.add_done_callback(self._working.pop)
-        if ended is not None:
-            task.add_done_callback(ended)
+        task.add_done_callback(self._working.pop if ended is None else ended)
 
     def _born(self, work: Work, *arguments: object) -> asyncio.Task[None] | None:
         """A task of the run. None where the run is over, or ends because another task has failed:
