@@ -1074,6 +1074,23 @@ MUTATIONS = (
         (SUPERVISION + "a_commit_does_not_wait_for_a_topic_of_the_same_name",),
     ),
     Mutation(
+        "types: a text is no date behind a validator of the user's",
+        "service/llm/strict_json.py",
+        "if not any(map(_needs_it, _nodes(schema))):",
+        "if True:",
+        (
+            "tests/unit/test_strict_json.py",
+            EXTRACTOR_TESTS + "a_record_behind_a_validator_is_a_record",
+        ),
+    ),
+    Mutation(
+        "types: a validator is a way around strictness",
+        "service/llm/strict_json.py",
+        "return alone.validate_json(_json(value), strict=True)",
+        "return alone.validate_json(_json(value), strict=False)",
+        ("tests/unit/test_strict_json.py",),
+    ),
+    Mutation(
         "refusals: a text that is repeated chooses what it means",
         SHAPES,
         "self._without_echo(value[:STRING_MAX_CHARS])",

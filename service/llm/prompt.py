@@ -24,6 +24,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
 
 from service.core.errors import WrongSettings
+from service.llm.strict_json import strict_json
 from service.settings import Example
 
 ChatMessage: TypeAlias = dict[str, str]
@@ -84,7 +85,7 @@ def _answer(example: Example, number: int, answer: type[BaseModel], many: bool) 
     value = {"records": example.records} if many else example.records
     text = to_json(value).decode()
     try:
-        answer.model_validate_json(text, strict=True)
+        strict_json(answer)(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "records"

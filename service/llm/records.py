@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, RootModel, create_model
 
 from service.core.errors import WrongSettings
 from service.core.messages import Record
+from service.llm.strict_json import strict_json
 
 _VERSION_CHARS = 12
 """48 bits of a hash: enough to tell the versions of one schema or prompt apart."""
@@ -65,14 +66,14 @@ class RecordType:
         """The user's own values within an answer."""
         return answer.records if self.many else (answer,)  # type: ignore[attr-defined]
 
-    def answer_of(self, text: str) -> BaseModel:
+    def answer_of(self, text: str) -> Any:
         """An answer from its JSON. Strict, as instructor is: "30" is no age. Raises what validation
         raises, and their code."""
-        return self.answer.model_validate_json(text, strict=True)
+        return strict_json(self.answer)(text)
 
     def element(self, text: str) -> Record:
         """One record of a list, from its JSON. Raises what validation raises, and their code."""
-        return self._record(self.model.model_validate_json(text, strict=True))
+        return self._record(strict_json(self.model)(text))
 
     def _record(self, value: BaseModel) -> Record:
         # A serializer's warning would quote the value on stderr.

@@ -136,6 +136,32 @@ async def test_a_tool_that_is_not_called_is_asked_for_again(endpoint: Endpoint) 
     assert "No tool calls" in str(endpoint.requests[1].json["messages"][-1])
 
 
+LOOKED = '{"name":"Ann","on":"2026-01-31","tags":["a"],"kind":"talk"}'
+
+
+@pytest.mark.parametrize("cardinality", ["one", "many"])
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_record_behind_a_validator_is_a_record(
+    endpoint: Endpoint, mode: str, cardinality: str
+) -> None:
+    """A before validator makes no date of a text that JSON spells as a text; examples too."""
+    many = cardinality == "many"
+    content = f'{{"records":[{LOOKED}]}}' if many else LOOKED
+    value = json.loads(LOOKED)
+    examples = [{"text": "Ann talks", "records": [value] if many else value}]
+    endpoint.script = lambda _: Step(content=content)
+    async with started(
+        mode=mode,
+        cardinality=cardinality,
+        record="tests.support.records:Looked",
+        examples=examples,
+        reasks_max=0,
+    ) as extractor:
+        outcome = await extractor.call(ADA, None)
+    assert isinstance(outcome, Extracted)
+    assert [record.json.decode() for record in outcome.records] == [LOOKED]
+
+
 async def test_what_is_wrong_for_the_user_is_told_to_the_model(endpoint: Endpoint) -> None:
     """A validator's ValueError is the model's to mend."""
     async with started(record="tests.support.records:SaysNo", reasks_max=1) as extractor:

@@ -81,6 +81,17 @@ async def test_records_go_out_while_the_model_writes(endpoint: Endpoint, mode: s
     assert (event.result, event.tokens_output) == ("validated", outcome.provenance.tokens_output)
 
 
+async def test_records_behind_a_validator_stream_too(endpoint: Endpoint) -> None:
+    """Each element is validated by itself, as strictly and as generously as a whole answer."""
+    looked = '{"name":"Ann","on":"2026-01-31","tags":["a"],"kind":"talk"}'
+    endpoint.script = lambda _: Step(content=f'{{"records":[{looked},{looked}]}}')
+    reader = Reader()
+    async with started(reader, record="tests.support.records:Looked") as extractor:
+        outcome = await extractor.stream(PEOPLE, None, reader.publish)
+    assert isinstance(outcome, Extracted)
+    assert [*reader.out, *(record.json for record in outcome.records)] == [looked.encode()] * 2
+
+
 async def test_none_and_one(endpoint: Endpoint) -> None:
     """An empty list publishes nothing; a single record waits for the end of its answer."""
     reader = Reader()
