@@ -1188,6 +1188,13 @@ MUTATIONS = (
         "    if False:",
         ("tests/unit/test_settings.py::test_wrong_value",),
     ),
+    Mutation(
+        "a new cluster's coordinator, which still loads, is taken for a broker that is away",
+        "service/kafka/topics.py",
+        "        if not issubclass(error, _NOT_YET):",
+        "        if True:",
+        ("tests/unit/test_group_look.py::test_a_coordinator_that_loads_is_asked_again",),
+    ),
 )
 
 
