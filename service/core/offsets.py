@@ -3,10 +3,10 @@
 Rules of this file: only offsets that were *delivered* are tracked, never their arithmetic
 neighbours (compaction, transaction markers and aborted messages leave holes). What may be
 committed is the smallest delivered offset that is not finished, else the position, which steps
-over markers. What is finished beyond it travels with it, as the completed map.
+over markers. What is finished beyond it travels with it, as the completed map. Only unfinished
+offsets are remembered: behind one that never finishes, any number may finish.
 """
 
-import itertools
 from collections import deque
 from dataclasses import dataclass
 from enum import Enum
@@ -56,75 +56,105 @@ class Delivery(Enum):
 class PartitionTracker:
     """The delivered offsets of one partition under one epoch.
 
-    Memory is bounded by the messages between the next offset and the last delivered one.
+    Memory, and the time of `progress`, are bounded by the unfinished offsets and the finished
+    ranges that others have left, however many offsets have finished between them.
     """
 
-    __slots__ = ("_finished", "_finished_before", "_last_delivered", "_pending", "_position")
+    __slots__ = (
+        "_finished_before",
+        "_last_finished",
+        "_looked_at",
+        "_position",
+        "_unfinished",
+        "last_delivered",
+    )
 
     def __init__(self, next_offset: int, finished_before: tuple[range, ...] = ()) -> None:
-        self._pending: deque[tuple[int, int]] = deque()  # (offset, timestamp_ms), in order
-        self._finished: set[int] = set()  # finished ones that are still in _pending
+        # Offset to timestamp_ms. A dict keeps the order of insertion, which is that of offsets.
+        self._unfinished: dict[int, int] = {}
         self._finished_before = deque(finished_before)  # by others; what is not delivered yet
         self._position = next_offset
-        self._last_delivered = next_offset - 1
+        self.last_delivered = next_offset - 1
+        # The largest finished offset, by whomever: beyond it there is nothing for the map.
+        self._last_finished = finished_before[-1].stop - 1 if finished_before else next_offset - 1
+        # What `progress` has said last, and of which `finishing`; None once something has changed.
+        self._looked_at: tuple[frozenset[int], tuple[int, Runs]] | None = None
 
     def deliver(self, offset: int, timestamp_ms: int) -> Delivery:
         """Track a message, unless it is known already; what others have finished is finished."""
-        if offset <= self._last_delivered:
+        if offset <= self.last_delivered:
             return Delivery.KNOWN
-        self._last_delivered = offset
+        self.last_delivered = offset
+        self._looked_at = None
         before = self._finished_before
         while before and before[0].stop <= offset:
             before.popleft()
-        finished = bool(before) and offset in before[0]
-        if not finished:
-            self._pending.append((offset, timestamp_ms))
-            return Delivery.NEW
-        if self._pending:
-            self._pending.append((offset, timestamp_ms))
-            self._finished.add(offset)
-        return Delivery.FINISHED
+        if before and offset in before[0]:
+            return Delivery.FINISHED
+        self._unfinished[offset] = timestamp_ms
+        return Delivery.NEW
 
     def advance(self, position: int) -> None:
         """Take over the consumer's position, as it was after everything delivered so far.
 
         It only moves forward: a kept partition is fetched again from an earlier offset.
         """
-        self._position = max(self._position, position)
+        if position > self._position:
+            self._position = position
+            self._looked_at = None
 
     def finish(self, offset: int) -> None:
         """The outcome of this delivered offset is acknowledged; each offset finishes once."""
-        assert offset <= self._last_delivered, f"{offset} was never delivered"
-        assert offset not in self._finished, f"{offset} finished twice"
-        self._finished.add(offset)
-        while self._pending and self._pending[0][0] in self._finished:
-            self._finished.remove(self._pending.popleft()[0])
+        try:
+            del self._unfinished[offset]
+        except KeyError:
+            delivered = offset <= self.last_delivered
+            why = "finished twice, or is a hole" if delivered else "was never delivered"
+            raise AssertionError(f"{offset} {why}") from None
+        self._looked_at = None
+        if offset > self._last_finished:
+            self._last_finished = offset
 
     @property
     def next_offset(self) -> int:
         """What may be committed: everything delivered below it is finished."""
-        return self._pending[0][0] if self._pending else self._beyond
+        return next(iter(self._unfinished), self._beyond)
 
     @property
     def _beyond(self) -> int:
         """The offset behind everything that was delivered, or never will be."""
-        return max(self._position, self._last_delivered + 1)
+        return max(self._position, self.last_delivered + 1)
 
     def progress(self, finishing: frozenset[int] = frozenset()) -> tuple[int, Runs]:
         """Next offset and completed map, as they are once `finishing` has finished too.
 
         Between two delivered offsets everything else is a hole, never to be delivered: it counts
-        as finished, which keeps the map short.
+        as finished, which keeps the map short. The map ends with the last finished offset, so
+        that it grows only by what finishes. A second question in a row costs nothing.
         """
+        if self._looked_at is None or self._looked_at[0] != finishing:
+            self._looked_at = finishing, self._look(finishing)
+        return self._looked_at[1]
+
+    def _look(self, finishing: frozenset[int]) -> tuple[int, Runs]:
         beyond = self._beyond
-        done = self._finished | finishing
-        unfinished = [offset for offset, _ in self._pending if offset not in done]
-        finished = [
-            range(left + 1, right)
-            for left, right in itertools.pairwise([*unfinished, beyond])
-            if left + 1 < right
-        ]
-        next_offset = unfinished[0] if unfinished else beyond
+        left: int | None = None
+        next_offset = beyond
+        finished: list[range] = []
+        map_end = max(self._last_finished, max(finishing, default=-1)) + 1
+        for offset in self._unfinished:
+            if offset in finishing:
+                continue
+            if left is None:
+                next_offset = offset
+            elif left + 1 < offset:
+                finished.append(range(left + 1, min(offset, map_end)))
+            left = offset
+            if offset >= map_end:
+                break
+        else:
+            if left is not None and left + 1 < min(beyond, map_end):
+                finished.append(range(left + 1, min(beyond, map_end)))
         for before in self._finished_before:
             if before.stop > beyond:
                 finished.append(range(max(before.start, beyond), before.stop))
@@ -133,11 +163,22 @@ class PartitionTracker:
         return next_offset, runs_of(next_offset, finished)
 
     @property
+    def span(self) -> int:
+        """How many offsets the map reaches over at most, whatever finishes of those delivered."""
+        return max(self._last_finished, self.last_delivered) + 1 - self.next_offset
+
+    @property
+    def runs_max(self) -> int:
+        """How many runs the map has at most, whatever finishes of those delivered: each finished
+        one stands behind an unfinished one, or is of others."""
+        return 2 * (len(self._unfinished) + len(self._finished_before))
+
+    @property
     def unfinished(self) -> int:
         """How many delivered messages are not finished."""
-        return len(self._pending) - len(self._finished)
+        return len(self._unfinished)
 
     @property
     def oldest_unfinished_ms(self) -> int | None:
         """Timestamp of the message that holds the next offset."""
-        return self._pending[0][1] if self._pending else None
+        return next(iter(self._unfinished.values()), None)

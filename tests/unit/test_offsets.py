@@ -1,5 +1,7 @@
 """The tracker, against a model that is slow and obviously right."""
 
+import tracemalloc
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -99,9 +101,55 @@ def test_holes_count_as_finished_in_the_map() -> None:
     tracker = PartitionTracker(0)
     for offset in (0, 2, 5, 9):
         tracker.deliver(offset, 0)
+    tracker.finish(5)
+    tracker.advance(12)
+    assert tracker.progress() == (0, (1, 1, 1, 3))
+
+
+def test_the_map_ends_with_the_last_finished_offset() -> None:
+    """Holes behind it say nothing to the next holder, and would make the map longer with each
+    message that is taken."""
+    tracker = PartitionTracker(0)
+    for offset in (0, 2, 5, 9):
+        tracker.deliver(offset, 0)
+    assert tracker.progress() == (0, ())
     tracker.finish(2)
     tracker.advance(12)
-    assert tracker.progress() == (0, (1, 4, 1, 3, 1, 2))
+    assert tracker.progress() == (0, (1, 2))
+    tracker.deliver(20, 0)
+    assert tracker.progress() == (0, (1, 2))
+
+
+@given(st.data())
+def test_what_the_map_may_grow_to_is_known_before(data: st.DataObject) -> None:
+    """However many of the delivered finish, it reaches no further and has no more runs."""
+    runs = tuple(data.draw(st.lists(st.integers(1, 4), max_size=6)))
+    runs = runs[: len(runs) // 2 * 2]
+    tracker = PartitionTracker(0, finished_ranges(0, runs))
+    delivered = sorted(data.draw(st.sets(st.integers(0, 40))))
+    new = [offset for offset in delivered if tracker.deliver(offset, 0) is NEW]
+    span, runs_max = tracker.span, tracker.runs_max
+    for offset in data.draw(st.permutations(new)):
+        found = tracker.progress()[1]
+        assert sum(found) <= span
+        assert len(found) <= runs_max
+        tracker.finish(offset)
+
+
+def test_behind_one_message_any_number_may_finish() -> None:
+    """Neither memory nor a look at the progress grows with them."""
+    tracker = PartitionTracker(0)
+    tracker.deliver(0, 0)
+    tracemalloc.start()
+    try:
+        for offset in range(1, 50_000):
+            tracker.deliver(offset, offset)
+            tracker.finish(offset)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 10_000
+    assert tracker.progress() == (0, (1, 49_999))
 
 
 def test_a_message_fetched_again_is_known() -> None:
@@ -129,8 +177,11 @@ def test_nothing_finishes_twice_or_undelivered() -> None:
     tracker = PartitionTracker(0)
     tracker.deliver(0, 0)
     tracker.deliver(1, 0)
+    tracker.deliver(3, 0)
     tracker.finish(1)
+    with pytest.raises(AssertionError, match="hole"):
+        tracker.finish(2)
     with pytest.raises(AssertionError, match="twice"):
         tracker.finish(1)
     with pytest.raises(AssertionError, match="never delivered"):
-        tracker.finish(2)
+        tracker.finish(4)
