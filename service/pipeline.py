@@ -138,6 +138,12 @@ class Assignment(Protocol):
         None where it is not held.
         """
 
+    def has_room(self, partition: Partition) -> bool:
+        """Whether the completed map surely holds whatever finishes of what was taken until now.
+
+        Quick; where it says no, `progress` tells what the map would be.
+        """
+
     def stored(self, partition: Partition, progress: Progress) -> None:
         """Kafka holds this now; told only while the partition is held as it was when asked."""
 
@@ -1035,6 +1041,10 @@ class Pipeline:
         if holding is None:
             return None
         return holding.progress(clean=self._held_out or self._ending, finishing=finishing)
+
+    def has_room(self, partition: Partition) -> bool:
+        holding = self._window.held.get(partition)
+        return holding is None or holding.has_room()
 
     def stored(self, partition: Partition, progress: Progress) -> None:
         if (holding := self._window.held.get(partition)) is not None:

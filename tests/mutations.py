@@ -59,6 +59,8 @@ DIED = "tests/pipeline/test_process_died.py::test_"
 SIMULATION = "tests/pipeline/test_simulation.py::test_"
 UNIT_WINDOW = "tests/unit/test_window.py::test_"
 UNIT_OFFSETS = "tests/unit/test_offsets.py::test_"
+ROOM = "tests/unit/test_map_room.py::test_"
+UNIT_TRANSACTIONS = "tests/unit/test_transactions.py::test_"
 UNIT_STARTS = "tests/unit/test_starts.py::test_"
 UNIT_HISTORY = "tests/unit/test_history.py::test_"
 UNIT_HOLDINGS = "tests/unit/test_holdings.py::test_"
@@ -324,8 +326,8 @@ MUTATIONS = (
     Mutation(
         "12 offsets that are never delivered count as unfinished",
         OFFSETS,
-        "unfinished = [offset for offset, _ in self._pending if offset not in done]",
-        "unfinished = [n for n in range(self.next_offset, beyond) if n not in done]",
+        "for offset in self._unfinished:",
+        "for offset in self._unfinished and range(self.next_offset, map_end):",
         (UNIT_OFFSETS + "holes_count_as_finished_in_the_map",),
     ),
     Mutation(
@@ -440,9 +442,9 @@ MUTATIONS = (
     Mutation(
         "16 a partition that was closed for its map stays closed",
         WINDOW,
-        "holding.map_fullness = fullness(",
-        "holding.map_fullness = holding.map_fullness or fullness(",
-        (WAY + "a_crowded_map_closes_its_partition_and_no_other",),
+        "self.map_fullness = fullness(",
+        "self.map_fullness = self.map_fullness or fullness(",
+        (UNIT_WINDOW + "a_crowded_map_closes_its_partition_until_it_fits_again",),
     ),
     Mutation(
         "16 a circuit that has opened stays open",
@@ -733,9 +735,89 @@ MUTATIONS = (
     Mutation(
         "25 a map has lost its end by the time its partition is closed",
         WINDOW,
-        "if holding.map_fullness >= MAP_FULL\n",
-        "if holding.map_fullness >= 0.999\n",
+        "self.map_fullness + unfinished / MAP_BITS >= MAP_FULL",
+        "self.map_fullness + unfinished / MAP_BITS >= 1.6",
         (UNIT_WINDOW + "a_partition_is_closed_while_its_map_is_still_whole",),
+    ),
+    Mutation(
+        "25 what is out overfills a map that was measured when nothing had finished",
+        WINDOW,
+        "self.map_fullness + unfinished / MAP_BITS >= MAP_FULL",
+        "self.map_fullness >= MAP_FULL",
+        (
+            UNIT_WINDOW
+            + "a_partition_is_closed_before_its_unfinished_messages_could_overfill_the_map",
+        ),
+    ),
+    Mutation(
+        "25 a partition whose map an earlier holder has filled is closed for ever",
+        WINDOW,
+        "return unfinished > 0 and",
+        "return",
+        (UNIT_WINDOW + "a_partition_with_nothing_unfinished_is_never_crowded",),
+    ),
+    Mutation(
+        "25 a map is measured once a commit interval, in which the window fills many times",
+        WINDOW,
+        ">= MEASURE_AGAIN:",
+        ">= 10**9:",
+        (UNIT_WINDOW + "a_map_is_measured_again_where_much_has_changed",),
+    ),
+    Mutation(
+        "25 behind one held message every finished one is remembered",
+        OFFSETS,
+        "            del self._unfinished[offset]\n",
+        "            assert self._unfinished[offset] >= 0\n",
+        (UNIT_OFFSETS + "behind_one_message_any_number_may_finish",),
+    ),
+    Mutation(
+        "25 each message taken makes the map longer by the hole before it",
+        OFFSETS,
+        "            if offset >= map_end:\n                break\n",
+        "            map_end = max(map_end, offset)\n",
+        (UNIT_OFFSETS + "the_map_ends_with_the_last_finished_offset",),
+    ),
+    Mutation(
+        "25 exactly once: what the map cannot hold goes into a transaction all the same",
+        HOLDINGS,
+        "            return len(offsets)\n        fits,",
+        "            return len(offsets)\n        return len(offsets)\n        fits,",
+        (ROOM + "whatever_is_committed_is_in_the_map_and_everything_finishes",),
+    ),
+    Mutation(
+        "25 exactly once: the message that holds the next offset waits for room as others do",
+        HOLDINGS,
+        "                or offsets[count - 1] < progress.next_offset\n",
+        "",
+        (ROOM + "an_earlier_map_that_is_too_large_stops_nobody",),
+    ),
+    Mutation(
+        "25 exactly once: outcomes without outputs finish beside a map that is full",
+        SINK,
+        "if not outputs and self._has_room(message):",
+        "if not outputs:",
+        (ROOM + "an_outcome_without_outputs_needs_room_in_the_map_too",),
+    ),
+    Mutation(
+        "25 exactly once: what waits for room waits for ever",
+        WRITERS,
+        "asyncio.timeout(HELD_BACK_S)",
+        "asyncio.timeout(None)",
+        (ROOM + "nobody_waits_for_room_for_ever",),
+    ),
+    Mutation(
+        "25 exactly once: what was held back goes only when something else comes",
+        "service/kafka/outgoing.py",
+        "return bool(self._queue) or self._went",
+        "return bool(self._queue)",
+        (UNIT_TRANSACTIONS + "what_has_no_room_is_held_back_and_the_lowest_offsets_go_first",),
+    ),
+    Mutation(
+        "25 exactly once: what is held back is overtaken within its lane",
+        "service/kafka/outgoing.py",
+        "sorted(taken, key=_offset)",
+        "taken",
+        (UNIT_TRANSACTIONS + "what_has_no_room_is_held_back_and_the_lowest_offsets_go_first",),
     ),
     Mutation(
         "26 the next holder's first commit drops the map of what it has not read yet",
@@ -1187,13 +1269,6 @@ MUTATIONS = (
         '    if "exclusiveMaximum" in node:',
         "    if False:",
         ("tests/unit/test_settings.py::test_wrong_value",),
-    ),
-    Mutation(
-        "a new cluster's coordinator, which still loads, is taken for a broker that is away",
-        "service/kafka/topics.py",
-        "        if not issubclass(error, _NOT_YET):",
-        "        if True:",
-        ("tests/unit/test_group_look.py::test_a_coordinator_that_loads_is_asked_again",),
     ),
 )
 

@@ -84,6 +84,20 @@ def fullness(runs: Runs, text: str, chars_max: int) -> float:
     return max(len(text) / max(chars_max, 1), len(runs) / RUNS_MAX, sum(runs) / SPAN_MAX)
 
 
+def fits_for_sure(runs: Runs, chars_max: int) -> bool:
+    """Whether `encode` holds all of these runs, even where nothing can be compressed.
+
+    It stays so while the lowest unfinished offsets finish: the first run then becomes shorter or
+    goes, and with it bytes and bits of the text. Compressed sizes promise no such thing: a map
+    that just fits might not fit any more once its first message has finished.
+    """
+    bytes_max = (chars_max - 1) * 6 // 8
+    span = sum(runs)
+    if span <= 8 * bytes_max:
+        return True
+    return span <= SPAN_MAX and len(runs) <= bytes_max and len(_varints(runs)) <= bytes_max
+
+
 def decode(text: str) -> Runs:
     """The runs that `text` stands for; Damaged where it is no map of ours.
 

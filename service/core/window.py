@@ -30,7 +30,23 @@ MAP_CHARS_MAX = 3_700
 default), less what may ever stand before the map."""
 
 MAP_FULL = 0.75
-"""A partition whose map is so full takes no more: the messages that are out need the rest."""
+"""A partition takes no more when its map, with a bit for each unfinished message, is so full: in
+whatever order these finish, the map then needs about that much at most. The rest is for what one
+poll brings beyond it, and for what the codec's forms need more than a bit."""
+
+MAP_BITS = 6 * MAP_CHARS_MAX
+"""Bits in the map's room: base64 has six in a character."""
+
+SPAN_SURE = MAP_BITS - 16
+"""Offsets that a map surely reaches over, in whatever order they finish: as a bitmap, whose first
+character and last byte cost something."""
+
+RUNS_SURE = SPAN_SURE // 8 // 5
+"""Runs that a map surely holds, whatever their lengths: five bytes are the longest."""
+
+MEASURE_AGAIN = 1_000
+"""Offsets that are taken, or messages that finish, between two measures of a map: 5 % of what it
+holds. Measuring takes up to two milliseconds, where the map is full."""
 
 FIRST_MAX = 3
 """Attempts after which a retry does not go before the others any more."""
@@ -117,6 +133,7 @@ class Holding:
         "lanes",
         "lost",
         "map_fullness",
+        "measured_at",
         "suspects",
         "tracker",
     )
@@ -131,6 +148,7 @@ class Holding:
         self.end: int | None = None
         self.lost = False
         self.map_fullness = 0.0  # of the completed map, as it was when it was last measured
+        self.measured_at = (next_offset - 1, 0)  # the last delivered offset, how many unfinished
         self.alone: int | None = given.progress.alone
         """The offset of the message that runs by itself, or that did when somebody died."""
         # The holder's own end is in the count in advance.
@@ -154,6 +172,28 @@ class Holding:
         if alone is not None and (alone < next_offset or (clean and alone != self.given.alone)):
             alone = None  # it was passed over, or has not died but was called off
         return Progress(next_offset, runs, unclean_ends, alone)
+
+    def measure(self) -> None:
+        """See how large the completed map is."""
+        _, runs = self.tracker.progress()
+        self.map_fullness = fullness(runs, encode(runs, MAP_CHARS_MAX), MAP_CHARS_MAX)
+        self.measured_at = self.tracker.last_delivered, self.tracker.unfinished
+
+    def is_crowded(self) -> bool:
+        """Whether it takes no more: its map might not hold what then finishes.
+
+        With nothing unfinished it is never crowded: who else would make the map shorter?
+        """
+        last_delivered, unfinished = self.measured_at
+        taken = self.tracker.last_delivered - last_delivered
+        if max(taken, unfinished - self.tracker.unfinished) >= MEASURE_AGAIN:
+            self.measure()
+        unfinished = self.tracker.unfinished
+        return unfinished > 0 and self.map_fullness + unfinished / MAP_BITS >= MAP_FULL
+
+    def has_room(self) -> bool:
+        """Whether the map surely holds whatever finishes of what was taken until now; quick."""
+        return self.tracker.runs_max <= RUNS_SURE or self.tracker.span <= SPAN_SURE
 
     def lane(self, identity: Hashable) -> Lane:
         lane = self.lanes.get(identity)
@@ -369,17 +409,14 @@ class Window:
         )
 
     def measure(self) -> None:
-        """See how large the completed maps are; for `crowded`."""
+        """See how large the completed maps are, where nobody has for a while."""
         for holding in self.held.values():
-            _, runs = holding.tracker.progress()
-            holding.map_fullness = fullness(runs, encode(runs, MAP_CHARS_MAX), MAP_CHARS_MAX)
+            holding.measure()
 
     def crowded(self) -> frozenset[Partition]:
-        """Partitions that take no new messages: what finishes there would not fit into the map."""
+        """Partitions that take no new messages: what finishes there might not fit into the map."""
         return frozenset(
-            partition
-            for partition, holding in self.held.items()
-            if holding.map_fullness >= MAP_FULL
+            partition for partition, holding in self.held.items() if holding.is_crowded()
         )
 
     # --- inside ----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import asyncio
 import itertools
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,10 +22,12 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.abc import ConsumerRebalanceListener
 from aiokafka.errors import KafkaError, StaleMetadata, UnknownTopicOrPartitionError
 
+from service.core.completed import fits_for_sure
 from service.core.errors import CannotRun, CommitFailed, PublishFailed
 from service.core.events import ForeignMetadata, Observe, OffsetsMissing, Rebalanced
 from service.core.messages import Partition
 from service.core.offsets import Given, Progress
+from service.core.window import MAP_CHARS_MAX
 from service.kafka.connection import is_lasting, stop_for, within
 from service.kafka.instances import NameTaken, in_use, put_out, this_process
 from service.kafka.membership import Membership
@@ -268,6 +270,34 @@ class Holdings:
         stored = to_store(progress, self._mark_of(partition.topic, holding))
         holding.attempt(stored, progress)
         return stored
+
+    def has_room(self, partition: Partition) -> bool:
+        """Whether everything may finish that was taken of it until now, in whatever order."""
+        return self._assignment.has_room(partition)
+
+    def fitting(self, partition: Partition, offsets: Sequence[int]) -> int:
+        """How many of these, ascending, may finish in one transaction: its map must hold them all.
+
+        What lies below the next offset needs no map. So the message that holds the next offset
+        always may, and makes the map shorter: whatever else waits, waits for that at the longest.
+        What is not ours (any more) may: the transaction finds out.
+        """
+
+        def fit(count: int) -> bool:
+            progress = self._assignment.progress(partition, frozenset(offsets[:count]))
+            return (
+                progress is None
+                or offsets[count - 1] < progress.next_offset
+                or fits_for_sure(progress.runs, MAP_CHARS_MAX)
+            )
+
+        if not offsets or self.has_room(partition) or fit(len(offsets)):
+            return len(offsets)
+        fits, too_many = int(fit(1)), len(offsets)
+        while 0 < fits < too_many - 1:
+            tried = (fits + too_many) // 2
+            fits, too_many = (tried, too_many) if fit(tried) else (fits, tried)
+        return fits
 
     def stored(self, partition: Partition, stored: Stored) -> None:
         """Kafka holds it now; of a partition that is held by now under another epoch, nothing."""

@@ -1,9 +1,13 @@
-"""What waits for the next transaction of one input partition, in order and bounded."""
+"""What waits for the next transaction of one input partition, in order and bounded.
+
+What the completed map could not hold yet waits longer: it is *held back*. Of everything that waits
+then, the lowest offsets go first, so that no outcome overtakes an earlier one of its lane.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from aiokafka import TopicPartition
@@ -41,14 +45,25 @@ class Outbox:
 
     def __init__(self) -> None:
         self._queue: deque[Outgoing] = deque()
+        self._held_back: list[Outgoing] = []  # by offset
         self._size_bytes = self._wishes = 0
+        self._went = False  # something of what was held back, so that more may fit now
 
     def __bool__(self) -> bool:
-        return bool(self._queue)
+        return bool(self._queue or self._held_back)
 
     @property
-    def first(self) -> Outgoing:
-        return self._queue[0]
+    def ready(self) -> bool:
+        """Whether there may be something for a transaction.
+
+        What is held back alone waits for one of the messages that are not handed over yet.
+        """
+        return bool(self._queue) or self._went
+
+    @property
+    def since_s(self) -> float:
+        """Since when the first one waits."""
+        return (self._queue or self._held_back)[0].since_s
 
     @property
     def urgent(self) -> bool:
@@ -57,14 +72,34 @@ class Outbox:
             len(self._queue) >= TRANSACTION_MESSAGES_MAX
             or self._size_bytes >= TRANSACTION_MAX_BYTES
             or self._wishes > 0
+            or self._went
         )
 
     def append(self, outgoing: Outgoing) -> None:
         self._queue.append(outgoing)
         self._count(outgoing, 1)
 
-    def take(self) -> list[Outgoing]:
-        """The next transaction's; what was withdrawn meanwhile is left out."""
+    def take(self, fitting: Callable[[Sequence[int]], int]) -> list[Outgoing]:
+        """The next transaction's; what was withdrawn meanwhile is left out.
+
+        `fitting` says how many of these offsets, ascending, may finish in it; wishes always go.
+        """
+        self._went = False
+        taken = self._take_queued()
+        if not self._held_back:
+            offsets = sorted(each.offset for each in taken if each.offset is not None)
+            if fitting(offsets) == len(offsets):
+                return taken
+        wishes = [each for each in taken if each.offset is None]
+        taken = [each for each in (*self._held_back, *taken) if each.offset is not None]
+        waiting = [each for each in sorted(taken, key=_offset) if not each.withdrawn]
+        bounded = waiting[: _bounded(waiting)]
+        count = fitting([_offset(each) for each in bounded])
+        self._held_back = waiting[count:]
+        self._went = bool(count and self._held_back)
+        return wishes + waiting[:count]
+
+    def _take_queued(self) -> list[Outgoing]:
         taken: list[Outgoing] = []
         size = 0
         while self._queue:
@@ -86,14 +121,31 @@ class Outbox:
 
     def take_all(self) -> list[Outgoing]:
         """Everything, to be failed."""
-        those = list(self._queue)
+        those = [*self._held_back, *self._queue]
         self._queue.clear()
+        self._held_back.clear()
         self._size_bytes = self._wishes = 0
+        self._went = False
         return those
 
     def _count(self, outgoing: Outgoing, sign: int) -> None:
         self._size_bytes += sign * outgoing.size_bytes
         self._wishes += sign * (outgoing.offset is None)
+
+
+def _offset(outgoing: Outgoing) -> int:
+    assert outgoing.offset is not None, "a wish has no place among offsets"
+    return outgoing.offset
+
+
+def _bounded(those: Sequence[Outgoing]) -> int:
+    """How many of them one transaction takes, and one at least."""
+    size = 0
+    for count, each in enumerate(those[:TRANSACTION_MESSAGES_MAX]):
+        size += each.size_bytes
+        if count and size > TRANSACTION_MAX_BYTES:
+            return count
+    return min(len(those), TRANSACTION_MESSAGES_MAX)
 
 
 def by_output_partition(those: Sequence[Outgoing]) -> dict[TopicPartition, OutputQueue]:

@@ -152,9 +152,11 @@ class KafkaSink:
             if not self._started:
                 raise PublishFailed("the sink is not running")
             outputs = await self._outputs(message, outcome)
-            if not outputs:
+            if not outputs and self.transactions is None:
                 return _settled(None)
             self._failures.let_pass(message)
+            if not outputs and self._has_room(message):
+                return _settled(None)
             # A marker goes where the records of its message go that have the message's key.
             of_message = isinstance(outcome, Aborted)
             placed = [
@@ -167,6 +169,9 @@ class KafkaSink:
         except OutputTooLarge as error:
             return _settled(error)
         return self._hand_over(message, placed)
+
+    def _has_room(self, message: Message) -> bool:
+        return self.transactions is None or self.transactions.has_room(message.partition)
 
     def _hand_over(
         self, message: Message, placed: list[tuple[int, Output]]

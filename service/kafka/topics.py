@@ -14,11 +14,9 @@ from typing import Any, Literal, TypeAlias
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import (
     GroupCoordinatorNotAvailableError,
-    GroupLoadInProgressError,
     IncompatibleBrokerVersion,
     KafkaError,
     NoError,
-    NotCoordinatorForGroupError,
     TopicAlreadyExistsError,
     UnknownTopicOrPartitionError,
     for_code,
@@ -44,13 +42,6 @@ LOOK_S = 20.0
 
 AGAIN_S = 0.2
 """Between two questions for what takes brokers a moment."""
-
-_NOT_YET = (
-    GroupCoordinatorNotAvailableError,
-    GroupLoadInProgressError,
-    NotCoordinatorForGroupError,
-)
-"""What a coordinator answers while it takes a group over."""
 
 TELL_TRIES = 50
 """Questions for a topic that was made: ten seconds and more."""
@@ -119,35 +110,27 @@ async def look_at_topics(kafka: KafkaSettings, names: Iterable[str]) -> dict[str
 async def look_at_group(kafka: KafkaSettings) -> Group:
     """What brokers say of the group. Raises `Stop` where we may not even ask."""
     async with _admin(kafka) as admin:
+        coordinator = await within(LOOK_S, _coordinator(admin, kafka.group_id))
         try:
-            group, error = await within(LOOK_S, _described(admin, kafka.group_id))
+            answer = await within(LOOK_S, admin._send_request(_Groups(kafka.group_id), coordinator))
         except IncompatibleBrokerVersion:  # brokers that only look like Kafka
             return Group("", None, None)
+    (group,) = answer.to_object()["groups"]
+    error = for_code(group["error_code"])
     if error is not NoError:
         raise stop_for(error(), kafka)
     return Group(group["state"], len(group["members"]), _allowed(group))
 
 
-async def _described(
-    admin: AIOKafkaAdminClient, group_id: str
-) -> tuple[Mapping[str, Any], type[KafkaError]]:
-    """The group as its coordinator has it, and the coordinator's error.
-
-    A cluster that has never had a group needs a moment to find a coordinator, and the coordinator
-    a moment to load what it is to look after: both are asked again.
-    """
+async def _coordinator(admin: AIOKafkaAdminClient, group_id: str) -> int:
+    """A cluster that has never had a group needs a moment to find a place for them."""
     while True:
         try:
-            node = await admin.find_coordinator(group_id)
-            answer = await admin._send_request(_Groups(group_id), node)
+            node: int = await admin.find_coordinator(group_id)
         except GroupCoordinatorNotAvailableError:
             await asyncio.sleep(AGAIN_S)
-            continue
-        (group,) = answer.to_object()["groups"]
-        error: type[KafkaError] = for_code(group["error_code"])
-        if not issubclass(error, _NOT_YET):
-            return group, error
-        await asyncio.sleep(AGAIN_S)
+        else:
+            return node
 
 
 async def record_max_bytes(kafka: KafkaSettings, topic: str) -> int | None:

@@ -237,6 +237,12 @@ class Transactions:
         on_failure()
         return _failed(PublishFailed(f"{partition} is not held"))
 
+    def has_room(self, partition: Partition) -> bool:
+        """Whether an outcome without outputs may finish by itself: the completed map surely holds
+        it, and those of transactions that are under way. Otherwise it is to be handed over."""
+        assert self.ledger is not None, "set before the first fence"
+        return self.ledger.has_room(partition)
+
     async def commit(self, partitions: Collection[Partition]) -> None:
         """Store what the ledger says for these, each in its next transaction.
 

@@ -30,6 +30,8 @@ from service.kafka.transactional import Fenced, TransactionalProducer
 
 READ_S = 5.0
 """Reading back what Kafka holds, after a new epoch."""
+HELD_BACK_S = 10.0
+"""How long outcomes for which the completed map has no room wait for others to be handed over."""
 PAUSE_S = 0.1
 PAUSE_MAX_S = 5.0
 """After a failure, doubled with each one that follows it."""
@@ -53,6 +55,13 @@ class Ledger(Protocol):
     def doubts(self, partition: Partition) -> bool:
         """Whether its topic may be another by now: until that is known `to_store` gives None,
         although the partition may be ours."""
+
+    def fitting(self, partition: Partition, offsets: Sequence[int]) -> int:
+        """How many of these, ascending, may finish in one transaction: what is stored with it has
+        room for them. The rest waits; the message that holds the next offset never has to."""
+
+    def has_room(self, partition: Partition) -> bool:
+        """Whether everything may finish that was taken of it until now, in whatever order."""
 
     def known(self, partition: Partition) -> Stored | None:
         """What Kafka held when it was last known: at the restore, or as `stored` has said since."""
@@ -110,7 +119,8 @@ class _NotOurs(Exception):
 
 
 class _Withdrawn(Exception):
-    """Somebody cancelled an outcome of the transaction before its commit was asked for."""
+    """An outcome of the transaction must not go before its commit was asked for: somebody has
+    cancelled it, or there is no room for it any more."""
 
 
 class _Refused(Exception):
@@ -137,6 +147,7 @@ class Writer:
         self._sending: list[Outgoing] = []  # taken into a transaction, not settled
         self._attempted: Stored | None = None  # its commit was asked for, nobody knows the answer
         self._leave = asyncio.Event()  # the next transaction need not gather any longer
+        self._more = asyncio.Event()  # something was handed over
         self._task: asyncio.Task[None] | None = None
         self._failures = 0
         self._failed_by = ""  # the last of them
@@ -189,6 +200,7 @@ class Writer:
             for partition, output in outputs
         ]
         self._outbox.append(Outgoing(offset, handover, placed, _now_s()))
+        self._more.set()
         self.go_on()
         return handover.future
 
@@ -219,6 +231,8 @@ class Writer:
             while not self.lost and (self._outbox or self._producer is None):
                 if self._producer is None:
                     await self._renew()
+                elif not self._outbox.ready:
+                    await self._wait_for_more()
                 else:
                     await self._gather()
                     await self._try(self._producer)
@@ -234,15 +248,27 @@ class Writer:
             # Empty but for a cancelled task: those were not committed as far as we know.
             fail((*self._sending, *self._outbox.take_all()), f"{self._partition}: stopped")
 
+    async def _wait_for_more(self) -> None:
+        """What is held back waits for a message that is not handed over yet, but not for ever:
+        that one may itself wait until those behind it in its lane are settled."""
+        self._more.clear()
+        try:
+            async with asyncio.timeout(HELD_BACK_S):
+                await self._more.wait()
+        except TimeoutError:
+            if not self._outbox.ready:
+                self._fail_from(0, f"{self._partition}: the completed map has no room")
+
     async def _gather(self) -> None:
         """Until what is queued first has waited for the interval, or there is enough."""
         with suppress(TimeoutError):
-            async with asyncio.timeout_at(self._outbox.first.since_s + self._means.interval_s):
+            async with asyncio.timeout_at(self._outbox.since_s + self._means.interval_s):
                 await self._leave.wait()
 
     async def _try(self, producer: TransactionalProducer) -> None:
         """One transaction to its end; after it all is settled, in the queue again, or in doubt."""
-        self._sending = self._outbox.take()
+        fitting = self._means.ledger.fitting
+        self._sending = self._outbox.take(lambda offsets: fitting(self._partition, offsets))
         self._leave.clear()
         self.go_on()
         if not self._sending:
@@ -278,7 +304,10 @@ class Writer:
         await self._send(producer)
         # A restore may have withdrawn what the ledger now knows as finished, by another's hand.
         self._see_that_all_stands()
-        finishing = frozenset(each.offset for each in self._sending if each.offset is not None)
+        offsets = sorted(each.offset for each in self._sending if each.offset is not None)
+        if self._means.ledger.fitting(self._partition, offsets) < len(offsets):
+            raise _Withdrawn  # the holes of messages taken meanwhile have made the map longer
+        finishing = frozenset(offsets)
         # Asked in the moment of sending: what was stored in between is in it.
         stored = self._means.ledger.to_store(self._partition, finishing)
         if stored is None:

@@ -73,6 +73,9 @@ class Member(Generic[S]):
     ) -> Progress | None:
         return self.wanted.get(partition)
 
+    def has_room(self, partition: Partition) -> bool:
+        return False  # what would be in the map is looked at
+
     def seen(self, lags: Mapping[Partition, int | None]) -> None:
         self.lags = lags
 

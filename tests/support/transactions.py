@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,6 +72,13 @@ class Ledger:
 
     def doubts(self, partition: Partition) -> bool:
         return partition.topic in self.doubtful
+
+    def fitting(self, partition: Partition, offsets: Sequence[int]) -> int:
+        assert list(offsets) == sorted(offsets), "the lowest go first"
+        return len(offsets)
+
+    def has_room(self, partition: Partition) -> bool:
+        return True
 
     def known(self, partition: Partition) -> Stored | None:
         page = self.pages.get(partition)

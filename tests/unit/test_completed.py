@@ -26,6 +26,7 @@ from service.core.completed import (
     decode,
     encode,
     finished_ranges,
+    fits_for_sure,
     fullness,
     runs_of,
 )
@@ -363,3 +364,27 @@ def test_the_golden_file_has_each_kind() -> None:
     for text, runs in golden():
         if text[0] in "rb":
             assert text == encode(runs, ROOM)
+
+
+@given(
+    st.lists(st.one_of(st.integers(1, 3), st.integers(1, 300)), max_size=60).map(
+        lambda runs: tuple(runs[: len(runs) // 2 * 2])
+    ),
+    st.integers(2, 80),
+)
+def test_what_fits_for_sure_is_whole_and_stays_so_while_the_oldest_finish(
+    runs: Runs, chars: int
+) -> None:
+    """The first unfinished offset goes, then the next; no such map is ever cut."""
+    sure = fits_for_sure(runs, chars)
+    while runs:
+        assert not sure or decode(encode(runs, chars)) == runs
+        runs = (runs[0] - 1, *runs[1:]) if runs[0] > 1 else runs[2:]
+        assert not sure or fits_for_sure(runs, chars)
+        sure = fits_for_sure(runs, chars)
+
+
+def test_a_map_that_reaches_too_far_fits_nowhere() -> None:
+    """However short its text is."""
+    assert fits_for_sure((1, SPAN_MAX - 1), ROOM)
+    assert not fits_for_sure((1, SPAN_MAX), ROOM)

@@ -73,11 +73,11 @@ async def test_what_is_put_back_goes_before_all_others() -> None:
     box = Outbox()
     for offset in range(5):
         box.append(outgoing(offset, 10))
-    taken = box.take()
+    taken = box.take(len)
     box.append(outgoing(5, 10))
     taken[1].handover.future.cancel()
     box.put_back(taken)
-    assert offsets(box.take()) == [0, 2, 3, 4, 5]
+    assert offsets(box.take(len)) == [0, 2, 3, 4, 5]
     assert not box
     assert not box.urgent
 
@@ -92,13 +92,50 @@ async def test_a_transaction_is_bounded_in_messages_and_bytes(
     for offset in range(4):
         assert box.urgent == (offset == 3)
         box.append(outgoing(offset, 10))
-    assert offsets(box.take()) == [0, 1, 2]
+    assert offsets(box.take(len)) == [0, 1, 2]
     assert not box.urgent
     box.append(outgoing(4, 60, 60))
     assert box.urgent
     box.append(outgoing(5, 95))
     box.append(outgoing(6, 5))
-    assert [offsets(box.take()) for _ in range(3)] == [[3], [4], [5, 6]]
+    assert [offsets(box.take(len)) for _ in range(3)] == [[3], [4], [5, 6]]
+
+
+async def test_what_has_no_room_is_held_back_and_the_lowest_offsets_go_first() -> None:
+    """Nothing overtakes an earlier one of its lane, whichever was handed over first."""
+    box = Outbox()
+    for offset in (7, 3, 5):
+        box.append(outgoing(offset, 10))
+    box.append(outgoing(None))
+    assert offsets(box.take(lambda those: 1 if len(those) > 1 else len(those))) == [None, 3]
+    assert box.ready  # something went: there may be room for more now
+    assert offsets(box.take(lambda those: 0)) == []
+    assert box
+    assert not box.ready
+    assert not box.urgent
+    box.append(outgoing(6, 10))
+    assert box.ready
+    assert offsets(box.take(lambda those: min(2, len(those)))) == [5, 6]
+    box.append(outgoing(1, 10))
+    assert offsets(box.take_all()) == [7, 1]
+    assert not box
+
+
+async def test_what_is_held_back_is_bounded_and_may_be_withdrawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As everything in a transaction."""
+    monkeypatch.setattr(module, "TRANSACTION_MESSAGES_MAX", 3)
+    monkeypatch.setattr(module, "TRANSACTION_MAX_BYTES", 100)
+    box = Outbox()
+    those = [outgoing(offset, size) for offset, size in enumerate((10, 10, 10, 60, 60, 120))]
+    for each in those:
+        box.append(each)
+    assert box.take(lambda _: 0) == []
+    assert box.take(lambda _: 0) == []
+    those[1].handover.future.cancel()
+    taken = [offsets(box.take(len)) for _ in range(4)]
+    assert taken == [[0, 2, 3], [4], [5], []]
 
 
 async def test_a_wish_leaves_at_once() -> None:
@@ -108,7 +145,7 @@ async def test_a_wish_leaves_at_once() -> None:
     assert not box.urgent
     box.append(outgoing(None))
     assert box.urgent
-    assert offsets(box.take()) == [0, None]
+    assert offsets(box.take(len)) == [0, None]
     assert not box.urgent
     box.append(outgoing(None))
     assert offsets(box.take_all()) == [None]

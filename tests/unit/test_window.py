@@ -3,10 +3,21 @@
 import gc
 from random import Random
 
-from service.core.completed import decode, encode
+from service.core.completed import decode, encode, fits_for_sure
 from service.core.messages import Message, Partition, Skipped
 from service.core.offsets import UNCLEAN_ENDS_MAX, Given, Progress
-from service.core.window import FIRST_MAX, MAP_CHARS_MAX, MAP_FULL, Entry, Holding, Stage, Window
+from service.core.window import (
+    FIRST_MAX,
+    MAP_CHARS_MAX,
+    MAP_FULL,
+    MEASURE_AGAIN,
+    RUNS_SURE,
+    SPAN_SURE,
+    Entry,
+    Holding,
+    Stage,
+    Window,
+)
 
 WHERE = Partition("in", 0)
 
@@ -192,6 +203,84 @@ def test_a_crowded_map_closes_its_partition_until_it_fits_again() -> None:
         finish(window, window.call_next(0))
     window.measure()
     assert window.crowded() == frozenset()
+
+
+def test_a_partition_is_closed_before_its_unfinished_messages_could_overfill_the_map() -> None:
+    """However large the window is; and in whatever order they then finish, the map is whole."""
+    window = Window("none", suspects=2)
+    window.assign({WHERE: given(1)})
+    offset = 0
+    while not window.crowded() and offset < 30_000:
+        for _ in range(500):
+            taken(window, message(offset))
+            offset += 1
+    assert 16_000 < offset < 18_000
+    holding = window.held[WHERE]
+    order = list(holding.entries.values())[1:]
+    Random(7).shuffle(order)
+    for number, entry in enumerate(order):
+        window.queue(entry)
+        finish(window, window.call_next(0))
+        if number % 500 == 0:
+            runs = holding.progress(clean=False).runs
+            assert decode(encode(runs, MAP_CHARS_MAX)) == runs
+
+
+def test_a_partition_with_nothing_unfinished_is_never_crowded() -> None:
+    """An earlier holder has left a map that is nearly full: only messages make it shorter."""
+    random = Random(7)
+    runs = tuple(random.choice((1, 2, 3)) for _ in range(11_000))
+    window = Window("none", suspects=2)
+    window.assign({WHERE: Given(1, Progress(0, runs))})
+    window.measure()
+    assert window.held[WHERE].map_fullness >= MAP_FULL
+    assert window.crowded() == frozenset()
+    taken(window, message(0))
+    assert window.crowded() == {WHERE}
+
+
+def test_a_map_is_measured_again_where_much_has_changed() -> None:
+    """Not at each look, and not at regular times only: a thousand messages are taken in less."""
+    window = Window("none", suspects=2)
+    window.assign({WHERE: given(1)})
+    holding = window.held[WHERE]
+    entries = [taken(window, message(offset)) for offset in range(MEASURE_AGAIN)]
+    window.queue(entries[5])
+    finish(window, window.call_next(0))
+    window.crowded()
+    measured = holding.map_fullness
+    assert measured > 0.0
+    for entry in entries[10::2]:
+        window.queue(entry)
+        finish(window, window.call_next(0))
+    window.crowded()
+    assert holding.map_fullness == measured
+    for offset in range(MEASURE_AGAIN, 2 * MEASURE_AGAIN):
+        taken(window, message(offset))
+    window.crowded()
+    assert holding.map_fullness > measured
+
+
+def test_there_is_room_while_few_messages_are_out() -> None:
+    """Near the next offset, or few in all; said at once, and right in whatever order they end."""
+    window = Window("none", suspects=2)
+    window.assign({WHERE: given(1)})
+    holding = window.held[WHERE]
+    for offset in range(SPAN_SURE):
+        taken(window, message(offset))
+    assert holding.has_room()
+    taken(window, message(SPAN_SURE))
+    assert not holding.has_room()
+    runs = (1, 1) * (SPAN_SURE // 2)
+    assert fits_for_sure(runs, MAP_CHARS_MAX)
+    few = Window("none", suspects=2)
+    few.assign({WHERE: given(1)})
+    for offset in range(RUNS_SURE // 2):
+        taken(few, message(offset * 1_000_000))
+    assert few.held[WHERE].has_room()
+    taken(few, message(10**12))
+    assert not few.held[WHERE].has_room()
+    assert fits_for_sure((1, 1_000_000) * (RUNS_SURE // 2), MAP_CHARS_MAX)
 
 
 def test_a_partition_is_closed_while_its_map_is_still_whole() -> None:
