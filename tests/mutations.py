@@ -1065,6 +1065,20 @@ MUTATIONS = (
         ),
     ),
     Mutation(
+        "30 a restore goes on from before a commit that cannot be read yet",
+        HOLDINGS,
+        "return {**stored, **await self._stable(fresh)}, topic_ids, kept, fresh",
+        "return stored, topic_ids, kept, fresh",
+        (HAND_OVER + "a_commit_that_cannot_be_read_yet_is_waited_for_behind_the_fence",),
+    ),
+    Mutation(
+        "30 a writer takes for not committed what cannot be read yet",
+        HOLDINGS,
+        "return (await self._offsets.stable_of({partition}))[partition]",
+        "return (await self._offsets.stored_of({partition}))[partition]",
+        (HAND_OVER + "a_writer_waits_until_its_last_commit_can_be_read",),
+    ),
+    Mutation(
         "30 an offset that Kafka has forgotten is waited for without end",
         HOLDINGS,
         "if _now_s() < stale_until_s and any(",

@@ -15,6 +15,7 @@ import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,6 +33,7 @@ from service.kafka.connection import is_lasting, stop_for, within
 from service.kafka.instances import NameTaken, in_use, put_out, this_process
 from service.kafka.membership import Membership
 from service.kafka.offsets import GroupOffsets
+from service.kafka.stable_offsets import UnstableOffset
 from service.kafka.starts import (
     NO_OTHERS,
     Bounds,
@@ -80,7 +82,7 @@ STALE_S = 1.0
 commit before the offset can be read; measured: milliseconds."""
 
 STALE_PAUSE_S = 0.05
-"""Between two such reads."""
+"""Between two reads of an offset that is not to be relied on yet."""
 
 LOOK_AGAIN_S = 10.0
 """Between two looks at partitions that are held out until a person has done something."""
@@ -247,8 +249,8 @@ class Holdings:
         return partition.topic in self.doubtful()
 
     async def read_back(self, partition: Partition) -> Stored | None:
-        """What Kafka holds of it; raises `KafkaError`."""
-        return (await self._offsets.stored_of({partition}))[partition]
+        """What Kafka holds of it once no transaction may change it; raises `KafkaError`."""
+        return (await self._offsets.stable_of({partition}))[partition]
 
     def to_store(
         self, partition: Partition, finishing: frozenset[int] = frozenset()
@@ -664,10 +666,20 @@ class Holdings:
             kept = {each: ours[each] for each in ours if ours[each].wrote(stored[each])}
             fresh = given.partitions - kept.keys() - self.held.keys()
             unfenced = fresh - given.fenced
-            if self._transactions is None or not unfenced:
+            if self._transactions is None:
                 return stored, topic_ids, kept, fresh
+            if not unfenced:
+                return {**stored, **await self._stable(fresh)}, topic_ids, kept, fresh
             await self._transactions.fence(unfenced)
             given.fenced.update(unfenced)
+
+    async def _stable(self, fenced: frozenset[Partition]) -> dict[Partition, Stored | None]:
+        """What Kafka holds of these, once the last commit of whoever was fenced can be read."""
+        while fenced:
+            with suppress(UnstableOffset):
+                return await self._offsets.stable_of(fenced)
+            await asyncio.sleep(STALE_PAUSE_S)
+        return {}
 
     def _is_stale(self, holding: Holding, stored: Stored | None) -> bool:
         """Whether an earlier commit of this process is read, or that from before its first.

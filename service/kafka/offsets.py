@@ -12,6 +12,7 @@ from aiokafka.errors import NodeNotReadyError, for_code
 
 from service.core.messages import Partition
 from service.kafka.connection import describe_topics
+from service.kafka.stable_offsets import stable_offsets
 from service.kafka.starts import Bounds, Stored
 from service.kafka.topic_ids import topic_ids
 from service.settings import Start
@@ -62,6 +63,10 @@ class GroupOffsets:
             Partition(*each): Stored(at.offset, at.metadata or "") if at.offset >= 0 else None
             for each, at in found.items()
         }
+
+    async def stable_of(self, asked: AbstractSet[Partition]) -> dict[Partition, Stored | None]:
+        """As `stored_of`; raises `UnstableOffset` while a transaction may still change it."""
+        return await stable_offsets(self._admin, self._group_id, asked)
 
     async def topic_ids(self) -> dict[str, str]:
         """The id of each input topic, which a topic made again under its name has not; without

@@ -26,12 +26,20 @@ from aiokafka.protocol.transaction import (
 from service.core.errors import CannotRun, CommitFailed, OutputTooLarge, PublishFailed
 from service.core.messages import Partition
 from service.kafka.producers import Output
+from service.kafka.stable_offsets import UnstableOffset, stable_offsets
 from service.kafka.starts import Stored
 from service.kafka.transactions import PARTITIONS_MAX
 from tests.conftest import hanging
 from tests.support.kafka import Broker, KafkaUnavailable, RealKafka
 from tests.support.started import for_tests
-from tests.support.topics import committed, create_topic, end_offsets, read_topic, unique_name
+from tests.support.topics import (
+    admin,
+    committed,
+    create_topic,
+    end_offsets,
+    read_topic,
+    unique_name,
+)
 from tests.support.transactions import Answer, Worker, hangs_at, output, pauses_at, worker
 
 BOOTSTRAP = "Unclosed AIOKafkaConnection"
@@ -440,7 +448,68 @@ async def test_a_fence_that_cannot_be_had_says_why(place: Place) -> None:
         assert len(one.clients) == 1
 
 
+# --- what the client does wrong ------------------------------------------------------------------
+
+
+NETWORK_EXCEPTION, NOTHING = 13, 0
+
+
+@pytest.mark.parametrize("codes", [[NETWORK_EXCEPTION], [NOTHING, NOTHING]], ids=["1004", "1098"])
+async def test_a_client_that_dies_of_an_answer_is_replaced(place: Place, codes: list[int]) -> None:
+    """Its task that sends ends at an answer that it does not expect (aiokafka's issues 1004 and
+    1098): another takes its place, and what was in the transaction is published once."""
+    async with worker(place.servers, place.group, deadline_s=3.0) as one:
+        await one.own(place.first)
+        left = 1
+
+        async def unexpected(request: Any, go_on: Answer) -> Any:
+            nonlocal left
+            if isinstance(request, TxnOffsetCommitRequest) and left:
+                left -= 1
+                return SimpleNamespace(errors=[(place.input, [(0, code) for code in codes])])
+            return await go_on()
+
+        one.interfere = unexpected
+        await asyncio.gather(*(one.send(place.first, n, place.outputs(n)) for n in (0, 1)))
+        assert left == 0
+        assert len(one.clients) == 2
+        assert one.fenced == []
+    assert await place.settled() == ["0:0", "0:1"]
+    await eventually({0: (2, "[0, 1]")}, place.kept)
+
+
 # --- what nobody knows ---------------------------------------------------------------------------
+
+
+async def test_a_stable_read_is_not_older_than_a_commit_that_was_answered(place: Place) -> None:
+    """Right behind the answer the offset of before can still be read; a stable read waits."""
+    async with worker(place.servers, place.group) as one, admin(place.servers) as client:
+        await one.own(place.first)
+        refused = 0
+        for n in range(40):
+            await one.publish(place.first, [n], place.outputs)
+            found = None
+            while found is None:
+                try:
+                    found = await stable_offsets(client, place.group, {place.first})
+                except UnstableOffset:
+                    refused += 1
+            assert found == {place.first: one.ledger.known(place.first)}
+        assert refused < 4_000, "it waits in vain"
+
+
+async def test_an_offset_in_an_open_transaction_is_not_stable(place: Place) -> None:
+    """It is told of no other partition, and what the transaction held is read behind its end."""
+    async with worker(place.servers, place.group) as one, admin(place.servers) as client:
+        await one.own(place.first)
+        one.interfere, reached, gate = pauses_at(EndTxnRequest)
+        sent = one.send(place.first, 0, place.outputs(0))
+        await reached.wait()
+        with pytest.raises(UnstableOffset):
+            await stable_offsets(client, place.group, {place.first})
+        assert await stable_offsets(client, place.group, {place.second}) == {place.second: None}
+        gate.set()
+        await sent
 
 
 @pytest.mark.parametrize("arrives", [True, False])

@@ -16,6 +16,7 @@ from service.core.messages import Partition
 from service.core.offsets import Progress
 from service.kafka.holdings import Holdings
 from service.kafka.offsets import GroupOffsets
+from service.kafka.stable_offsets import UnstableOffset
 from service.kafka.starts import Bounds, Stored
 from service.kafka.transactional import TransactionalProducer
 from service.kafka.transactions import Transactions
@@ -45,11 +46,16 @@ class Group:
 
 
 class Offsets(GroupOffsets):
-    """What Kafka answers; `stale` holds what the next reads of a partition say instead."""
+    """What Kafka answers about them.
+
+    `stale` holds what the next reads of a partition say instead; for as many of them as `unstable`
+    says, a read that asks for what is stable is refused.
+    """
 
     def __init__(self, group: Group) -> None:
         self._group = group
         self.stale: dict[Partition, list[Stored | None]] = defaultdict(list)
+        self.unstable: dict[Partition, int] = defaultdict(int)
         self.reads = 0
         self.before_reading: HeldUp | None = None
         self.before_bounds: HeldUp | None = None
@@ -63,6 +69,14 @@ class Offsets(GroupOffsets):
     async def stored_of(self, asked: AbstractSet[Partition]) -> dict[Partition, Stored | None]:
         await asyncio.sleep(0)
         return {each: self._read(each) for each in asked}
+
+    async def stable_of(self, asked: AbstractSet[Partition]) -> dict[Partition, Stored | None]:
+        await asyncio.sleep(0)
+        for each in asked:
+            if self.unstable[each]:
+                self.unstable[each] -= 1
+                raise UnstableOffset
+        return {each: self._group.stored.get(each) for each in asked}
 
     async def topic_ids(self) -> dict[str, str]:
         return {}

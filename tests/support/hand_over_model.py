@@ -115,7 +115,7 @@ class Guards:
     """What keeps the promise; the search must find what happens without each of them."""
 
     fence_before_read: bool = True
-    epoch_behind_markers: bool = True  # Kafka's: no epoch while a commit is not visible
+    read_behind_the_markers: bool = True  # stable_offsets; from Kafka 4.0 on the fence itself
     one_id_for_a_partition: bool = True  # else older epochs go on beside the newest
     withdrawn_by_the_fence: bool = True
     doubt_is_read_back: bool = True
@@ -252,8 +252,8 @@ class HandOver:
     # --- epochs ---
 
     def _fence(self, state: State, who: int, at: At) -> Iterator[Step]:
-        if state.prepared is not None and self._guards.epoch_behind_markers:
-            return  # the coordinator answers that a transaction is still ending
+        if state.prepared is not None and self._guards.read_behind_the_markers:
+            return  # one step for both: no epoch is of use before it can be read behind
         name = "fenced" if at is At.FENCED else "renewed"
         yield Step(name, self._fenced(state, who, at))
         yield Step(f"{name}, unheard", self._fenced(state, who, None), trouble=True)

@@ -209,6 +209,37 @@ def test_what_another_has_stored_is_not_waited_for() -> None:
     play(scene)
 
 
+def test_a_commit_that_cannot_be_read_yet_is_waited_for_behind_the_fence() -> None:
+    """The owner before us has committed, and Kafka still shows what was before: going on from
+    there would publish it again."""
+
+    async def scene(worker: OneWorker) -> None:
+        before = worker.group.stored[P] = Stored(3, "sluice1:fedcba9876543210")
+        worker.group.stored[P] = Stored(4, "sluice1:fedcba9876543210")
+        worker.offsets.stale[P] = [before] * 2
+        worker.offsets.unstable[P] = 3
+        await worker.given(P)
+        assert worker.pipeline.given[P].progress.next_offset == 4
+        assert worker.offsets.unstable[P] == 0
+
+    play(scene)
+
+
+def test_a_writer_waits_until_its_last_commit_can_be_read() -> None:
+    """What it reads back before would pass for "not committed", and go out a second time."""
+
+    async def scene(worker: OneWorker) -> None:
+        await worker.given(P)
+        assert await worker.publish(P, 3) == "ok"
+        worker.fails[P] = KafkaError("no answer")
+        worker.offsets.unstable[P] = 3
+        assert await worker.publish(P, 4) == "ok"
+        assert worker.offsets.unstable[P] == 0
+        assert worker.opened == [P, P], "an epoch is taken once"
+
+    play(scene)
+
+
 # --- a restore that is overtaken -----------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ STUCK = "nobody goes on"
 
 WITHOUT = {
     "fence_before_read": BACK,
-    "epoch_behind_markers": TWICE,
+    "read_behind_the_markers": TWICE,
     "one_id_for_a_partition": HALF,
     "withdrawn_by_the_fence": TWICE,
     "doubt_is_read_back": TWICE,
