@@ -69,6 +69,7 @@ CONTRACT_SINK = "tests/contract/test_sink.py::test_"
 ONCE = "tests/contract/test_transactions.py::test_"
 SUPERVISION = "tests/contract/test_supervision.py::test_"
 LEAN_TESTS = "tests/contract/test_lean.py::test_"
+MODEL = "tests/unit/test_hand_over_model.py::test_"
 HAND_OVER = "tests/unit/test_hand_over.py::test_"
 UNIT_FAILURES = "tests/unit/test_failures.py::test_"
 EXTRACTOR_TESTS = "tests/contract/test_extractor.py::test_"
@@ -873,14 +874,20 @@ MUTATIONS = (
         WRITERS,
         "if attempted is not None and found == attempted:",
         "if False:",
-        (ONCE + "a_commit_without_an_answer_is_settled",),
+        (
+            ONCE + "a_commit_without_an_answer_is_settled",
+            MODEL + "no_order_of_steps_breaks_the_hand_over",
+        ),
     ),
     Mutation(
         "29 what another owner has committed in between goes unseen",
         WRITERS,
         "return Became.NOT_COMMITTED if found == known else Became.ANOTHER",
         "return Became.NOT_COMMITTED",
-        (ONCE + "another_owner_in_between_ends_the_doubt",),
+        (
+            ONCE + "another_owner_in_between_ends_the_doubt",
+            MODEL + "no_order_of_steps_breaks_the_hand_over",
+        ),
     ),
     Mutation(
         "29 an epoch is taken for a partition that another holds",
@@ -1119,6 +1126,13 @@ MUTATIONS = (
         "        async with self._letting_go:\n            held,",
         "        if True:\n            held,",
         (HAND_OVER + "a_replacement_waits_for_a_revoke",),
+    ),
+    Mutation(
+        "30 a client that is given up gathers while a rebalance waits for it",
+        HOLDINGS,
+        "                    self._transactions.hurry(on=True)\n                if held:",
+        "                    pass\n                if held:",
+        (HAND_OVER + "a_replacement_gathers_no_longer",),
     ),
     Mutation(
         "30 a revoke lets the group go on before a replaced client has committed",

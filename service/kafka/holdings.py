@@ -341,6 +341,8 @@ class Holdings:
             if self._revoked_at_s is None:
                 self._revoked_at_s = _now_s()
             try:
+                if self._transactions is not None:
+                    self._transactions.hurry(on=True)
                 if held:
                     await self._assignment.revoked()
             finally:

@@ -367,6 +367,26 @@ def test_a_replacement_waits_for_a_revoke() -> None:
     play(scene)
 
 
+def test_a_replacement_gathers_no_longer() -> None:
+    """A rebalance may wait for it: what is handed over leaves at once."""
+
+    async def scene(worker: OneWorker) -> None:
+        worker.transactions._interval_s = 30.0
+        await worker.given(P)
+        drained: list[str] = []
+
+        async def drain() -> None:
+            drained.append(await worker.publish(P, 3))
+
+        worker.pipeline.when_revoked = drain
+        began_s = asyncio.get_running_loop().time()
+        await worker.holdings.hand_back()
+        assert drained == ["ok"]
+        assert asyncio.get_running_loop().time() - began_s < 1.0
+
+    play(scene)
+
+
 def test_a_revoke_waits_for_a_replacement() -> None:
     """The group may not go on before what is finished is stored."""
 
