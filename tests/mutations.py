@@ -192,7 +192,7 @@ MUTATIONS = (
     Mutation(
         "7 a new group that is idle forgets at a rebalance where it began",
         HOLDINGS,
-        "if taken and self._given is given:",
+        "if marks and self._given is given:",
         "if False:",
         (UNIT_HOLDINGS + "idle_rebalances_leave_the_offset_where_it_is",),
     ),
@@ -570,8 +570,8 @@ MUTATIONS = (
     Mutation(
         "21 the rest of a request is taken for the next one's beginning",
         LEAN,
-        "whole = not _has_unsent(connection.protocol)",
-        "whole = True",
+        "whole = ended and not _has_unsent(connection.protocol)",
+        "whole = ended",
         (LEAN_TESTS + "an_answer_before_the_whole_request_ends_its_connection",),
     ),
     Mutation(
@@ -694,7 +694,7 @@ MUTATIONS = (
     Mutation(
         "23 the mark of an unclean end stands only in memory",
         HOLDINGS,
-        "if taken and self._given is given:",
+        "if marks and self._given is given:",
         "if False:",
         (UNIT_HOLDINGS + "the_end_of_a_holder_is_counted_before_he_holds",),
     ),
@@ -874,10 +874,7 @@ MUTATIONS = (
         WRITERS,
         "if attempted is not None and found == attempted:",
         "if False:",
-        (
-            ONCE + "a_commit_without_an_answer_is_settled",
-            MODEL + "no_order_of_steps_breaks_the_hand_over",
-        ),
+        (ONCE + "a_commit_without_an_answer_is_settled",),
     ),
     Mutation(
         "29 what another owner has committed in between goes unseen",
@@ -899,8 +896,8 @@ MUTATIONS = (
     Mutation(
         "30 what Kafka holds is read before the older producer is fenced",
         HOLDINGS,
-        "if self._transactions is None or not unfenced:",
-        "if True:",
+        "            if not unfenced:\n                return {**stored",
+        "            if True:\n                return {**stored",
         (SUPERVISION + "a_mark_in_doubt_is_fenced_before_it_is_made_again",),
     ),
     Mutation(
@@ -1179,8 +1176,8 @@ MUTATIONS = (
     Mutation(
         "32 offsets of a deleted topic are stored for the one made again",
         HOLDINGS,
-        "if partition.topic in self.doubtful():",
-        "if False:",
+        "if self.doubts(partition):\n            return None\n",
+        "if False:\n            return None\n",
         (SUPERVISION + "a_commit_does_not_wait_for_a_topic_of_the_same_name",),
     ),
     Mutation(
