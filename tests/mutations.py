@@ -320,8 +320,8 @@ MUTATIONS = (
     Mutation(
         "12 markers behind the last message hold the next offset back",
         OFFSETS,
-        "return max(self._position, self._last_delivered + 1)",
-        "return self._last_delivered + 1",
+        "return max(self._position, self.last_delivered + 1)",
+        "return self.last_delivered + 1",
         (UNIT_OFFSETS + "the_position_steps_over_markers", WAY + "holes_do_not_hold_the_commit"),
     ),
     Mutation(
@@ -334,7 +334,7 @@ MUTATIONS = (
     Mutation(
         "13 a kept partition that is fetched again is taken again, behind what came after",
         OFFSETS,
-        "if offset <= self._last_delivered:",
+        "if offset <= self.last_delivered:",
         "if False:",
         (REBALANCE + "a_kept_partition_keeps_its_running_call",),
     ),
@@ -830,8 +830,8 @@ MUTATIONS = (
     Mutation(
         "26 what an earlier holder has finished is called again",
         OFFSETS,
-        "finished = bool(before) and offset in before[0]",
-        "finished = False",
+        "if before and offset in before[0]:",
+        "if False:",
         (SIMULATION + "a_crash_repeats_only_what_no_map_held",),
     ),
     Mutation(
@@ -858,8 +858,8 @@ MUTATIONS = (
     Mutation(
         "28 the ledger is asked for what a restore has withdrawn",
         WRITERS,
-        "        self._see_that_all_stands()\n        finishing =",
-        "        finishing =",
+        "        self._see_that_all_stands()\n        offsets =",
+        "        offsets =",
         (ONCE + "the_ledger_is_not_asked_for_what_was_withdrawn",),
     ),
     Mutation(
