@@ -22,11 +22,11 @@ from prometheus_client import CollectorRegistry
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from service.core.circuit import Circuit
+from service.core.admission.admission import Admission, Limits
+from service.core.admission.circuit import Circuit
+from service.core.admission.guard import GuardBounds
 from service.core.errors import CannotRun, NotReachable, Stop
 from service.core.events import Called, Event, Finished, Streamed
-from service.core.guard import GuardBounds
-from service.core.limits import Admission, Limits
 from service.core.messages import Partition
 from service.core.status import Status
 from service.kafka.codecs import decoder

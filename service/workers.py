@@ -24,8 +24,8 @@ from typing import Any, NoReturn, Protocol, TypeAlias
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 
+from service.core.admission.retry import Backoff, Uniform
 from service.core.errors import FAILED, WRONG, CannotRun, Stop, WrongSettings
-from service.core.retry import Backoff, Uniform
 from service.settings import Settings, warnings
 from service.telemetry.logs import configured, shown
 from service.telemetry.merged import MergedAnswers, Worker

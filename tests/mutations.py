@@ -32,11 +32,19 @@ ROOT = Path(__file__).parent.parent
 TEST_S = 60
 """A test that hangs without its guard has failed; with it none takes half as long."""
 
-PIPELINE = "service/pipeline.py"
+ASKING = "service/pipeline/asking.py"
+CALLS = "service/pipeline/calls.py"
+COMMITS = "service/pipeline/commits.py"
+INTAKE = "service/pipeline/intake.py"
+OUTCOMES = "service/pipeline/outcomes.py"
+PIPELINE = "service/pipeline/pipeline.py"
+PUBLISHING = "service/pipeline/publishing.py"
+STREAMED = "service/pipeline/streaming.py"
+TASKS = "service/pipeline/tasks.py"
 WINDOW = "service/core/window.py"
 OFFSETS = "service/core/offsets.py"
-CIRCUIT = "service/core/circuit.py"
-RETRY = "service/core/retry.py"
+CIRCUIT = "service/core/admission/circuit.py"
+RETRY = "service/core/admission/retry.py"
 STARTS = "service/kafka/starts.py"
 HOLDINGS = "service/kafka/holdings.py"
 INSTANCES = "service/kafka/instances.py"
@@ -93,7 +101,7 @@ class Mutation:
 MUTATIONS = (
     Mutation(
         "1 a late acknowledgement commits a revoked partition",
-        PIPELINE,
+        PUBLISHING,
         "acknowledged.exception()\n        if entry.holding.lost:\n            return\n",
         "acknowledged.exception()\n",
         (REBALANCE + "an_acknowledgement_in_the_moment_of_the_loss_marks_nothing",),
@@ -121,7 +129,7 @@ MUTATIONS = (
     ),
     Mutation(
         "3 a commit that a rebalance refuses ends the run",
-        PIPELINE,
+        COMMITS,
         "except CommitFailed:\n                return False",
         "except CommitFailed:\n                raise",
         (WAY + "a_refused_commit_is_made_good",),
@@ -142,8 +150,8 @@ MUTATIONS = (
     ),
     Mutation(
         "4 a drain takes what a poll under way returns",
-        PIPELINE,
-        "            if self._stopping:\n                # What was let go",
+        INTAKE,
+        "            if self._phase.stopping:\n                # What was let go",
         "            if False:\n                # What was let go",
         (WAY + "a_drain_goes_on_polling_and_takes_nothing",),
     ),
@@ -205,7 +213,7 @@ MUTATIONS = (
     ),
     Mutation(
         "8 a refused commit is taken for done",
-        PIPELINE,
+        COMMITS,
         "except CommitFailed:\n                return False",
         "except CommitFailed:\n                return True",
         (WAY + "a_last_commit_that_fails_is_said",),
@@ -220,7 +228,7 @@ MUTATIONS = (
     Mutation(
         "9 a close skips the last commit",
         PIPELINE,
-        "committed = await self._commit_finally()",
+        "committed = await self._commits.finally_()",
         "committed = True",
         (WAY + "stop_lets_go_of_what_costs_nothing",),
     ),
@@ -235,22 +243,22 @@ MUTATIONS = (
     Mutation(
         "9 a close does not wait for acknowledgements",
         PIPELINE,
-        "lambda: self._forced or not self._window.messages, ",
-        "lambda: self._forced or not self._window.calling, ",
+        "lambda: self._phase.forced or not self._window.messages, ",
+        "lambda: self._phase.forced or not self._window.calling, ",
         (WAY + "stop_waits_for_acknowledgements",),
     ),
     Mutation(
         "9 last commits that are refused wait for the commit interval",
-        PIPELINE,
-        "await self._until(lambda: self._forced, COMMIT_AGAIN_S):",
-        "await self._until(lambda: self._forced, self._bounds.commit_interval_s):",
+        COMMITS,
+        "await self._conditions.until(lambda: self._phase.forced, COMMIT_AGAIN_S)",
+        "await self._conditions.until(lambda: self._phase.forced, self._interval_s)",
         (WAY + "last_commits_do_not_wait_for_the_commit_interval",),
     ),
     Mutation(
         "9 a second signal waits for last commits",
-        PIPELINE,
-        "await self._until(lambda: self._forced, COMMIT_AGAIN_S):",
-        "await self._until(lambda: False, COMMIT_AGAIN_S):",
+        COMMITS,
+        "await self._conditions.until(lambda: self._phase.forced, COMMIT_AGAIN_S)",
+        "await self._conditions.until(lambda: False, COMMIT_AGAIN_S)",
         (
             WAY + "a_forced_stop_tries_one_commit_and_does_not_wait",
             WAY + "a_second_signal_ends_the_last_commits",
@@ -258,14 +266,14 @@ MUTATIONS = (
     ),
     Mutation(
         "9 a message that runs alone waits for the commit interval",
-        PIPELINE,
+        ASKING,
         "            await asyncio.sleep(COMMIT_AGAIN_S)\n",
         "            await asyncio.sleep(self._bounds.commit_interval_s)\n",
         (DIED + "a_suspect_does_not_wait_for_the_commit_interval",),
     ),
     Mutation(
         "10 the queue of retries is unbounded",
-        PIPELINE,
+        INTAKE,
         "room = self._bounds.window - self._window.messages",
         "waiting = len(self._window._retries)\n"
         "        room = max(0, self._bounds.window - self._window.messages + waiting)",
@@ -273,15 +281,16 @@ MUTATIONS = (
     ),
     Mutation(
         "11 a slot is lost with the partition of its call",
-        PIPELINE,
+        CALLS,
         "        self._window.call_ended(entry)\n        self._admission.release()\n",
         "        self._window.call_ended(entry)\n"
-        "        if not entry.holding.lost:\n            self._admission.release()\n",
+        "        if not entry.holding.lost:\n"
+        "            self._admission.release()\n",
         (REBALANCE + "slots_are_whole_after_many_rebalances",),
     ),
     Mutation(
         "11 a slot is lost with a call that was called off before its first step",
-        PIPELINE,
+        CALLS,
         "        if self._turns.get(entry) is turn:  # it has never begun",
         "        if False:  # it has never begun",
         (
@@ -291,28 +300,30 @@ MUTATIONS = (
     ),
     Mutation(
         "11 a probe that was called off before its first step counts as out",
-        PIPELINE,
-        "            self._probe_running = None\n            self._admission.circuit.cancelled()\n",
-        "            self._probe_running = None\n",
+        CALLS,
+        "            self._probe_running = None\n"
+        "            self._admission.probe_cancelled()\n"
+        "            self._wake_at",
+        "            self._probe_running = None\n            self._wake_at",
         (ADMISSION + "a_probe_that_never_begins_is_told_to_the_circuit",),
     ),
     Mutation(
         "11 two probes at once",
-        PIPELINE,
-        "if wait_s is None or self._probe_running is not None or self._tasks is None:",
-        "if wait_s is None or self._tasks is None:",
+        CALLS,
+        "if wait_s is None or self._probe_running is not None:",
+        "if wait_s is None:",
         (ADMISSION + "one_probe_at_a_time_where_the_circuit_has_closed_and_opened_beside_it",),
     ),
     Mutation(
         "11 an older call's failure is taken for the answer to a probe",
-        PIPELINE,
-        "if not failure.shared and self._admission.circuit.state is not CircuitState.PROBING:",
+        CALLS,
+        "if not failure.shared and not self._admission.probe_is_out:",
         "if not failure.shared:",
         (ADMISSION + "one_probe_at_a_time_whatever_older_calls_come_to",),
     ),
     Mutation(
         "11 what a run that is ending starts is an error of its own",
-        PIPELINE,
+        TASKS,
         "        except RuntimeError:\n            coroutine.close()\n            return None\n",
         "        except ZeroDivisionError:\n            return None\n",
         (WAY + "nothing_is_started_in_the_moment_in_which_a_bug_ends_the_run",),
@@ -368,7 +379,7 @@ MUTATIONS = (
     ),
     Mutation(
         "14 a second call's answer is dropped where the first found no room",
-        PIPELINE,
+        OUTCOMES,
         "    if not isinstance(other, CallFailure):\n        return other\n",
         "    if not isinstance(other, CallFailure) and not isinstance(one, NoRoom):\n"
         "        return other\n",
@@ -376,14 +387,14 @@ MUTATIONS = (
     ),
     Mutation(
         "14 of two calls the answers of one are paid for again",
-        PIPELINE,
+        OUTCOMES,
         "further = one if _calls(one.provenance) > _calls(other.provenance) else other",
         "further = other",
         (ADMISSION + "of_two_calls_without_an_answer_the_better_progress_is_kept",),
     ),
     Mutation(
         "14 the other one of two calls costs nothing",
-        PIPELINE,
+        ASKING,
         "        entry.beside_usd += beside_usd\n        if beside_usd > 0:\n",
         "        if False:\n",
         (
@@ -393,42 +404,42 @@ MUTATIONS = (
     ),
     Mutation(
         "14 a call that was cut off is no attempt",
-        PIPELINE,
+        ASKING,
         "for each in known) + called_off\n",
         "for each in known)\n",
         (ADMISSION + "a_dead_letter_counts_calls_that_were_cut_off",),
     ),
     Mutation(
         "14 a message that takes too long does not wait in the retry topic",
-        PIPELINE,
-        "return self._postponed(entry) or Rejected(\n",
-        "return Rejected(\n",
+        CALLS,
+        "return self._postponed(entry) or overstayed(",
+        "return overstayed(",
         (ADMISSION + "a_message_that_takes_too_long_waits_in_the_retry_topic",),
     ),
     Mutation(
         "14 a set whose call is cut off is not closed",
-        PIPELINE,
+        ASKING,
         "        if cut_off and stream is not None:\n",
         "        if False:\n",
         (STREAMING + "a_message_that_is_cut_off_closes_its_set",),
     ),
     Mutation(
         "14 a set that is cut off holds its message for as long as Kafka is down",
-        PIPELINE,
+        STREAMED,
         "            async with asyncio.timeout(CLOSE_S):\n",
         "            async with asyncio.timeout(None):\n",
         (STREAMING + "a_message_that_is_cut_off_while_kafka_is_down_ends_all_the_same",),
     ),
     Mutation(
         "14 an answer that is complete is cut off while Kafka takes it",
-        PIPELINE,
+        ASKING,
         "        if stream is not None and stream.completing:\n",
         "        if False:\n",
         (STREAMING + "an_answer_that_waits_for_kafka_only_is_not_cut_off",),
     ),
     Mutation(
         "15 a dead letter that cannot be published counts as finished",
-        PIPELINE,
+        PUBLISHING,
         "                self._not_published(entry, failure)\n",
         "                self._finish(entry)\n",
         (WAY + "a_dead_letter_that_cannot_be_published_holds_its_offset",),
@@ -456,21 +467,21 @@ MUTATIONS = (
     ),
     Mutation(
         "16 an open circuit asks nobody whether the provider is back",
-        PIPELINE,
+        CALLS,
         "        if wait_s > 0.0:\n            return now_s + wait_s\n",
         "        return now_s + wait_s + 1.0\n",
         (WAY + "poison_alone_does_not_keep_the_others_out",),
     ),
     Mutation(
         "16 a drain with an open circuit asks nobody whether the provider is back",
-        PIPELINE,
-        "        if self._draining and not self._window.waits_for_a_call:\n",
-        "        if self._draining:\n",
+        CALLS,
+        "        if self._phase.draining and not self._window.waits_for_a_call:\n",
+        "        if self._phase.draining:\n",
         (ADMISSION + "a_drain_asks_whether_the_provider_is_back",),
     ),
     Mutation(
         "16 a drain with an open circuit asks without end",
-        PIPELINE,
+        CALLS,
         "            return None  # the end of a call asks again\n",
         "            return now_s + wait_s\n",
         (ADMISSION + "a_drain_sends_no_probe_that_nobody_waits_for",),
@@ -478,8 +489,8 @@ MUTATIONS = (
     Mutation(
         "16 intake that a revoke has stopped does not go on",
         PIPELINE,
-        "self._held_out = self._reassigning = False",
-        "self._reassigning = False",
+        "        self._phase.hold()\n",
+        "",
         (REBALANCE + "a_kept_partition_keeps_its_running_call",),
     ),
     Mutation(
@@ -491,16 +502,17 @@ MUTATIONS = (
     ),
     Mutation(
         "16 while the window is full nothing polls, and the group takes its member for dead",
-        PIPELINE,
-        "await self._until(lambda: self._room() > 0, IDLE_TURN_S)",
-        "await self._until(lambda: self._room() > 0)",
+        INTAKE,
+        "await self._conditions.until(lambda: self._room() > 0, IDLE_TURN_S)",
+        "await self._conditions.until(lambda: self._room() > 0)",
         (WAY + "the_window_bounds_what_is_taken",),
     ),
     Mutation(
         "17 a message that waits for another attempt holds its slot",
-        PIPELINE,
+        ASKING,
         "        except CallFailure as failure:\n            return failure",
-        "        except CallFailure as failure:\n            await asyncio.sleep(1)\n"
+        "        except CallFailure as failure:\n"
+        "            await asyncio.sleep(1)\n"
         "            return failure",
         (WAY + "a_waiting_retry_holds_no_slot",),
     ),
@@ -541,9 +553,9 @@ MUTATIONS = (
     ),
     Mutation(
         "21 calls start before the restore has ended",
-        PIPELINE,
-        "if self._tasks is None or self._reassigning or self._held_out:",
-        "if self._tasks is None:",
+        CALLS,
+        "if not self._tasks.is_open or not self._phase.may_call:",
+        "if not self._tasks.is_open:",
         (REBALANCE + "calls_in_flight_are_waited_for_and_committed",),
     ),
     Mutation(
@@ -644,7 +656,7 @@ MUTATIONS = (
     ),
     Mutation(
         "21 a streamed record goes before one of its message that has failed",
-        "service/streams.py",
+        "service/pipeline/record_stream.py",
         "while any(_has_failed(future) for _, future in self._unacknowledged):",
         "while False:",
         ("tests/unit/test_streams.py::test_what_has_failed_goes_before_the_next_piece",),
@@ -658,29 +670,29 @@ MUTATIONS = (
     ),
     Mutation(
         "22 the call of a lost partition goes on",
-        PIPELINE,
-        "                    task.cancel()\n",
-        "                    pass\n",
+        TASKS,
+        "            if holding in lost:\n                task.cancel()\n",
+        "            if holding in lost:\n                pass\n",
         (REBALANCE + "a_late_outcome_of_a_lost_partition_goes_nowhere",),
     ),
     Mutation(
         "22 an outcome that waits for a broker is published after the loss",
         PIPELINE,
-        "for work in (self._working, self._sent):",
-        "for work in (self._working,):",
+        "        self._publishing.withdraw(lost)\n",
+        "",
         (REBALANCE + "what_was_handed_over_is_withdrawn_with_its_partition",),
     ),
     Mutation(
         "22 an outcome that waits for another send is published after the loss",
-        PIPELINE,
-        "if holding.lost or self._held_out:",
-        "if self._held_out:",
+        PUBLISHING,
+        "if holding.lost or not self._phase.may_publish:",
+        "if not self._phase.may_publish:",
         (REBALANCE + "a_resting_lane_is_lost_with_its_partition",),
     ),
     Mutation(
         "22 an outcome is published while nobody knows whose it is",
-        PIPELINE,
-        "if holding.lost or self._held_out:",
+        PUBLISHING,
+        "if holding.lost or not self._phase.may_publish:",
         "if holding.lost:",
         (REBALANCE + "nothing_is_published_between_revoke_and_assignment",),
     ),
@@ -707,28 +719,28 @@ MUTATIONS = (
     ),
     Mutation(
         "24 others start beside a suspect",
-        PIPELINE,
+        CALLS,
         "if self._alone is not None or (entry.alone and self._window.calling):",
         "if entry.alone and self._window.calling:",
         (DIED + "suspects_run_one_at_a_time_and_nothing_beside_them",),
     ),
     Mutation(
         "24 a suspect starts beside others",
-        PIPELINE,
+        CALLS,
         "if self._alone is not None or (entry.alone and self._window.calling):",
         "if self._alone is not None:",
         (DIED + "a_suspect_waits_for_the_calls_that_run",),
     ),
     Mutation(
         "24 a suspect starts before Kafka knows of it",
-        PIPELINE,
+        ASKING,
         "        await self._mark_alone(entry, entry.message.offset)\n",
         "",
         (DIED + "a_suspect_waits_until_kafka_knows_that_it_runs",),
     ),
     Mutation(
         "25 a partition whose map is nearly full takes more",
-        PIPELINE,
+        INTAKE,
         "await self._source.poll(limit, self._window.crowded())",
         "await self._source.poll(limit, frozenset())",
         (WAY + "a_crowded_map_closes_its_partition_and_no_other",),

@@ -19,8 +19,8 @@ What fails for good inside a call is no error but an outcome: `Rejected`. Texts 
 may be logged, so they never hold a message's text or a model's answer.
 """
 
+from service.core.admission.retry import asked_to_wait_s
 from service.core.messages import Provenance
-from service.core.retry import asked_to_wait_s
 
 FAILED, WRONG = 1, 2
 """Exit codes: something failed; the settings are wrong. 0 is done."""

@@ -7,9 +7,17 @@ message tells is a named tuple, which costs a third of a frozen dataclass.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, assert_never
 
-from service.core.messages import Reason
+from service.core.messages import (
+    Extracted,
+    Outcome,
+    Passed,
+    Postponed,
+    Reason,
+    Rejected,
+    Skipped,
+)
 
 CallResult: TypeAlias = Literal[
     "validated",
@@ -42,6 +50,9 @@ Repair: TypeAlias = Literal[
 """What was passed over in an answer: a byte order mark, thoughts before it, a code fence, prose
 around it, content as a list of parts, content where a call of the tool was asked for, a call where
 content was, several calls, an object where JSON as text belongs."""
+
+OutcomeWord: TypeAlias = Literal["extracted", "rejected", "passed", "skipped", "postponed"]
+"""An outcome as it is counted; the metrics and traces have no other words for it."""
 
 Client: TypeAlias = Literal["consumer", "producer"]
 CacheLookup: TypeAlias = Literal["hit", "miss", "shared", "error", "damaged"]
@@ -122,7 +133,7 @@ class Finished(NamedTuple):
     message's own timestamp, `lane_wait_s` from having the outcome to the hand-over.
     """
 
-    outcome: Literal["extracted", "rejected", "passed", "skipped", "postponed"]
+    outcome: OutcomeWord
     reason: Reason | None
     records: int
     publish_s: float
@@ -245,3 +256,20 @@ Event: TypeAlias = (
     | Hedged
 )
 Observe: TypeAlias = Callable[[Event], None]
+
+
+def outcome_word(outcome: Outcome) -> OutcomeWord:
+    """The outcome as it is counted and traced."""
+    match outcome:
+        case Extracted():
+            return "extracted"
+        case Rejected():
+            return "rejected"
+        case Passed():
+            return "passed"
+        case Skipped():
+            return "skipped"
+        case Postponed():
+            return "postponed"
+        case _:
+            assert_never(outcome)

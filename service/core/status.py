@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from service.core.limits import Cause
+from service.core.admission.admission import Cause
 from service.core.messages import Partition
 
 
@@ -62,6 +62,7 @@ class Status:
     window: int
     window_messages: int
     window_bytes: int
+    window_full: bool  # so full that nothing is polled
     queued: int  # waiting for a slot
     retrying: int  # waiting for another attempt
     waiting_in_lane: int  # answered, an earlier one of the lane is not

@@ -54,7 +54,7 @@ from service.kafka.starts import (
     without_offsets,
 )
 from service.kafka.transactions import Transactions
-from service.pipeline import Assignment
+from service.ports import Assignment
 from service.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -54,7 +54,7 @@ from service.kafka.settling import SettlingClock
 from service.kafka.supervision import Supervision
 from service.kafka.topic_ids import FoundTopic, find_topics
 from service.kafka.transactions import Transactions
-from service.pipeline import Assignment
+from service.ports import Assignment
 from service.settings import Settings
 
 log = logging.getLogger(__name__)

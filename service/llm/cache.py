@@ -30,13 +30,13 @@ from typing import Any, Protocol
 
 from pydantic import TypeAdapter, ValidationError
 
-from service.core.budgets import Estimate
+from service.core.admission.budgets import Estimate
 from service.core.errors import CallFailure, NoRoom, ServiceFailure, TransientFailure
 from service.core.events import CacheLooked, CacheLookup, CacheWritten, Observe
 from service.core.messages import Extracted, Provenance, Rejected
 from service.llm.records import new_answer_id
 from service.llm.stores import Store, StoreFailed, open_store
-from service.pipeline import Extractor
+from service.ports import Extractor
 from service.settings import CacheSettings
 
 FORMAT = b"1"

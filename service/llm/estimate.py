@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from service.core.budgets import Estimate
+from service.core.admission.budgets import Estimate
 
 BYTES_PER_TOKEN = 3.0
 """Before anything was learned: English has about four, other languages and JSON fewer; too few

@@ -18,11 +18,11 @@ import httpx2
 import openai
 from pydantic_core import from_json
 
-from service.core.budgets import NO_TOKENS, Estimate
-from service.core.circuit import Circuit
+from service.core.admission.admission import Admission, Limits, Meter
+from service.core.admission.budgets import NO_TOKENS, Estimate
+from service.core.admission.circuit import Circuit
 from service.core.errors import CallFailure, NoRoom, NotReachable
 from service.core.events import Called, CallResult, Observe, Repaired
-from service.core.limits import Admission, Limits, Meter
 from service.core.messages import Extracted, Reason, Rejected
 from service.llm.allowance import read_allowance
 from service.llm.answers import BrokenAnswer, Completion, read_completion
@@ -47,8 +47,8 @@ from service.llm.prompt import build_prompt
 from service.llm.records import load_record_type
 from service.llm.request import RequestTemplate, shows_schema
 from service.llm.streaming import BrokenStream, Streaming
+from service.ports import Publish
 from service.settings import Settings
-from service.streams import Publish
 
 CONNECT_TIMEOUT_S = 15.0
 """A new connection, TLS included; a burst of hundreds at the start takes more than the SDK's 5."""

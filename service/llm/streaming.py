@@ -30,7 +30,7 @@ from service.llm.answer_text import TWO_OBJECTS, AnswerText, Mode, beginning_of,
 from service.llm.answers import BrokenAnswer, Completion, read_completion
 from service.llm.bounded import TooLarge, Undecodable, lines
 from service.llm.records import RecordType, new_answer_id
-from service.streams import Publish
+from service.ports import Publish
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from typing import TypeAlias
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from service.core.limits import Cause
+from service.core.admission.admission import Cause
 from service.core.status import PartitionStatus, State, Status
 
 

@@ -45,6 +45,7 @@ from service.core.events import (
     ForeignMetadata,
     Hedged,
     OffsetsMissing,
+    OutcomeWord,
     PublishRetried,
     Purpose,
     Rebalanced,
@@ -58,9 +59,8 @@ from service.core.events import (
 )
 from service.core.messages import Reason
 from service.core.status import Status
-from service.pipeline import POLL_SHARE
 
-OUTCOMES = ("extracted", "rejected", "passed", "skipped", "postponed")
+OUTCOMES: tuple[OutcomeWord, ...] = get_args(OutcomeWord)
 COMMITS = ("ok", "refused", "failed")
 HEDGES_WON = ("first", "second", "none")
 CALL_RESULTS: tuple[CallResult, ...] = get_args(CallResult)
@@ -175,8 +175,7 @@ class Metrics:
     def _sampled(self, elapsed_s: float, status: Status) -> None:
         self._loop_delay.observe(max(0.0, elapsed_s - SAMPLE_S))
         self._slots_busy_s.inc(elapsed_s * status.slots_busy)
-        # The pipeline polls only when a share of the window is free: with less it is full.
-        if status.window - status.window_messages < max(1, status.window // POLL_SHARE):
+        if status.window_full:
             self._window_full_s.inc(elapsed_s)
 
 

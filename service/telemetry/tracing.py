@@ -19,7 +19,7 @@ from contextvars import ContextVar
 from dataclasses import replace
 
 from service.core.errors import WrongSettings
-from service.core.events import Called, Event
+from service.core.events import Called, Event, outcome_word
 from service.core.messages import (
     Extracted,
     Headers,
@@ -30,7 +30,7 @@ from service.core.messages import (
     Rejected,
     Skipped,
 )
-from service.pipeline import Sink
+from service.ports import Sink
 from service.settings import Settings
 
 try:
@@ -213,7 +213,8 @@ class MessageTrace:
         return acknowledged
 
     def ended(self, outcome: Outcome | None) -> None:
-        self.span.set_attribute("sluice.outcome", _word(outcome))
+        word = "let_go" if outcome is None else outcome_word(outcome)
+        self.span.set_attribute("sluice.outcome", word)
         if isinstance(outcome, Rejected):
             _failed(self.span, outcome.reason.value)
         self.span.end()
@@ -281,7 +282,3 @@ def _acknowledged(span: Span, future: asyncio.Future[None]) -> None:
 def _failed(span: Span, error: str) -> None:
     span.set_attribute(ERROR_TYPE, error)
     span.set_status(StatusCode.ERROR)
-
-
-def _word(outcome: Outcome | None) -> str:
-    return "let_go" if outcome is None else type(outcome).__name__.lower()

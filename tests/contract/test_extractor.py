@@ -15,7 +15,7 @@ import instructor
 import openai
 import pytest
 
-from service.core.budgets import Allowance, Estimate, Quota
+from service.core.admission.budgets import Allowance, Estimate, Quota
 from service.core.errors import (
     CallFailure,
     CannotRun,

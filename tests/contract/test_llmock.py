@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
+from service.core.admission.retry import Backoff
 from service.core.errors import TransientFailure
 from service.core.messages import Extracted, Rejected
-from service.core.retry import Backoff
 from service.llm.extractor import OpenAIExtractor
 from service.settings import Settings
 

@@ -38,7 +38,7 @@ from service.kafka import sink as sink_module
 from service.kafka import sizes as sizes_module
 from service.kafka.sink import KafkaSink
 from service.kafka.sizes import size_alone
-from service.pipeline import Sink
+from service.ports import Sink
 from tests.conftest import hanging
 from tests.support.kafka import Broker
 from tests.support.sinks import Fake, Kafka, Output

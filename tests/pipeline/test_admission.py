@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 
-from service.core.budgets import Estimate
-from service.core.circuit import PROBE_CAP_S, Circuit, CircuitState
+from service.core.admission.admission import Admission, Cause, Limits
+from service.core.admission.budgets import Estimate
+from service.core.admission.circuit import PROBE_CAP_S, Circuit
+from service.core.admission.hedges import HEDGED_SHARE
+from service.core.admission.retry import RETRY_AFTER_MAX_S
 from service.core.errors import CallFailure, NoRoom, ServiceFailure, TransientFailure
 from service.core.events import Hedged, Retried
-from service.core.hedges import HEDGED_SHARE
 from service.core.history import History
-from service.core.limits import Admission, Cause, Limits
 from service.core.messages import Extracted, Partition, Postponed, Provenance, Reason, Rejected
-from service.core.retry import RETRY_AFTER_MAX_S
 from service.core.status import State
 from service.pipeline import Later, Pipeline
+from service.pipeline.calls import Calls
 from tests.pipeline.test_way import BOUNDS, SETTLED, Stage, decode
 from tests.support import virtual_time
 from tests.support.fakes import (
@@ -255,7 +256,7 @@ def test_one_probe_at_a_time_whatever_older_calls_come_to() -> None:
     async def wait() -> None:
         await asyncio.sleep(90)
         assert stage.extractor.probes == 1  # type: ignore[attr-defined]
-        assert stage.admission.circuit.state is CircuitState.PROBING
+        assert stage.admission.probe_is_out
         await asyncio.sleep(110)
 
     stage.show(wait)
@@ -272,7 +273,7 @@ def test_one_probe_at_a_time_where_the_circuit_has_closed_and_opened_beside_it()
     async def wait() -> None:
         await asyncio.sleep(90)
         assert stage.extractor.probes == 1
-        assert stage.admission.circuit.state is CircuitState.OPEN
+        assert not stage.admission.closed
         await asyncio.sleep(300)
 
     stage.show(wait)
@@ -293,7 +294,7 @@ def test_a_probe_that_never_begins_is_told_to_the_circuit() -> None:
 
         def cut_off_as_it_starts(now_s: float, estimate: Estimate) -> None:
             charge(now_s, estimate)
-            if stage.admission.circuit.state is CircuitState.PROBING:
+            if stage.admission.probe_is_out:
                 cut_off.append(run.cancel())
 
         stage.admission.charge = cut_off_as_it_starts  # type: ignore[method-assign]
@@ -302,7 +303,7 @@ def test_a_probe_that_never_begins_is_told_to_the_circuit() -> None:
     virtual_time.run(play())
     assert cut_off == [True]
     assert stage.extractor.probes == 0
-    assert stage.admission.circuit.state is CircuitState.OPEN
+    assert not stage.admission.closed
 
 
 # --- a drain with an open circuit ----------------------------------------------------------------
@@ -317,14 +318,14 @@ once, and a few things more; what asks again at once without end passes any boun
 def no_spin(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails as soon as admission is asked too often while the clock stands."""
     asked: Counter[float] = Counter()
-    admit = Pipeline._admit
+    admit = Calls.admit
 
-    def counted(pipeline: Pipeline) -> None:
+    def counted(calls: Calls) -> None:
         asked[now_s()] += 1
         assert asked[now_s()] <= AT_ONE_INSTANT_MAX, f"admission asks without end at {now_s()} s"
-        admit(pipeline)
+        admit(calls)
 
-    monkeypatch.setattr(Pipeline, "_admit", counted)
+    monkeypatch.setattr(Calls, "admit", counted)
 
 
 @pytest.mark.usefixtures("no_spin")
@@ -505,7 +506,7 @@ def test_a_slow_call_is_made_a_second_time_and_both_are_paid_for() -> None:
     assert stage.extractor.cancelled == ["slow"]
     assert [event for event in stage.events if isinstance(event, Hedged)] == [Hedged("second")]
     assert stage.admission.busy == 0
-    assert stage.admission.spend.last_hour_usd(0) == pytest.approx(0.02)
+    assert stage.admission.spent_last_hour_usd(0) == pytest.approx(0.02)
 
 
 def test_a_second_call_is_no_second_chance_to_fail() -> None:
@@ -546,7 +547,7 @@ def test_a_second_call_is_answered_where_the_first_found_no_room() -> None:
     assert stage.extractor.calls == ["slow", "slow"]
     assert (outcome.provenance.calls, outcome.provenance.cost_usd) == (2, 0.02)
     assert [event for event in stage.events if isinstance(event, Hedged)] == [Hedged("second")]
-    assert stage.admission.spend.last_hour_usd(0) == pytest.approx(0.02)
+    assert stage.admission.spent_last_hour_usd(0) == pytest.approx(0.02)
     assert stage.admission.busy == 0
 
 
@@ -569,7 +570,7 @@ def test_of_two_calls_without_an_answer_the_better_progress_is_kept(
     assert stage.extractor.progress == [None, None, kept]
     retried = [event for event in stage.events if isinstance(event, Retried)]
     assert bool(retried) == isinstance(first, TransientFailure)
-    assert stage.admission.spend.last_hour_usd(0) >= 0.03
+    assert stage.admission.spent_last_hour_usd(0) >= 0.03
     [(_, outcome)] = stage.broker.published
     assert isinstance(outcome, Extracted)
 

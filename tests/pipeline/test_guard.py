@@ -3,7 +3,7 @@
 import asyncio
 from dataclasses import replace
 
-from service.core.guard import TRIES, TRY_EVERY_S, GuardBounds
+from service.core.admission.guard import TRIES, TRY_EVERY_S, GuardBounds
 from service.core.messages import Reason, Rejected
 from service.core.status import State
 from service.pipeline import Bounds

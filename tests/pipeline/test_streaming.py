@@ -11,8 +11,10 @@ from service.core.errors import PublishFailed, TransientFailure
 from service.core.events import Finished, Streamed
 from service.core.messages import Aborted, Extracted, Part, Publishable, Reason, Rejected
 from service.core.status import State
-from service.pipeline import CLOSE_S, Pipeline
-from service.streams import UNACKNOWLEDGED_MAX, Publish
+from service.pipeline import Pipeline
+from service.pipeline.record_stream import UNACKNOWLEDGED_MAX
+from service.pipeline.streaming import CLOSE_S
+from service.ports import Publish
 from tests.chaos.reader import first_complete_sets
 from tests.pipeline.test_way import BOUNDS, SETTLED, Stage
 from tests.support.fakes import FakeStreams, partition

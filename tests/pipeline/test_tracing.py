@@ -302,7 +302,7 @@ def test_what_is_lost_ends_unfinished(traced: Traced) -> None:
         assert attributes(traced.span("process"))["sluice.outcome"] == "let_go"
 
     traced.show(lose)
-    assert traced.pipeline._traces == {}
+    assert traced.pipeline._publishing.traces == {}
 
 
 def test_what_is_let_go_of_at_the_stop_ends_too(traced: Traced) -> None:

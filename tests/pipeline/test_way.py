@@ -20,7 +20,8 @@ from service.core.events import Abandoned, Event, Finished
 from service.core.messages import Batch, Message, Outcome, Passed, Reason, Rejected, Skipped
 from service.core.offsets import Progress
 from service.core.status import GroupStatus, State
-from service.pipeline import COMMIT_AGAIN_S, FINAL_COMMITS_S, Bounds, Pipeline
+from service.pipeline import Bounds, Pipeline
+from service.pipeline.commits import COMMIT_AGAIN_S, FINAL_COMMITS_S
 from tests.support import virtual_time
 from tests.support.fakes import FakeBroker, FakeExtractor, FakeSink, FakeSource, partition
 
@@ -796,7 +797,7 @@ def test_nothing_is_started_in_the_moment_in_which_a_bug_ends_the_run(stage: Sta
             """A message that needs no call: a task hands it over, as one does behind a timer."""
             epoch = stage.source.epochs[partition()]
             late = Message(partition(), turn, epoch, None, b"bad", (), 0)
-            stage.pipeline._take(Batch((late,)))
+            stage.pipeline._intake._take(Batch((late,)))
             if turn < 20:
                 loop.call_soon(taken, turn + 1)
 
@@ -878,3 +879,9 @@ def test_states_tell_idle_running_and_kafka_apart(stage: Stage) -> None:
         await asyncio.sleep(30)
 
     stage.show(look)
+
+
+@pytest.mark.parametrize(("free", "full"), [(25, False), (24, True), (0, True)])
+def test_the_window_is_full_when_less_is_free_than_is_polled_for(free: int, full: bool) -> None:
+    """Of 200 places an eighth has to be free; one rule for the poll and for the metric."""
+    assert replace(BOUNDS, window=200).room_worth_a_poll(free) is not full

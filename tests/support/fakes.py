@@ -13,7 +13,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from service.core.budgets import Estimate
+from service.core.admission.budgets import Estimate
 from service.core.completed import finished_ranges
 from service.core.errors import CommitFailed, OutputTooLarge, PublishFailed
 from service.core.lanes import Ordering
@@ -35,8 +35,7 @@ from service.core.messages import (
 )
 from service.core.offsets import Given, Progress
 from service.kafka.lane_failures import LaneFailures
-from service.pipeline import Assignment
-from service.streams import Publish
+from service.ports import Assignment, Publish
 
 PROVENANCE = Provenance("fake", "p", "s", calls=1)
 TOPIC = "in"

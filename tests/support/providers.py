@@ -12,9 +12,9 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from service.core.circuit import Circuit
-from service.core.limits import Admission, Limits, Turn
-from service.core.retry import Backoff
+from service.core.admission.admission import Admission, Limits, Turn
+from service.core.admission.circuit import Circuit
+from service.core.admission.retry import Backoff
 
 ROUND_TRIP_S = 0.05
 """The way to the provider and back; a refusal takes no longer."""
@@ -100,7 +100,7 @@ class Simulation:
     def _start(self, worker: Worker) -> None:
         """As many as may; then again when it is said that one may."""
         admission = worker.admission
-        if admission.circuit.wait_s(self.now_s) == 0.0 and admission.circuit.reason is not None:
+        if admission.probe_wait_s(self.now_s) == 0.0 and admission.outage is not None:
             self._probe(worker)
         while (hold := admission.hold(self.now_s)) is None:
             self._send(worker)
@@ -113,14 +113,14 @@ class Simulation:
             self._at(when_s, lambda: self._start(worker))
 
     def _probe(self, worker: Worker) -> None:
-        worker.admission.circuit.probing()
+        worker.admission.probing(self.now_s)
         taken, after_s, retry_after_s = self.provider.ask(self.now_s, self.chance)
         worker.sent.append((self.now_s, taken))
 
         def probed() -> None:
             if taken:
                 self.provider.busy -= 1
-                worker.admission.back()
+                worker.admission.probe_succeeded(0)
             else:
                 worker.admission.failed(
                     self.now_s, "refused", service=False, retry_after_s=retry_after_s

@@ -25,7 +25,7 @@ from service.demo.broker import EmbeddedBroker
 from service.kafka.membership import Membership
 from service.kafka.offsets import GroupOffsets
 from service.kafka.source import KafkaSource
-from service.pipeline import Source
+from service.ports import Source
 from service.settings import Settings
 from tests.support import topics
 from tests.support.fakes import FakeBroker, FakeSource

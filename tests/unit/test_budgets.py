@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.core.buckets import ROUNDING, WAIT_MAX_S, Bucket
-from service.core.budgets import BURST_S, HEARD_MAX_S, Budget, ProviderQuota, Quota
-from service.core.hedges import HEDGED_SHARE, HEDGES_SAVED, Hedges
+from service.core.admission.buckets import ROUNDING, WAIT_MAX_S, Bucket
+from service.core.admission.budgets import BURST_S, HEARD_MAX_S, Budget, ProviderQuota, Quota
+from service.core.admission.hedges import HEDGED_SHARE, HEDGES_SAVED, Hedges
+from service.core.admission.retry import RETRIES_PER_S, RETRIES_SAVED, RetryQuota
+from service.core.admission.shares import EVEN_SHARE, share
+from service.core.admission.spend import Spend
 from service.core.messages import Partition
-from service.core.retry import RETRIES_PER_S, RETRIES_SAVED, RetryQuota
-from service.core.shares import EVEN_SHARE, share
-from service.core.spend import Spend
 
 amounts = st.lists(st.floats(0.1, 50.0), min_size=1, max_size=60)
 

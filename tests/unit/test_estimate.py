@@ -2,7 +2,7 @@
 
 import pytest
 
-from service.core.budgets import Allowance, Quota
+from service.core.admission.budgets import Allowance, Quota
 from service.llm.allowance import duration_s, read_allowance
 from service.llm.estimate import Estimator
 

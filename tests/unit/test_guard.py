@@ -2,7 +2,7 @@
 
 import pytest
 
-from service.core.guard import TRIES, TRY_EVERY_S, Guard, GuardBounds, GuardState
+from service.core.admission.guard import TRIES, TRY_EVERY_S, Guard, GuardBounds, GuardState
 from service.core.messages import Reason
 
 BOUNDS = GuardBounds(share_max=0.5, window=20, outcomes_min=10, in_a_row_max=15)

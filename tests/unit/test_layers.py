@@ -12,13 +12,14 @@ FILES = sorted((ROOT / "service").rglob("*.py"))
 
 BELOW: dict[str, set[str]] = {
     "service": set(),
+    "service.clock": set(),
     "service.core": set(),
-    "service.streams": {"service.core"},
-    "service.pipeline": {"service.core", "service.streams"},
+    "service.ports": {"service.core"},
     "service.settings": {"service.core"},
-    "service.kafka": {"service.core", "service.pipeline", "service.settings"},
-    "service.llm": {"service.core", "service.pipeline", "service.settings", "service.streams"},
-    "service.telemetry": {"service.core", "service.pipeline", "service.settings"},
+    "service.pipeline": {"service.clock", "service.core", "service.ports"},
+    "service.kafka": {"service.clock", "service.core", "service.ports", "service.settings"},
+    "service.llm": {"service.clock", "service.core", "service.ports", "service.settings"},
+    "service.telemetry": {"service.clock", "service.core", "service.ports", "service.settings"},
 }
 BELOW["service.app"] = set(BELOW) - {"service"}
 BELOW["service.workers"] = {*BELOW["service.app"], "service.app"}
@@ -26,7 +27,7 @@ BELOW["service.demo"] = {*BELOW["service.app"], "service.app"}
 BELOW["service.commands"] = set(BELOW) - {"service"}
 BELOW["service.__main__"] = {"service.commands"}
 
-PURE = {"service", "service.core", "service.streams", "service.pipeline"}
+PURE = {"service", "service.clock", "service.core", "service.ports", "service.pipeline"}
 """Parts that stand on the standard library alone."""
 
 WORLDLY = {"socket", "ssl", "time", "os", "random", "subprocess", "threading", "datetime"}
@@ -131,8 +132,9 @@ def _last(node: ast.AST) -> str:
 
 @pytest.mark.parametrize("file", FILES, ids=module_of)
 def test_imports_point_downward(file: Path) -> None:
-    """core <- pipeline <- kafka, llm, telemetry <- app <- workers <- commands; adapters don't know
-    each other, and the core knows neither the world nor a client library."""
+    """core <- ports, settings <- pipeline <- kafka, llm, telemetry <- app <- workers <- commands.
+
+    Adapters don't know each other, and the core knows neither the world nor a client library."""
     assert wrong_imports(module_of(file), file.read_text(encoding="utf-8")) == []
 
 
@@ -161,12 +163,14 @@ def test_a_file_says_what_it_is(file: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("service.core.lanes", "from service.pipeline import Source"),
+        ("service.core.lanes", "from service.ports import Source"),
         ("service.core.lanes", "import aiokafka"),
         ("service.core.lanes", "import time"),
         ("service.core.lanes", "def f():\n    from service import settings"),
         ("service.pipeline", "from service.settings import Settings"),
         ("service.pipeline", "import pydantic"),
+        ("service.kafka.sink", "from service.pipeline import Bounds"),
+        ("service.core.lanes", "from service import clock"),
         ("service.kafka.sink", "from service.llm.prompt import build_prompt"),
         ("service.llm.extractor", "from service.telemetry.metrics import Metrics"),
         ("service.telemetry.probes", "import service.kafka.source"),

@@ -2,10 +2,10 @@
 
 import pytest
 
-from service.core.budgets import NO_TOKENS, Allowance, Estimate, Quota
-from service.core.circuit import CIRCUIT_FAILURES, PROBE_CAP_S, Circuit, CircuitState
-from service.core.limits import RESTART_SLOTS, Admission, Cause, Hold, Limits
-from service.core.retry import RETRIES_SAVED
+from service.core.admission.admission import RESTART_SLOTS, Admission, Cause, Hold, Limits
+from service.core.admission.budgets import NO_TOKENS, Allowance, Estimate, Quota
+from service.core.admission.circuit import CIRCUIT_FAILURES, PROBE_CAP_S, Circuit, CircuitState
+from service.core.admission.retry import RETRIES_SAVED
 
 
 def upper(low: float, high: float) -> float:
@@ -75,17 +75,17 @@ def test_a_row_of_failures_opens_the_circuit() -> None:
     admission = of()
     for _ in range(CIRCUIT_FAILURES - 1):
         admission.failed(0, "down", service=False)
-    admission.back()
+    admission.probe_succeeded(0)
     for _ in range(CIRCUIT_FAILURES - 1):
         admission.failed(0, "down", service=False)
     assert admission.hold(0) is None
     admission.failed(0, "down", service=False)
-    assert admission.circuit.reason == "down"
+    assert admission.outage == "down"
     assert held(admission, 0) == Hold(4, Cause.CIRCUIT)
     assert held(admission, 4).cause is Cause.CIRCUIT
-    admission.circuit.probing()
+    admission.probing(4)
     assert held(admission, 4) == Hold(None, Cause.CIRCUIT)
-    assert admission.back()
+    assert admission.probe_succeeded(0)
     assert admission.hold(4) is None
 
 
@@ -118,9 +118,9 @@ def test_an_outage_takes_back_what_it_seemed_to_say() -> None:
     for turn in turns:
         admission.failed(1, "down", service=False)
         admission.overloaded(1, turn, "rate_limited", None)
-    assert admission.circuit.state is CircuitState.OPEN
-    assert admission.slots.limit == 50
-    assert admission.pace.rate_per_s is None
+    assert not admission.closed
+    assert admission.limit == 50
+    assert admission.pace_per_s is None
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_a_reask_is_charged_and_waits_without_its_slot() -> None:
     admission.admit(0)
     assert admission.again(0, NO_TOKENS)
     assert not admission.again(0, NO_TOKENS)
-    admission.finishing = True
+    admission.finish(finishing=True)
     assert admission.again(0, NO_TOKENS)
     assert held(admission, 0).wait_s == pytest.approx(2.0, rel=1e-4), "charged as a debt"
 
@@ -172,18 +172,18 @@ def test_what_the_provider_tells_holds_without_any_setting() -> None:
 def test_the_hours_money_stops_calls() -> None:
     """At the limit nothing starts, with the reason in words; an hour later it goes on."""
     admission = of(slots=50, spend_usd_per_hour=1.0)
-    admission.spend.spent(0, 1.0)
+    admission.spent(0, 1.0)
     assert held(admission, 1).cause is Cause.SPEND
-    assert "limits.spend_usd_per_hour is reached" in str(admission.spend.exceeded(1))
+    assert "limits.spend_usd_per_hour is reached" in str(admission.spend_exceeded(1))
     assert admission.hold(3661) is None
-    assert admission.spend.exceeded(3661) is None
+    assert admission.spend_exceeded(3661) is None
 
 
 def test_retries_are_free_once_the_provider_is_back() -> None:
     """What an outage has used up of the retries does not slow the return."""
     admission = of()
-    admission.retries.take(admission.retries.available(0))
+    admission.took_retries(admission.retries_available(0))
     admission.failed(0, "down", service=True)
-    assert admission.retries.available(0) == 0
-    admission.back()
-    assert admission.retries.available(0) == RETRIES_SAVED
+    assert admission.retries_available(0) == 0
+    admission.probe_succeeded(0)
+    assert admission.retries_available(0) == RETRIES_SAVED

@@ -28,6 +28,7 @@ WELL = Status(
     slots_busy=4,
     window=16,
     window_messages=10,
+    window_full=False,
     window_bytes=100,
     queued=6,
     retrying=0,

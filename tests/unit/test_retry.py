@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.core.admission.retry import RETRY_AFTER_MAX_S, Backoff, exhausted
 from service.core.errors import TransientFailure
-from service.core.retry import RETRY_AFTER_MAX_S, Backoff, exhausted
 
 
 @given(st.integers(1, 10_000), st.floats(0, 1))

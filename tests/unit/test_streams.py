@@ -6,7 +6,8 @@ import asyncio
 
 from service.core.errors import PublishFailed
 from service.core.messages import Extracted, Part, Provenance, Record
-from service.streams import Piece, RecordStream
+from service.pipeline.record_stream import RecordStream
+from service.ports import Piece
 from tests.support import virtual_time
 
 PROVENANCE = Provenance("small", "p1", "s1", calls=1, tokens_input=10, tokens_output=4)

@@ -6,7 +6,7 @@ Rules of this file: time comes in as seconds of a monotonic clock; nothing waits
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from service.core.retry import Backoff, Uniform
+from service.core.admission.retry import Backoff, Uniform
 
 CIRCUIT_FAILURES = 10
 """Failures in a row, with no success between, that open the circuit: fewer happen by chance

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from service.core.budgets import NO_TOKENS, Allowance, Budget, Estimate
-from service.core.circuit import Circuit, CircuitState
-from service.core.pace import Pace
-from service.core.retry import RetryQuota
-from service.core.slots import Slots
-from service.core.spend import Spend
+from service.core.admission.budgets import NO_TOKENS, Allowance, Budget, Estimate
+from service.core.admission.circuit import Circuit, CircuitState
+from service.core.admission.pace import Pace
+from service.core.admission.retry import RetryQuota
+from service.core.admission.slots import Slots
+from service.core.admission.spend import Spend
 
 RESTART_SLOTS = 4
 """With so many calls more than are running it goes on after a cooldown or an outage: enough to
@@ -97,27 +97,58 @@ class Admission:
     """The smallest of all limits; for one event loop."""
 
     def __init__(self, limits: Limits, circuit: Circuit) -> None:
-        self.circuit = circuit
-        self.slots = Slots(limits.slots)
-        self.pace = Pace()
-        self.requests = Budget(limits.requests_per_minute, smallest_burst=1.0)
-        self.tokens = Budget(limits.tokens_per_minute, smallest_burst=1.0)
-        self.spend = Spend(limits.spend_usd_per_hour)
-        self.retries = RetryQuota()
+        self._circuit = circuit
+        self._slots = Slots(limits.slots)
+        self._pace = Pace()
+        self._requests = Budget(limits.requests_per_minute, smallest_burst=1.0)
+        self._tokens = Budget(limits.tokens_per_minute, smallest_burst=1.0)
+        self._spend = Spend(limits.spend_usd_per_hour)
+        self._retries = RetryQuota()
         self.busy = 0
-        self.cooldown_until_s = 0.0
+        self._cooldown_until_s = 0.0
         self.share = 1.0
-        self.finishing = False
-        """Messages are to come to their end: a further call of one that has a slot is charged,
-        but waits for nothing."""
+        self.last_success_s: float | None = None
+        """When a call, or a probe, was last answered: the provider is there."""
+        self._finishing = False
         self._restarting = False  # from a cooldown or an outage to the first call after it
         self._restart_slots: int | None = None  # until the slots are all in use again
 
     @property
     def limit(self) -> int:
         """Calls that may be in flight now."""
-        limit = int(self.slots.limit)
+        limit = int(self._slots.limit)
         return limit if self._restart_slots is None else min(limit, self._restart_slots)
+
+    @property
+    def closed(self) -> bool:
+        """Calls go through: the circuit is closed."""
+        return self._circuit.state is CircuitState.CLOSED
+
+    @property
+    def outage(self) -> str | None:
+        """Why the circuit is not closed: a sentence for a person."""
+        return self._circuit.reason
+
+    @property
+    def pace_per_s(self) -> float | None:
+        """Calls a second, where the provider's hidden rate had to be found."""
+        return self._pace.rate_per_s
+
+    @property
+    def finishing(self) -> bool:
+        """Messages are to come to their end: a further call of one that has a slot is charged,
+        but waits for nothing."""
+        return self._finishing
+
+    def finish(self, *, finishing: bool) -> None:
+        self._finishing = finishing
+
+    def spent_last_hour_usd(self, now_s: float) -> float:
+        return self._spend.last_hour_usd(now_s)
+
+    def spend_exceeded(self, now_s: float) -> str | None:
+        """A sentence for a person where the spend limit holds calls up."""
+        return self._spend.exceeded(now_s)
 
     # --- asking ----------------------------------------------------------------------------------
 
@@ -125,7 +156,7 @@ class Admission:
         """None: a call may start. Asking changes nothing that matters to others."""
         if self.full(now_s):
             return NO_SLOT
-        if self.circuit.state is CircuitState.PROBING:
+        if self._circuit.state is CircuitState.PROBING:
             return Hold(None, Cause.CIRCUIT)
         waits = self.waits(now_s, estimate)
         if not waits:
@@ -141,11 +172,11 @@ class Admission:
     def waits(self, now_s: float, estimate: Estimate = NO_TOKENS) -> Mapping[Cause, float]:
         """Seconds to wait by each cause that holds the next call up; slots apart."""
         waits = (
-            self.requests.wait_s(now_s, 1.0, 1.0),
-            self.tokens.wait_s(now_s, estimate.tokens, estimate.tokens_max),
-            self.spend.wait_s(now_s, self.busy),
-            self.pace.wait_s(now_s),
-            self.cooldown_until_s - now_s,
+            self._requests.wait_s(now_s, 1.0, 1.0),
+            self._tokens.wait_s(now_s, estimate.tokens, estimate.tokens_max),
+            self._spend.wait_s(now_s, self.busy),
+            self._pace.wait_s(now_s),
+            self._cooldown_until_s - now_s,
             self._circuit_s(now_s),
         )
         if max(waits) <= 0.0:  # as a rule, and asked for each call
@@ -154,12 +185,12 @@ class Admission:
 
     def _circuit_s(self, now_s: float) -> float:
         """While it is not closed only a probe may go, so that a call never may."""
-        if self.circuit.state is CircuitState.CLOSED:
+        if self._circuit.state is CircuitState.CLOSED:
             return 0.0
-        return max(self.circuit.wait_s(now_s) or 0.0, 1e-3)
+        return max(self._circuit.wait_s(now_s) or 0.0, 1e-3)
 
     def _restart_now(self, now_s: float) -> None:
-        over = now_s >= self.cooldown_until_s and self.circuit.state is CircuitState.CLOSED
+        over = now_s >= self._cooldown_until_s and self._circuit.state is CircuitState.CLOSED
         if self._restarting and over:
             self._restarting, self._restart_slots = False, self.busy + RESTART_SLOTS
 
@@ -167,7 +198,7 @@ class Admission:
 
     def admit(self, now_s: float, estimate: Estimate = NO_TOKENS) -> Turn:
         """Take a slot and what the call needs; only after `hold` gave None."""
-        assert self.busy < self.slots.most, "no free slot"
+        assert self.busy < self._slots.most, "no free slot"
         self.busy += 1
         self.charge(now_s, estimate)
         return Turn(now_s, self.busy, estimate)
@@ -179,53 +210,54 @@ class Admission:
 
     def again(self, now_s: float, estimate: Estimate) -> bool:
         """Charge a further call of a message that has a slot; False: no room, give it back."""
-        if not self.finishing and self.waits(now_s, estimate):
+        if not self._finishing and self.waits(now_s, estimate):
             return False
         self.charge(now_s, estimate)
         return True
 
     def charge(self, now_s: float, estimate: Estimate) -> None:
         """A call goes out, room or not."""
-        self.requests.take(now_s, 1.0, 1.0)
-        self.tokens.take(now_s, estimate.tokens, estimate.tokens_max)
-        self.pace.started(now_s)
+        self._requests.take(now_s, 1.0, 1.0)
+        self._tokens.take(now_s, estimate.tokens, estimate.tokens_max)
+        self._pace.started(now_s)
 
     def unused(self, now_s: float, estimate: Estimate) -> None:
         """What was charged for a call that nobody made (an answer from the cache)."""
-        self.requests.correct(now_s, 1.0, 0.0)
-        self.tokens.correct(now_s, estimate.tokens, 0.0)
+        self._requests.correct(now_s, 1.0, 0.0)
+        self._tokens.correct(now_s, estimate.tokens, 0.0)
 
     def used(self, now_s: float, estimate: Estimate, tokens: int) -> None:
         """What a call that was charged with an estimate came to."""
-        self.tokens.correct(now_s, estimate.tokens, tokens)
+        self._tokens.correct(now_s, estimate.tokens, tokens)
 
     def told(self, now_s: float, allowance: Allowance) -> None:
         """An answer's headers spoke of the provider's limits."""
         if allowance.requests is not None:
-            self.requests.heard(now_s, allowance.requests, allowance.asked_at_s)
+            self._requests.heard(now_s, allowance.requests, allowance.asked_at_s)
         if allowance.tokens is not None:
             refused = None if allowance.refused is None else allowance.refused.tokens_max
-            self.tokens.heard(now_s, allowance.tokens, allowance.asked_at_s, refused)
+            self._tokens.heard(now_s, allowance.tokens, allowance.asked_at_s, refused)
 
     # --- what came of it -------------------------------------------------------------------------
 
     def succeeded(self, now_s: float, turn: Turn) -> bool:
         """A call was answered. True: the circuit was not closed until now."""
-        self.slots.succeeded(now_s, turn.started_s, turn.in_flight)
-        self.pace.succeeded(turn.started_s)
-        self.retries.succeeded()
+        self._slots.succeeded(now_s, turn.started_s, turn.in_flight)
+        self._pace.succeeded(turn.started_s)
+        self._retries.succeeded()
         if self._restart_slots is not None:
             self._restart_slots += RESTART_GROWTH
-            if self._restart_slots >= self.slots.limit:
+            if self._restart_slots >= self._slots.limit:
                 self._restart_slots = None
-        return self.back()
+        return self._answered(now_s)
 
-    def back(self) -> bool:
-        """The provider answers. True: the circuit was not closed until now."""
-        reopened = self.circuit.succeeded()
+    def _answered(self, now_s: float) -> bool:
+        """The provider is there. True: the circuit was not closed until now."""
+        self.last_success_s = now_s
+        reopened = self._circuit.succeeded()
         if reopened:
             self._restarting = True
-            self.retries.forgive()
+            self._retries.forgive()
         return reopened
 
     def overloaded(
@@ -233,32 +265,78 @@ class Admission:
     ) -> None:
         """A call was turned away, or not answered in time."""
         self.cool_down(now_s, retry_after_s)
-        if self.circuit.state is not CircuitState.CLOSED:
+        if self._circuit.state is not CircuitState.CLOSED:
             return  # a leftover of the outage, not of our being too many
         limited = reason == RATE_LIMITED
-        by_slots = self.slots.overloaded(now_s, turn.started_s, turn.in_flight, limited=limited)
+        by_slots = self._slots.overloaded(now_s, turn.started_s, turn.in_flight, limited=limited)
         if limited and not by_slots:
-            self.pace.refused(now_s, turn.started_s)
+            self._pace.refused(now_s, turn.started_s)
 
     def cool_down(self, now_s: float, retry_after_s: float | None) -> None:
         """Nobody starts until then; afterwards slowly, where no pace sees to that."""
         if retry_after_s is None:
             return
-        self.cooldown_until_s = max(self.cooldown_until_s, now_s + retry_after_s)
-        self._restarting = self._restarting or self.pace.rate_per_s is None
+        self._cooldown_until_s = max(self._cooldown_until_s, now_s + retry_after_s)
+        self._restarting = self._restarting or self._pace.rate_per_s is None
 
     def failed(
         self, now_s: float, sentence: str, *, service: bool, retry_after_s: float | None = None
     ) -> None:
         """A call, or a probe, was not answered."""
-        opened = self.circuit.failed(now_s, sentence, service=service, retry_after_s=retry_after_s)
+        opened = self._circuit.failed(now_s, sentence, service=service, retry_after_s=retry_after_s)
         if opened:
-            self.slots.outage()
-            self.pace.outage()
+            self._slots.outage()
+            self._pace.outage()
+
+    def spent(self, now_s: float, usd: float) -> None:
+        """What an answer has cost, nothing included."""
+        self._spend.spent(now_s, usd)
+
+    def doubt(self, now_s: float) -> None:
+        """Nobody knows whether the provider is there: a probe goes out at once."""
+        self._circuit.doubt(now_s)
+
+    # --- probes ----------------------------------------------------------------------------------
+
+    @property
+    def probe_is_out(self) -> bool:
+        return self._circuit.state is CircuitState.PROBING
+
+    def probe_wait_s(self, now_s: float) -> float | None:
+        """0: a probe may start; a number: ask again then; None: only an answer changes it."""
+        return self._circuit.wait_s(now_s)
+
+    def probing(self, now_s: float) -> None:
+        """A probe goes out, which takes no slot; only after `probe_wait_s` gave 0."""
+        self._circuit.probing()
+        self.charge(now_s, NO_TOKENS)
+
+    def probe_succeeded(self, now_s: float) -> bool:
+        """The provider is there. True: the circuit was not closed until now."""
+        return self._answered(now_s)
+
+    def probe_cancelled(self) -> None:
+        """It was called off without an answer: another may go."""
+        self._circuit.cancelled()
+
+    # --- retries ---------------------------------------------------------------------------------
+
+    def retries_available(self, now_s: float) -> int:
+        """How many retries may be queued now."""
+        return self._retries.available(now_s)
+
+    def took_retries(self, retries: int) -> None:
+        self._retries.take(retries)
+
+    def retry_wait_s(self, now_s: float) -> float:
+        """Until one more may be queued; 0: now."""
+        return self._retries.wait_s(now_s)
+
+    # --- shares ----------------------------------------------------------------------------------
 
     def set_share(self, now_s: float, share: float) -> None:
         """Our part of the budgets that all workers have together, 0 to 1."""
         self.share = share
-        for budget in (self.requests, self.tokens):
+        for budget in (self._requests, self._tokens):
             budget.set_share(now_s, share)
-        self.spend.set_share(now_s, share)
+        self._spend.set_share(now_s, share)

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass, field
 
-from service.core.buckets import ROUNDING, WAIT_MAX_S, Bucket
+from service.core.admission.buckets import ROUNDING, WAIT_MAX_S, Bucket
 
 BURST_S = 2.0
 """Seconds' worth of a budget that may go at once. Providers cut a minute's limit into pieces of

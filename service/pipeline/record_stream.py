@@ -17,15 +17,12 @@ from typing import TypeAlias
 
 from service.core.errors import OutputTooLarge, PublishFailed
 from service.core.messages import Aborted, Extracted, Part, Provenance
+from service.ports import Piece
 
 UNACKNOWLEDGED_MAX = 64
 """Records of one message that Kafka has not acknowledged; with more, the model's answer waits
 unread. Some tens of milliseconds of the fastest models."""
 
-Piece: TypeAlias = Part | Extracted | Aborted
-Publish: TypeAlias = Callable[[Part], Awaitable[None]]
-"""What an extractor hands records to, one at a time; it waits while Kafka is slow, which is not
-the model's time, and raises `OutputTooLarge`, which ends the answer."""
 Send: TypeAlias = Callable[[Piece], Awaitable[asyncio.Future[None]]]
 """Hands a piece to the sink, once that is allowed; the future is the sink's word."""
 

@@ -1,0 +1,1 @@
+"""Whether one more call may start now: slots, budgets, pace, circuit, retries, hedges, guard."""

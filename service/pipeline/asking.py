@@ -1,0 +1,185 @@
+"""One attempt for one message: alone where it is a suspect, hedged where the first call is slow,
+cut off where the message has held up its lane for too long."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import reduce
+
+from service import clock
+from service.core.admission.admission import Admission, Turn
+from service.core.admission.hedges import Hedges
+from service.core.admission.retry import others_succeed
+from service.core.errors import CallFailure
+from service.core.events import Hedged, Observe
+from service.core.window import Entry
+from service.pipeline.bounds import Bounds
+from service.pipeline.commits import COMMIT_AGAIN_S, Commits
+from service.pipeline.outcomes import (
+    CutOff,
+    Result,
+    better,
+    calls_made,
+    cost_usd,
+    is_answer,
+)
+from service.pipeline.streaming import Streaming
+from service.ports import Extractor
+
+LOOK_S = 1.0
+"""The time between two looks at a call that is overdue by a setting, while something else does
+not let it be cut off or hedged yet."""
+
+
+class Asking:
+    """Makes the calls of an attempt, and owns the budget of second calls (hedges)."""
+
+    def __init__(
+        self,
+        extractor: Extractor,
+        admission: Admission,
+        streaming: Streaming,
+        commits: Commits,
+        bounds: Bounds,
+        observe: Observe,
+    ) -> None:
+        self._extractor, self._admission = extractor, admission
+        self._streaming, self._commits = streaming, commits
+        self._bounds, self._observe = bounds, observe
+        self._hedges = Hedges(bounds.hedge_after_s)
+        self._watches = bounds.hedge_after_s is not None or bounds.message_timeout_s is not None
+
+    async def alone(self, entry: Entry, turn: Turn) -> Result | CutOff:
+        """While it runs nobody else does, and if the process dies now, it is known of what."""
+        await self._mark_alone(entry, entry.message.offset)
+        result = await self.ask(entry, turn)
+        await self._mark_alone(entry, None)
+        return result
+
+    async def _mark_alone(self, entry: Entry, offset: int | None) -> None:
+        """Kafka knows who runs alone before he does, and that he has survived before others run.
+
+        Waits until it is stored, for as long as the partition is ours.
+        """
+        entry.holding.alone = offset
+        while True:
+            if await self._commits.commit():
+                return
+            await asyncio.sleep(COMMIT_AGAIN_S)
+
+    async def ask(self, entry: Entry, turn: Turn) -> Result | CutOff:
+        """One attempt, with whatever the settings put beside it."""
+        self._hedges.called()
+        if not self._watches:
+            return await self._once(entry)
+        return await self._watched(entry, turn)
+
+    async def _once(self, entry: Entry) -> Result:
+        try:
+            if self._streaming.on:
+                return await self._streaming.ask(entry)
+            return await self._extractor.call(entry.text, entry.progress)
+        except CallFailure as failure:
+            return failure
+
+    # --- a second call, or an end ----------------------------------------------------------------
+
+    async def _watched(self, entry: Entry, turn: Turn) -> Result | CutOff:
+        """It may be asked a second time beside the first, or be cut off.
+
+        The first answer wins; what failed is returned only where nothing else is under way.
+        """
+        async with asyncio.TaskGroup() as calls:
+            running = {first := calls.create_task(self._once(entry))}
+            ended: dict[asyncio.Task[Result], Result] = {}
+            hedged = cut_off = False
+            while running and not cut_off and not any(map(is_answer, ended.values())):
+                look_at_s = self._look_again_s(entry, turn, hedged=hedged)
+                timeout_s = None if look_at_s is None else max(0.0, look_at_s - clock.now_s())
+                done, running = await asyncio.wait(
+                    running, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+                )
+                ended |= {call: call.result() for call in done}
+                cut_off = not done and self.overstays(entry)
+                if not done and not cut_off and not hedged and self._may_hedge(entry, turn):
+                    hedged = True
+                    second = calls.create_task(self._once(entry))
+                    second.add_done_callback(self._second_ended)
+                    running.add(second)
+            stream = self._streaming.of(entry)  # it is forgotten with its task
+            for call in running:
+                call.cancel()
+        result = CutOff() if cut_off else reduce(better, ended.values())
+        if hedged:
+            answer = next((call for call, each in ended.items() if each is result), None)
+            answered = answer is not None and is_answer(result)
+            self._observe(
+                Hedged("none" if not answered else "first" if answer is first else "second")
+            )
+        self._account_beside(entry, result, tuple(ended.values()), len(running))
+        if cut_off and stream is not None:
+            await self._streaming.close_cut_off(entry, stream)
+        return result
+
+    def _account_beside(
+        self, entry: Entry, result: Result | CutOff, ended: tuple[Result, ...], called_off: int
+    ) -> None:
+        """Calls of an attempt that its result does not know of: they are counted, and spent.
+
+        One that has ended tells what it has cost. One that was called off because the other was
+        answered is priced as that one's last call; where none was answered nobody knows.
+        """
+        known = () if isinstance(result, CutOff) else (result,)
+        calls = sum(calls_made(entry, each) for each in ended)
+        usd = sum(cost_usd(entry, each) for each in ended)
+        entry.calls_beside += calls - sum(calls_made(entry, each) for each in known) + called_off
+        beside_usd = usd - sum(cost_usd(entry, each) for each in known)
+        beside_usd += called_off * sum(cost_usd(entry, each) for each in known)
+        entry.beside_usd += beside_usd
+        if beside_usd > 0:
+            self._admission.spent(clock.now_s(), beside_usd)
+
+    def _look_again_s(self, entry: Entry, turn: Turn, *, hedged: bool) -> float | None:
+        """When one of the two settings has something to say of a running call."""
+        now_s, moments = clock.now_s(), []
+        if not hedged and (due_s := self._hedges.due_s(turn.started_s)) is not None:
+            moments.append(due_s)
+        if self._bounds.message_timeout_s is not None and entry.first_called_s is not None:
+            moments.append(entry.first_called_s + self._bounds.message_timeout_s)
+        # What is overdue already is looked at again and again: something else holds it up.
+        return min(
+            (max(at_s, now_s + LOOK_S if at_s <= now_s else at_s) for at_s in moments), default=None
+        )
+
+    def _may_hedge(self, entry: Entry, turn: Turn) -> bool:
+        now_s = clock.now_s()
+        due_s = self._hedges.due_s(turn.started_s)
+        if due_s is None or due_s > now_s or entry.alone or self._admission.finishing:
+            return False
+        estimate = self._extractor.estimate(entry.text, entry.progress)
+        if not self._hedges.may() or self._admission.hold(now_s, estimate) is not None:
+            return False
+        self._hedges.hedged()
+        self._admission.admit(now_s, estimate)
+        return True
+
+    def _second_ended(self, _: asyncio.Task[Result]) -> None:
+        """A second call has a slot of its own, which comes back whether it has begun or not."""
+        self._admission.release()
+
+    def overstays(self, entry: Entry) -> bool:
+        """It has held up what stands behind it for too long, and not because of an outage.
+
+        A streamed answer that has come to its end waits for Kafka only, and is not cut off: its
+        set may be complete, and the message has its records.
+        """
+        if self._bounds.message_timeout_s is None or entry.first_called_s is None:
+            return False
+        stream = self._streaming.of(entry)
+        if stream is not None and stream.completing:
+            return False
+        now_s = clock.now_s()
+        age_s = now_s - entry.first_called_s
+        return age_s >= self._bounds.message_timeout_s and others_succeed(
+            now_s, self._admission.last_success_s
+        )

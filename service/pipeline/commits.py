@@ -1,0 +1,93 @@
+"""What is finished is stored in Kafka: regularly, at the end, and when somebody has to know."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from service import clock
+from service.core.errors import CommitFailed
+from service.core.messages import Partition
+from service.core.offsets import Progress
+from service.core.phase import Phase
+from service.core.window import Window
+from service.pipeline.tasks import Conditions
+from service.ports import Source
+
+log = logging.getLogger(__name__)
+
+FINAL_COMMITS_S = 6.0
+"""Seconds after the first one in which a further last commit of a run may begin. A rebalance
+refuses commits for a moment, and what is not committed is paid for again."""
+
+COMMIT_AGAIN_S = 1.0
+"""Seconds from a refused commit that somebody waits for to the next try. It does not depend on
+`delivery.commit_interval_s`, which may be minutes: a stop and a message that runs alone have to
+go on."""
+
+
+class Commits:
+    """One commit at a time, of the partitions whose progress has changed."""
+
+    def __init__(
+        self,
+        source: Source,
+        window: Window,
+        phase: Phase,
+        conditions: Conditions,
+        commit_interval_s: float,
+    ) -> None:
+        self._source, self._window = source, window
+        self._phase, self._conditions = phase, conditions
+        self._interval_s = commit_interval_s
+        self._committing = asyncio.Lock()
+
+    async def regularly(self) -> None:
+        while True:
+            await asyncio.sleep(self._interval_s)
+            await self.commit()
+            self._window.measure()
+
+    async def finally_(self) -> bool:
+        """The last commits of a run; False where the source refused them all.
+
+        Where it is forced, before or meanwhile, there is no further try and no wait.
+        """
+        until_s = clock.now_s() + FINAL_COMMITS_S - COMMIT_AGAIN_S
+        while not await self.commit():
+            forced = await self._conditions.until(lambda: self._phase.forced, COMMIT_AGAIN_S)
+            if forced or clock.now_s() > until_s:
+                break
+        else:
+            return True
+        log.error("the last commit failed; what finished since the one before may be repeated")
+        return False
+
+    async def commit(self) -> bool:
+        """Store what has changed; False if the source refused."""
+        async with self._committing:
+            changed = {each for each in self._window.held if self._has_changed(each)}
+            if not changed:
+                return True
+            try:
+                await self._source.commit(changed)
+            except CommitFailed:
+                return False
+            return True
+
+    def _has_changed(self, partition: Partition) -> bool:
+        return self.progress(partition) != self._window.held[partition].committed
+
+    def progress(
+        self, partition: Partition, finishing: frozenset[int] = frozenset()
+    ) -> Progress | None:
+        """What Kafka should hold of it, once `finishing` has finished too; None: not held."""
+        holding = self._window.held.get(partition)
+        if holding is None:
+            return None
+        return holding.progress(clean=self._phase.clean, finishing=finishing)
+
+    def stored(self, partition: Partition, progress: Progress) -> None:
+        """Kafka holds this now."""
+        if (holding := self._window.held.get(partition)) is not None:
+            holding.committed = progress

@@ -1,0 +1,140 @@
+"""Outcomes that the pipeline itself decides on, and what attempts have cost together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from service.core.errors import CallFailure, NoRoom, ServiceFailure
+from service.core.messages import (
+    Extracted,
+    Passed,
+    Postponed,
+    Provenance,
+    Reason,
+    Rejected,
+)
+from service.core.offsets import UNCLEAN_ENDS_MAX
+from service.core.window import Entry
+
+
+@dataclass(frozen=True, slots=True)
+class CutOff:
+    """A message's time (`message_timeout_s`) was over, and its calls were ended without an
+    answer."""
+
+
+Result: TypeAlias = Extracted | Rejected | CallFailure
+"""What a call came to."""
+
+
+def died_before(entry: Entry) -> Rejected | None:
+    """What becomes of a message that ran alone when the process died; None for all others."""
+    if entry.message.offset != entry.holding.given.alone:
+        return None
+    return Rejected(
+        Reason.PROCESS_DIED,
+        f"the process died {UNCLEAN_ENDS_MAX} times with this message unfinished, and once more "
+        "while it was the only one that ran",
+    )
+
+
+def overstayed(entry: Entry, message_timeout_s: float | None) -> Rejected:
+    """A message that had no answer within its time."""
+    assert message_timeout_s is not None, "nothing overstays without a limit"
+    return Rejected(
+        Reason.EXHAUSTED,
+        "not answered within extraction.message_timeout_s "
+        f"({message_timeout_s:g} s), while others succeeded",
+        provenance=entry.spent,
+    )
+
+
+def given_up(entry: Entry, failure: CallFailure) -> Rejected:
+    """A message that keeps failing while others succeed."""
+    return Rejected(
+        Reason.EXHAUSTED,
+        f"failed {entry.attempts} times while others succeeded, the last time: {failure.reason}",
+        provenance=failure.provenance,
+    )
+
+
+def too_large(entry: Entry, outcome: Extracted | Passed | Postponed) -> Rejected:
+    """What becomes of a message whose outcome its topic does not take."""
+    if isinstance(outcome, Postponed):
+        detail = "the retry topic takes no message of this size"
+        return Rejected(Reason.EXHAUSTED, detail, provenance=entry.spent)
+    if isinstance(outcome, Passed):
+        return Rejected(Reason.OUTPUT_TOO_LARGE, "the output topic takes no tombstone of this size")
+    largest = max((len(record.json) for record in outcome.records), default=0)
+    return Rejected(
+        Reason.OUTPUT_TOO_LARGE,
+        f"the output topic takes no record of this size (the largest has {largest} bytes)",
+        provenance=outcome.provenance,
+    )
+
+
+def better(one: Result, other: Result) -> Result:
+    """Of two calls for one message: an answer, else what waits for room, else the later failure.
+
+    Where both go on later, they go on with the progress of the one that has more calls paid for.
+    """
+    if not isinstance(one, CallFailure):
+        return one
+    if not isinstance(other, CallFailure):
+        return other
+    further = one if _calls(one.provenance) > _calls(other.provenance) else other
+    if isinstance(one, NoRoom) or isinstance(other, NoRoom):
+        return NoRoom(progress=further.progress, provenance=further.provenance)
+    return further
+
+
+def is_answer(result: Result | CutOff) -> bool:
+    return isinstance(result, Extracted | Rejected)
+
+
+def _calls(spent: Provenance | None) -> int:
+    return 0 if spent is None else spent.calls
+
+
+def calls_made(entry: Entry, result: Result) -> int:
+    """Calls of this attempt alone; an extractor that tells none has made one."""
+    return max(1, _calls(result.provenance) - _calls(entry.spent))
+
+
+def cost_usd(entry: Entry, result: Result) -> float:
+    """Of this attempt alone."""
+    before_usd = 0.0 if entry.spent is None else entry.spent.cost_usd
+    return 0.0 if result.provenance is None else result.provenance.cost_usd - before_usd
+
+
+def attempts(entry: Entry, spent: Provenance | None) -> int:
+    """Calls that went out for a message, as its dead letter and its history tell them.
+
+    Answered or not, re-asks and second calls beside the first too, and those that were cut off.
+    Where the extractor does not tell its calls, attempts that failed stand for them.
+    """
+    return max(_calls(spent), entry.attempts) + entry.calls_beside
+
+
+def with_calls_beside(entry: Entry, spent: Provenance) -> Provenance:
+    """Of what a message has cost, the part that no answer knows of is added."""
+    if not entry.calls_beside:
+        return spent
+    return replace(
+        spent,
+        calls=spent.calls + entry.calls_beside,
+        cost_usd=spent.cost_usd + entry.beside_usd,
+    )
+
+
+def from_the_cache(outcome: Extracted | Rejected) -> bool:
+    """Nobody asked the provider: it may be as dead as before."""
+    return outcome.provenance is not None and outcome.provenance.cached
+
+
+def sentence(failure: CallFailure) -> str:
+    """What readiness says while the circuit is open."""
+    if isinstance(failure, ServiceFailure):
+        return f"calls to the model fail ({failure.reason}): {failure.remedy}"
+    return f"calls to the model fail ({failure.reason}); they are tried again"

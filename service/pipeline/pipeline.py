@@ -1,0 +1,227 @@
+"""The sliding window between a source and a sink: the life of a run, and its partitions.
+
+Everything here runs on one event loop and changes state only between two awaits, so that a
+check ("is it still ours?") and the act that depends on it are never apart. Tasks are born in one
+`TaskGroup`: one for the intake, one for the commits, one for each call, which afterwards hands
+over what its lane has ready. An unexpected exception in any of them ends the run, and what is
+not committed is delivered again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+from service import clock
+from service.core.admission.admission import Admission, Limits
+from service.core.admission.circuit import Circuit
+from service.core.admission.guard import Guard
+from service.core.admission.retry import Uniform
+from service.core.events import Abandoned, Observe
+from service.core.messages import Message, Outcome, Partition
+from service.core.offsets import Given, Progress
+from service.core.phase import Phase
+from service.core.status import GroupStatus, Status
+from service.core.window import Holding, Window
+from service.pipeline.asking import Asking
+from service.pipeline.bounds import Bounds
+from service.pipeline.calls import Calls
+from service.pipeline.commits import Commits
+from service.pipeline.intake import Intake
+from service.pipeline.publishing import Publishing
+from service.pipeline.reporting import Reporting
+from service.pipeline.streaming import Streaming
+from service.pipeline.tasks import Conditions, Tasks
+from service.ports import Extractor, Sink, Source, Streams, Trace
+
+log = logging.getLogger(__name__)
+
+
+class Pipeline:
+    """Builds the parts, runs them, and is the source's `Assignment`."""
+
+    def __init__(
+        self,
+        source: Source,
+        extractor: Extractor,
+        sink: Sink,
+        decode: Callable[[Message], str | Outcome],
+        bounds: Bounds,
+        *,
+        observe: Observe,
+        uniform: Uniform,
+        wall_clock: Callable[[], float],
+        streams: Streams | None = None,
+        admission: Admission | None = None,
+        follow: Callable[[Message], Trace] | None = None,
+    ) -> None:
+        """With `streams`, records are published while the model still writes. Without an
+        `admission`, which the extractor should know too, slots are the only limit."""
+        self._bounds, self._observe = bounds, observe
+        self._admission = admission or Admission(Limits(bounds.concurrency), Circuit(uniform))
+        self._guard = Guard(bounds.guard)
+        self._window = Window(bounds.ordering, suspects=bounds.concurrency)
+        self._phase, self._tasks = Phase(), Tasks()
+        self._conditions = Conditions(self._tasks)
+        shared = (self._window, self._admission, self._guard, self._phase)
+        running = (self._tasks, self._conditions)
+        self._commits = Commits(
+            source, self._window, self._phase, self._conditions, bounds.commit_interval_s
+        )
+        self._publishing = Publishing(
+            sink,
+            self._window,
+            self._guard,
+            self._phase,
+            *running,
+            observe=observe,
+            uniform=uniform,
+            wall_clock=wall_clock,
+            follow=follow,
+        )
+        streaming = Streaming(
+            streams,
+            self._publishing,
+            self._phase,
+            self._conditions,
+            observe=observe,
+            uniform=uniform,
+        )
+        asking = Asking(extractor, self._admission, streaming, self._commits, bounds, observe)
+        self._calls = Calls(
+            extractor,
+            *shared,
+            *running,
+            asking,
+            self._publishing,
+            bounds,
+            observe=observe,
+            uniform=uniform,
+            wall_clock=wall_clock,
+        )
+        self._reporting = Reporting(*shared, self._conditions, self._calls, streaming, bounds)
+        self._intake = Intake(
+            source,
+            decode,
+            *shared,
+            self._conditions,
+            self._calls,
+            self._publishing,
+            bounds,
+            observe,
+        )
+
+    # --- the life of a run ---------------------------------------------------------------------
+
+    async def run(self, until: Mapping[Partition, int] | None = None) -> bool:
+        """Work until `stop`, or until the partitions held have reached the offsets in `until`.
+
+        Returns whether everything finished is committed: False where the source refused to the
+        end. When it is cancelled or raises, what is not committed is left to be delivered again.
+        """
+        self._intake.turned_at_s = self._conditions.moved_at_s = clock.now_s()
+        async with asyncio.TaskGroup() as group:
+            self._tasks.open(group)
+            intake = self._tasks.start_alone(self._intake.run, until, self.stop)
+            commits = self._tasks.start_alone(self._commits.regularly)
+            assert intake is not None, "the group is open"
+            assert commits is not None, "the group is open"
+            try:
+                await self._conditions.until(lambda: self._phase.stopping)
+                await self._drain()
+                commits.cancel()
+                self._phase.end()
+                committed = await self._commits.finally_()
+                intake.cancel()
+            finally:
+                self._end()
+        return committed
+
+    @property
+    def stopping(self) -> bool:
+        return self._phase.stopping
+
+    @property
+    def problem(self) -> str | None:
+        """Why it takes no more although it could: a sentence for a person."""
+        return self._guard.problem
+
+    def stop(self) -> None:
+        """Take no more, finish what is in flight, commit, return from `run`."""
+        self._phase.stop()
+        self._conditions.look()
+
+    def force(self) -> None:
+        """Stop without waiting: what is in flight is abandoned, what is finished committed."""
+        self._phase.force()
+        self._conditions.look()
+
+    async def _drain(self) -> None:
+        self._phase.drain()
+        self._admission.finish(finishing=self._phase.finishing)
+        self._calls.let_go()
+        drained = await self._conditions.until(
+            lambda: self._phase.forced or not self._window.messages, self._bounds.drain_timeout_s
+        )
+        if not drained or self._phase.forced:
+            self._abandon(len(self._window.calling))
+
+    def _end(self) -> None:
+        """Whatever still runs is called off; nothing may start any more."""
+        self._tasks.close()
+        self._calls.close()
+        self._call_off(self._window.assign({}))
+
+    # --- assignment ------------------------------------------------------------------------------
+
+    async def revoked(self) -> None:
+        self._phase.revoke()
+        self._admission.finish(finishing=self._phase.finishing)
+        await self._conditions.until(
+            lambda: self._phase.forced or not (self._window.calling or self._window.handed),
+            self._bounds.rebalance_drain_s,
+        )
+        self._phase.let_go()
+        await self._commits.commit()
+
+    def assigned(self, given: Mapping[Partition, Given]) -> None:
+        self._call_off(self._window.assign(given))
+        self._phase.hold()
+        self._admission.finish(finishing=self._phase.finishing)
+        self._calls.share_out()
+        self._intake.turned_at_s = clock.now_s()
+        self._publishing.start_all()
+        self._calls.admit()
+        self._conditions.look()
+
+    def _call_off(self, lost: Sequence[Holding]) -> None:
+        """Cancel the work for lost partitions, and withdraw their outcomes that have not left."""
+        self._tasks.call_off(lost)
+        self._publishing.withdraw(lost)
+        self._publishing.end_traces()
+        called_off = sum(1 for entry in self._window.calling if entry.holding in lost)
+        if called_off and not self._phase.draining:
+            self._abandon(called_off)
+
+    def _abandon(self, calls: int) -> None:
+        if calls:
+            log.warning("%d calls were cut off; their messages may be paid for again", calls)
+            self._observe(Abandoned(calls))
+
+    # --- what others ask -------------------------------------------------------------------------
+
+    def progress(
+        self, partition: Partition, finishing: frozenset[int] = frozenset()
+    ) -> Progress | None:
+        return self._commits.progress(partition, finishing)
+
+    def stored(self, partition: Partition, progress: Progress) -> None:
+        self._commits.stored(partition, progress)
+
+    def seen(self, lags: Mapping[Partition, int | None]) -> None:
+        self._calls.seen(lags)
+
+    def status(self, group: GroupStatus) -> Status:
+        """A snapshot; walks the window, so it is for scrapes and probes, not for the hot path."""
+        return self._reporting.status(group, self._intake.turned_at_s)
