@@ -23,7 +23,7 @@ from service.core.messages import (
     Publishable,
     Rejected,
 )
-from service.core.offsets import Given, Progress
+from service.core.tracker import Given, Progress
 
 Piece: TypeAlias = Part | Extracted | Aborted
 """One step of a set of records that goes out while the model still writes."""
@@ -58,6 +58,12 @@ class Assignment(Protocol):
         """What Kafka should hold of a partition, once `finishing` has finished too.
 
         None where it is not held.
+        """
+
+    def has_room(self, partition: Partition) -> bool:
+        """Whether the completed map surely holds whatever finishes of what was taken until now.
+
+        Quick; where it says no, `progress` tells what the map would be.
         """
 
     def stored(self, partition: Partition, progress: Progress) -> None:

@@ -42,7 +42,7 @@ PUBLISHING = "service/pipeline/publishing.py"
 STREAMED = "service/pipeline/streaming.py"
 TASKS = "service/pipeline/tasks.py"
 WINDOW = "service/core/window.py"
-OFFSETS = "service/core/offsets.py"
+TRACKER = "service/core/tracker.py"
 CIRCUIT = "service/core/admission/circuit.py"
 RETRY = "service/core/admission/retry.py"
 STARTS = "service/kafka/starts.py"
@@ -206,7 +206,7 @@ MUTATIONS = (
     ),
     Mutation(
         "7 whoever takes a partition over moves its offset before reading",
-        OFFSETS,
+        TRACKER,
         "self._position = next_offset\n",
         "self._position = next_offset + 1\n",
         (UNIT_OFFSETS + "next_offset_is_the_smallest_unfinished_delivered_one",),
@@ -330,21 +330,21 @@ MUTATIONS = (
     ),
     Mutation(
         "12 markers behind the last message hold the next offset back",
-        OFFSETS,
+        TRACKER,
         "return max(self._position, self.last_delivered + 1)",
         "return self.last_delivered + 1",
         (UNIT_OFFSETS + "the_position_steps_over_markers", WAY + "holes_do_not_hold_the_commit"),
     ),
     Mutation(
         "12 offsets that are never delivered count as unfinished",
-        OFFSETS,
+        TRACKER,
         "for offset in self._unfinished:",
         "for offset in self._unfinished and range(self.next_offset, map_end):",
         (UNIT_OFFSETS + "holes_count_as_finished_in_the_map",),
     ),
     Mutation(
         "13 a kept partition that is fetched again is taken again, behind what came after",
-        OFFSETS,
+        TRACKER,
         "if offset <= self.last_delivered:",
         "if False:",
         (REBALANCE + "a_kept_partition_keeps_its_running_call",),
@@ -778,14 +778,14 @@ MUTATIONS = (
     ),
     Mutation(
         "25 behind one held message every finished one is remembered",
-        OFFSETS,
+        TRACKER,
         "            del self._unfinished[offset]\n",
         "            assert self._unfinished[offset] >= 0\n",
         (UNIT_OFFSETS + "behind_one_message_any_number_may_finish",),
     ),
     Mutation(
         "25 each message taken makes the map longer by the hole before it",
-        OFFSETS,
+        TRACKER,
         "            if offset >= map_end:\n                break\n",
         "            map_end = max(map_end, offset)\n",
         (UNIT_OFFSETS + "the_map_ends_with_the_last_finished_offset",),
@@ -834,14 +834,14 @@ MUTATIONS = (
     ),
     Mutation(
         "26 the next holder's first commit drops the map of what it has not read yet",
-        OFFSETS,
+        TRACKER,
         "            if before.stop > beyond:",
         "            if False:",
         (UNIT_OFFSETS + "the_next_holder_goes_on_with_what_is_not_finished",),
     ),
     Mutation(
         "26 what an earlier holder has finished is called again",
-        OFFSETS,
+        TRACKER,
         "if before and offset in before[0]:",
         "if False:",
         (SIMULATION + "a_crash_repeats_only_what_no_map_held",),

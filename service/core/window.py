@@ -16,14 +16,14 @@ from typing import Literal
 from service.core.completed import encode, finished_ranges, fullness
 from service.core.lanes import Lane, Ordering, lane_id
 from service.core.messages import Message, Outcome, Partition, Provenance
-from service.core.offsets import (
+from service.core.status import PartitionStatus
+from service.core.tracker import (
     UNCLEAN_ENDS_MAX,
     Delivery,
     Given,
     PartitionTracker,
     Progress,
 )
-from service.core.status import PartitionStatus
 
 MAP_CHARS_MAX = 3_700
 """Characters that a completed map has for certain: what brokers take as metadata (4,096 by

@@ -27,7 +27,7 @@ from service.core.completed import fits_for_sure
 from service.core.errors import CannotRun, CommitFailed, PublishFailed
 from service.core.events import ForeignMetadata, Observe, OffsetsMissing, Rebalanced
 from service.core.messages import Partition
-from service.core.offsets import Given, Progress
+from service.core.tracker import Given, Progress
 from service.core.window import MAP_CHARS_MAX
 from service.kafka.connection import is_lasting, stop_for, within
 from service.kafka.instances import NameTaken, in_use, put_out, this_process

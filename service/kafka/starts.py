@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 
 from service.core.completed import Damaged, decode, encode, finished_ranges, runs_of
 from service.core.messages import Partition
-from service.core.offsets import Progress
+from service.core.tracker import Progress
 from service.core.window import MAP_CHARS_MAX
 from service.kafka import instances
 from service.kafka.instances import Bearer, bearer, has_lived_on

@@ -8,8 +8,8 @@ import logging
 from service import clock
 from service.core.errors import CommitFailed
 from service.core.messages import Partition
-from service.core.offsets import Progress
 from service.core.phase import Phase
+from service.core.tracker import Progress
 from service.core.window import Window
 from service.pipeline.tasks import Conditions
 from service.ports import Source
@@ -86,6 +86,11 @@ class Commits:
         if holding is None:
             return None
         return holding.progress(clean=self._phase.clean, finishing=finishing)
+
+    def has_room(self, partition: Partition) -> bool:
+        """Whether the completed map surely holds whatever finishes of what was taken."""
+        holding = self._window.held.get(partition)
+        return holding is None or holding.has_room()
 
     def stored(self, partition: Partition, progress: Progress) -> None:
         """Kafka holds this now."""

@@ -14,7 +14,7 @@ from service.core.messages import (
     Reason,
     Rejected,
 )
-from service.core.offsets import UNCLEAN_ENDS_MAX
+from service.core.tracker import UNCLEAN_ENDS_MAX
 from service.core.window import Entry
 
 

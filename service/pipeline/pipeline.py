@@ -20,9 +20,9 @@ from service.core.admission.guard import Guard
 from service.core.admission.retry import Uniform
 from service.core.events import Abandoned, Observe
 from service.core.messages import Message, Outcome, Partition
-from service.core.offsets import Given, Progress
 from service.core.phase import Phase
 from service.core.status import GroupStatus, Status
+from service.core.tracker import Given, Progress
 from service.core.window import Holding, Window
 from service.pipeline.asking import Asking
 from service.pipeline.bounds import Bounds
@@ -215,6 +215,9 @@ class Pipeline:
         self, partition: Partition, finishing: frozenset[int] = frozenset()
     ) -> Progress | None:
         return self._commits.progress(partition, finishing)
+
+    def has_room(self, partition: Partition) -> bool:
+        return self._commits.has_room(partition)
 
     def stored(self, partition: Partition, progress: Progress) -> None:
         self._commits.stored(partition, progress)

@@ -48,7 +48,7 @@ AREAS = (
     ("/prometheus_client/", "metrics"),
     ("/service/telemetry/", "metrics"),
     ("/service/core/", "window and lanes"),
-    ("/service/pipeline.py", "pipeline"),
+    ("/service/pipeline/", "pipeline"),
 )
 """The innermost frame whose path holds one of these says the area; the first match of it counts."""
 LOOP = "event loop"

@@ -41,7 +41,7 @@ from confluent_kafka.admin import (
 from service.core.errors import CannotRun, CommitFailed
 from service.core.events import Committed, ForeignMetadata, OffsetsMissing, Rebalanced
 from service.core.messages import Batch, Partition
-from service.core.offsets import Progress
+from service.core.tracker import Progress
 from service.demo.broker import EmbeddedBroker
 from service.kafka.membership import Membership
 from service.kafka.offsets import GroupOffsets

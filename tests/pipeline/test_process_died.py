@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from service.core.messages import Reason, Rejected
-from service.core.offsets import UNCLEAN_ENDS_MAX, Progress
+from service.core.tracker import UNCLEAN_ENDS_MAX, Progress
 from tests.pipeline.test_way import BOUNDS, SETTLED, Stage
 from tests.support.fakes import partition
 

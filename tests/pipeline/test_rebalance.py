@@ -9,8 +9,8 @@ import pytest
 from service.core.errors import CommitFailed, PublishFailed, TransientFailure
 from service.core.events import Admitted, Dropped, Event
 from service.core.messages import Batch, Partition
-from service.core.offsets import UNCLEAN_ENDS_MAX, Progress
 from service.core.status import State
+from service.core.tracker import UNCLEAN_ENDS_MAX, Progress
 from tests.pipeline.test_way import BOUNDS, SETTLED, Stage
 from tests.support.fakes import partition
 

@@ -18,8 +18,8 @@ from service.core.errors import (
 )
 from service.core.events import Abandoned, Event, Finished
 from service.core.messages import Batch, Message, Outcome, Passed, Reason, Rejected, Skipped
-from service.core.offsets import Progress
 from service.core.status import GroupStatus, State
+from service.core.tracker import Progress
 from service.pipeline import Bounds, Pipeline
 from service.pipeline.commits import COMMIT_AGAIN_S, FINAL_COMMITS_S
 from tests.support import virtual_time

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from service.core.offsets import UNCLEAN_ENDS_MAX
+from service.core.tracker import UNCLEAN_ENDS_MAX
 from tests.process.conftest import PARTITIONS, Scene
 from tests.support.endpoint import Latency
 from tests.support.service import service

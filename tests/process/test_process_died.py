@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from service.core.offsets import UNCLEAN_ENDS_MAX
+from service.core.tracker import UNCLEAN_ENDS_MAX
 from tests.process.conftest import Scene
 from tests.support.endpoint import Latency
 from tests.support.service import run

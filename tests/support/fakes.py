@@ -33,7 +33,7 @@ from service.core.messages import (
     Record,
     Rejected,
 )
-from service.core.offsets import Given, Progress
+from service.core.tracker import Given, Progress
 from service.kafka.lane_failures import LaneFailures
 from service.ports import Assignment, Publish
 

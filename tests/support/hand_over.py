@@ -13,7 +13,7 @@ from aiokafka import TopicPartition
 
 from service.core.errors import PublishFailed
 from service.core.messages import Partition
-from service.core.offsets import Progress
+from service.core.tracker import Progress
 from service.kafka.holdings import Holdings
 from service.kafka.offsets import GroupOffsets
 from service.kafka.stable_offsets import UnstableOffset

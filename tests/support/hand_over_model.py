@@ -44,7 +44,7 @@ from functools import cache
 from typing import NamedTuple, TypeAlias, TypeVar
 
 from service.core.completed import finished_ranges
-from service.core.offsets import Progress
+from service.core.tracker import Progress
 from service.kafka.starts import Mark, Stored, read, to_store
 from service.kafka.writers import Became, became
 

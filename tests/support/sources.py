@@ -20,7 +20,7 @@ from aiokafka.structs import TopicPartition
 from service.core.completed import finished_ranges
 from service.core.events import Event
 from service.core.messages import Batch, Message, Partition
-from service.core.offsets import Given, Progress
+from service.core.tracker import Given, Progress
 from service.demo.broker import EmbeddedBroker
 from service.kafka.membership import Membership
 from service.kafka.offsets import GroupOffsets

@@ -16,7 +16,7 @@ from aiokafka.errors import NodeNotReadyError
 from aiokafka.protocol.group import SyncGroupRequest, SyncGroupRequest_v3
 
 from service.core.messages import Partition
-from service.core.offsets import Progress
+from service.core.tracker import Progress
 from service.kafka import holdings as holdings_module
 from service.kafka.holdings import Holdings
 from service.kafka.instances import NameTaken, began, this_process

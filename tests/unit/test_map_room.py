@@ -18,7 +18,7 @@ from service.core import window as window_module
 from service.core.completed import Runs, encode, finished_ranges, fits_for_sure
 from service.core.errors import PublishFailed
 from service.core.messages import Message, Skipped
-from service.core.offsets import Given, Progress
+from service.core.tracker import Given, Progress
 from service.core.window import Holding, Window
 from service.kafka import holdings as holdings_module
 from service.kafka import outgoing as outgoing_module

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.core.completed import finished_ranges
-from service.core.offsets import Delivery, PartitionTracker
+from service.core.tracker import Delivery, PartitionTracker
 
 NEW, KNOWN, FINISHED = Delivery.NEW, Delivery.KNOWN, Delivery.FINISHED
 

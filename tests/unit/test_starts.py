@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.core.messages import Partition
-from service.core.offsets import Progress
+from service.core.tracker import Progress
 from service.core.window import MAP_CHARS_MAX
 from service.kafka.instances import Bearer, began, this_process
 from service.kafka.settling import SettlingClock

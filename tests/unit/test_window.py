@@ -5,7 +5,7 @@ from random import Random
 
 from service.core.completed import decode, encode, fits_for_sure
 from service.core.messages import Message, Partition, Skipped
-from service.core.offsets import UNCLEAN_ENDS_MAX, Given, Progress
+from service.core.tracker import UNCLEAN_ENDS_MAX, Given, Progress
 from service.core.window import (
     FIRST_MAX,
     MAP_CHARS_MAX,
