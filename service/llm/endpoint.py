@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from urllib.parse import urlsplit
+import ssl
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 import httpx2
 
@@ -16,8 +18,19 @@ _NO_KEY = "none"
 """Sent to an endpoint of one's own when no key is set: many need none, the SDK insists."""
 
 
-def endpoint() -> tuple[str, str]:
-    """Base URL and key, from where the SDK takes them."""
+class Place(NamedTuple):
+    """Where calls go, and with what. `query` goes behind each path: a version, perhaps a key."""
+
+    base_url: str
+    key: str
+    query: Mapping[str, str]
+    headers: Mapping[str, str]
+
+
+def endpoint() -> Place:
+    """Base URL and key, from where the SDK takes them. Raises `WrongSettings`, `CannotRun`."""
+    _usable_proxies()
+    _usable_certificates()
     base_url = os.environ.get("OPENAI_BASE_URL", "").strip() or DEFAULT_BASE_URL
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     url = urlsplit(base_url)
@@ -32,12 +45,60 @@ def endpoint() -> tuple[str, str]:
         )
     if not key.isascii() or not key.isprintable():
         raise WrongSettings("OPENAI_API_KEY: it holds characters that no key has; set it anew.")
-    if not key and base_url == DEFAULT_BASE_URL:
+    if not key and shown(base_url) == DEFAULT_BASE_URL:
         raise CannotRun(
             "OPENAI_API_KEY is not set: set it to a key for api.openai.com, or set "
             "OPENAI_BASE_URL to an endpoint of your own."
         )
-    return base_url, key or _NO_KEY
+    if url.path.rstrip("/").endswith("/chat/completions"):
+        raise WrongSettings(
+            "OPENAI_BASE_URL: leave /chat/completions away from its end; it is added for each call."
+        )
+    # The SDK would put the path of a call behind the query.
+    query = dict(parse_qsl(url.query, keep_blank_values=True))
+    headers = {"api-key": key} if key and _is_classic_azure(url) else {}
+    return Place(shown(base_url), key or _NO_KEY, query, headers)
+
+
+def _is_classic_azure(url: SplitResult) -> bool:
+    """Azure's URL of one deployment, which takes a key in a header of its own."""
+    return "/openai/deployments/" in url.path and (url.hostname or "").endswith(
+        (".azure.com", ".azure.us", ".azure.cn")
+    )
+
+
+def _usable_proxies() -> None:
+    """What the HTTP client could not use would end a run with a traceback."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        for variable in (name, name.lower()):
+            proxy = os.environ.get(variable, "").strip()
+            if proxy and not _is_proxy(proxy):
+                raise WrongSettings(
+                    f"{variable}: a proxy must be given as http://host:port or https://host:port "
+                    "(others, socks among them, are not supported); correct or unset it."
+                )
+
+
+def _is_proxy(proxy: str) -> bool:
+    try:
+        url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        return url.scheme in ("http", "https") and bool(url.hostname) and (url.port or 1) > 0
+    except ValueError:  # a port that is no number
+        return False
+
+
+def _usable_certificates() -> None:
+    for variable, exists in (("SSL_CERT_FILE", os.path.isfile), ("SSL_CERT_DIR", os.path.isdir)):
+        path = os.environ.get(variable, "").strip()
+        if path and not exists(path):
+            raise WrongSettings(f"{variable}: there is no {path!r}: correct or unset it.")
+    file = os.environ.get("SSL_CERT_FILE", "").strip()
+    if not file:
+        return
+    try:
+        ssl.create_default_context(cafile=file)
+    except (ssl.SSLError, OSError):
+        raise WrongSettings(f"SSL_CERT_FILE: {file!r} holds no certificates in PEM.") from None
 
 
 def shown(base_url: str) -> str:

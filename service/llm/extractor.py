@@ -100,7 +100,7 @@ class OpenAIExtractor:
         self._extraction = extraction
         self._observe = observe
         self._connections_max = settings.limits.concurrency + 1  # and one for the check
-        self._base_url, self._api_key = endpoint()
+        self._base_url, self._api_key, self._query, self._headers = endpoint()
         self._place = shown(self._base_url)
         self.record_type = load_record_type(
             extraction.record,
@@ -167,7 +167,8 @@ class OpenAIExtractor:
             max_retries=0,  # the pipeline owns retries
             timeout=timeout,
             http_client=http,
-            default_headers=AS_IT_IS,
+            default_headers={**AS_IT_IS, **self._headers},
+            default_query=self._query,
         )
         self._lean = LeanPost(
             self._client, http, "/chat/completions", self._extraction.answer_max_bytes

@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, TypeGuard
@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, RootModel, create_model
 
 from service.core.errors import WrongSettings
 from service.core.messages import Record
+from service.llm.record_names import Dump, dump_of, hidden_field, published_schema
 from service.llm.strict_json import strict_json
 
 _VERSION_CHARS = 12
@@ -42,6 +43,7 @@ class RecordType:
     key_field: str | None
     schema: dict[str, Any]
     schema_version: str
+    dump: Dump = field(repr=False)
 
     @property
     def many(self) -> bool:
@@ -76,9 +78,9 @@ class RecordType:
         return self._record(strict_json(self.model)(text))
 
     def _record(self, value: BaseModel) -> Record:
-        # A serializer's warning would quote the value on stderr.
-        text = value.model_dump_json(warnings="none").encode()
-        return Record(text, None if self.key_field is None else _key(value, self.key_field))
+        return Record(
+            self.dump(value), None if self.key_field is None else _key(value, self.key_field)
+        )
 
 
 def _key(value: BaseModel, field: str) -> bytes | None:
@@ -107,12 +109,14 @@ def load_record_type(
         key_field=key_field,
         schema=schema,
         schema_version=version_of(schema),
+        dump=dump_of(model),
     )
 
 
 def _has_field(model: type[BaseModel], field: str | None, setting: str) -> None:
-    if field is not None and field not in model.model_fields:
-        known = ", ".join(model.model_fields) or "none"
+    fields = (*model.model_fields, *model.model_computed_fields)
+    if field is not None and field not in fields:
+        known = ", ".join(fields) or "none"
         raise WrongSettings(
             f"{setting}: {model.__name__} has no field {field!r}; its fields: {known}."
         )
@@ -144,12 +148,19 @@ def _schema(model: type[BaseModel], reference: str) -> dict[str, Any]:
     """The JSON schema; building it proves that the model can be asked for at all."""
     try:
         prepare_response_model(model)
-        return model.model_json_schema()
+        schema = published_schema(model)
+        hidden = hidden_field(model)
     # The user's class: whatever its making raises is a wrong setting, told in a sentence.
     except Exception as error:
         raise WrongSettings(
             f"extraction.record: {reference!r} has no usable JSON schema: {_one_line(error)}"
         ) from None
+    if hidden is not None:
+        raise WrongSettings(
+            f"extraction.record: the field {hidden!r} of {reference!r} is a secret, which would be "
+            "published as asterisks: make it a str, or give it a field_serializer."
+        )
+    return schema
 
 
 def _model(reference: str) -> type[BaseModel]:

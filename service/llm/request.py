@@ -7,6 +7,7 @@ requests are instructor's; what they return is serialised once for the whole pro
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +26,9 @@ from service.llm.strictness import allows_strict
 from service.settings import ExtractionSettings
 
 _MODES = {"tools": Mode.TOOLS, "json_schema": Mode.JSON_SCHEMA, "json": Mode.JSON}
+NAME_MAX_CHARS = 64
+"""Of a schema's or a tool's name, as OpenAI allows it."""
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_-]+")
 _ANY_TEXT = "any"
 """Stands for the message's text while the request is prepared."""
 
@@ -53,6 +57,7 @@ class RequestTemplate:
             kwargs=_arguments(prompt, extraction, extraction.model[0], base_url),
         )
         *stable, last = prepared.pop("messages")
+        prepared = _named(prepared)
         assert last == {"role": "user", "content": delimited(_ANY_TEXT)}
         rest = _with_strict(prepared)
         sent = rest | _streamed(extraction)
@@ -153,6 +158,30 @@ def _with_strict(request: dict[str, Any]) -> dict[str, Any]:
         return request
     strict = {"type": "json_schema", "json_schema": {**form, "strict": True}}
     return {**request, "response_format": strict}
+
+
+def _named(request: dict[str, Any]) -> dict[str, Any]:
+    """With a name for schema and tool that OpenAI takes: a generic's holds brackets."""
+    form: dict[str, Any] = request.get("response_format", {})
+    tools: list[dict[str, Any]] = request.get("tools", [])
+    named = dict(request)
+    if "json_schema" in form:
+        schema = form["json_schema"]
+        named["response_format"] = {**form, "json_schema": {**schema, "name": _name(schema)}}
+    if tools:
+        functions = [{**tool["function"], "name": _name(tool["function"])} for tool in tools]
+        named["tools"] = [
+            {**tool, "function": function} for tool, function in zip(tools, functions, strict=True)
+        ]
+    match request.get("tool_choice"):
+        case {"type": kind, "function": dict(function)}:
+            function = {**function, "name": _name(function)}
+            named["tool_choice"] = {"type": kind, "function": function}
+    return named
+
+
+def _name(named: Mapping[str, Any]) -> str:
+    return _NOT_IN_NAMES.sub("_", named["name"]).strip("_")[:NAME_MAX_CHARS] or "record"
 
 
 def _json(value: object) -> bytes:

@@ -54,6 +54,9 @@ REPEAT_S = 10.0
 REPEAT_MAX = 500
 """Different lines that are remembered for that; then it starts anew."""
 
+_QUERY = re.compile(r"(https?://[^\s?\"']+)\?[^\s\"']+")
+"""An address in a library's line: its query may hold a key."""
+
 _ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -219,6 +222,8 @@ def text_of(record: logging.LogRecord) -> str:
         text = named(record.msg)
     else:
         text = record.getMessage()
+    if not _under(record.name, OURS):
+        text = _QUERY.sub(r"\1?…", text)
     if _under(record.name, ("asyncio",)):
         text = re.split(r"[\n<(]", text)[0].strip()
     return text.replace("\n", "\\n")

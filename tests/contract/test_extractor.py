@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import traceback
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -32,6 +33,7 @@ from service.llm.prompt import build_prompt, delimited
 from service.llm.records import load_record_type
 from service.llm.request import shows_schema
 from service.settings import Settings
+from service.telemetry import logs
 from tests.support.endpoint import MODEL, Asked, Endpoint, Script, Step
 from tests.support.extractors import ADA, Events, calls, settings, started
 
@@ -160,6 +162,82 @@ async def test_a_record_behind_a_validator_is_a_record(
         outcome = await extractor.call(ADA, None)
     assert isinstance(outcome, Extracted)
     assert [record.json.decode() for record in outcome.records] == [LOOKED]
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_generic_record_goes_under_a_name_that_is_taken(
+    endpoint: Endpoint, mode: str
+) -> None:
+    """OpenAI takes letters, digits, underscores and hyphens, 64 of them."""
+    endpoint.script = lambda _: Step(content='{"items":[]}')
+    async with started(mode=mode, record="tests.support.records:Pages") as extractor:
+        assert isinstance(await extractor.call(ADA, None), Extracted)
+    names = re.findall(r'"name":"([^"]*)"', endpoint.requests[0].body.decode())
+    assert names == {"json_schema": ["Page_Event"], "tools": ["Page_Event"] * 2, "json": []}[mode]
+
+
+async def test_a_pattern_that_no_grammar_knows_is_not_sent_as_strict(endpoint: Endpoint) -> None:
+    """It would be answered with a 5xx, by OpenAI and others."""
+    async with started(record="tests.support.records:Lookahead", reasks_max=0) as extractor:
+        await extractor.call(ADA, None)
+    assert "strict" not in endpoint.requests[0].json["response_format"]["json_schema"]
+
+
+RENAMED = (
+    '{"plain":1,"bothAlias":2,"readAlias":3,"writtenAlias":4,"only":5,"inner":{"sizeAlias":6.5}}'
+)
+
+
+async def test_each_name_where_it_belongs(endpoint: Endpoint) -> None:
+    """The model is asked for aliases; the record has the field's names, and serialization
+    aliases where they are given."""
+    endpoint.script = lambda _: Step(content=RENAMED)
+    async with started(record="tests.support.records:Renamed") as extractor:
+        outcome = await extractor.call(ADA, None)
+        published = extractor.record_type.schema
+    assert isinstance(outcome, Extracted)
+    assert json.loads(outcome.records[0].json) == {
+        "plain": 1,
+        "both": 2,
+        "read": 3,
+        "writtenName": 4,
+        "onlyName": 5,
+        "inner": {"sizeName": 6.5},
+    }
+    asked = endpoint.requests[0].json["response_format"]["json_schema"]["schema"]
+    assert set(asked["properties"]) == {"inner", *json.loads(RENAMED)}
+    assert list(published["properties"]) == [*json.loads(outcome.records[0].json)]
+    assert list(published["$defs"]["Written"]["properties"]) == ["sizeName"]
+
+
+@pytest.mark.parametrize("size", ["NaN", "Infinity", "-Infinity", "1e999"])
+async def test_what_json_has_no_number_for_is_asked_again(endpoint: Endpoint, size: str) -> None:
+    """It would be published as null, which says something else."""
+    endpoint.script = lambda _: Step(content=f'{{"name":"Ann","size":{size}}}')
+    async with started(record="tests.support.records:Counted", reasks_max=1) as extractor:
+        outcome = await extractor.call(ADA, None)
+        endpoint.script = lambda _: Step(content='{"name":"Ann","size":null}')
+        other = await extractor.call(ADA, None)
+    assert isinstance(outcome, Rejected)
+    assert (outcome.reason, endpoint.calls[ADA]) == (Reason.INVALID, 3)
+    assert isinstance(other, Extracted)
+    assert other.records[0].json == b'{"name":"Ann","size":null,"initial":"A"}'
+
+
+async def test_an_address_with_a_query_keeps_it_behind_the_path(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As Azure's has; the SDK alone would put the path behind the query. And no log shows it."""
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{endpoint.url}?api-version=2026-01-01&code=canary")
+    caplog.set_level(logging.DEBUG)
+    async with started() as extractor:
+        await extractor.check()
+        assert isinstance(await extractor.call(ADA, None), Extracted)
+    assert [request.path for request in endpoint.requests] == [
+        "/v1/chat/completions?api-version=2026-01-01&code=canary"
+    ]
+    shown = [logs.text_of(record) for record in caplog.records if logs.may_be_logged(record)]
+    assert "canary" not in "".join(shown)
 
 
 async def test_what_is_wrong_for_the_user_is_told_to_the_model(endpoint: Endpoint) -> None:

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from datetime import date
 from enum import Enum
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    computed_field,
+    field_serializer,
+    field_validator,
+)
 
 from service import NextModel
 
@@ -43,6 +51,61 @@ class Looked(BaseModel):
     @classmethod
     def _look(cls, value: object) -> object:
         return value
+
+
+T = TypeVar("T")
+
+
+class Page(BaseModel, Generic[T]):
+    """Its classes have brackets in their names."""
+
+    items: list[T]
+
+
+Pages = Page[Event]
+
+
+class Renamed(BaseModel):
+    """Asked for under one name, published under another."""
+
+    plain: int
+    both: int = Field(alias="bothAlias")
+    read: int = Field(validation_alias="readAlias")
+    written: int = Field(validation_alias="writtenAlias", serialization_alias="writtenName")
+    only: int = Field(serialization_alias="onlyName")
+    inner: Written
+
+
+class Written(BaseModel):
+    size: float = Field(alias="sizeAlias", serialization_alias="sizeName")
+
+
+class Hidden(BaseModel):
+    name: str
+    token: list[SecretStr]
+
+
+class Shown(BaseModel):
+    token: SecretStr
+
+    @field_serializer("token")
+    def _show(self, value: SecretStr) -> str:
+        return value.get_secret_value()
+
+
+class Counted(BaseModel):
+    name: str
+    size: float | None
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def initial(self) -> str:
+        return self.name[:1]
+
+
+class Lookahead(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    code: str = Field(json_schema_extra={"pattern": "^(?=A)[A-Z]+$"})
 
 
 class RaisesInValidator(BaseModel):

@@ -190,3 +190,17 @@ def test_the_version_follows_the_schema_alone() -> None:
     one = {"properties": {"a": 1, "b": [1, 2]}}
     assert version_of(one) == version_of({"properties": {"b": [1, 2], "a": 1}})
     assert version_of(one) != version_of({"properties": {"a": 1, "b": [2, 1]}})
+
+
+def test_a_secret_that_would_be_published_as_asterisks_is_a_sentence() -> None:
+    """Wherever it stands; where a serializer of the user's shows it, it is as they want it."""
+    with pytest.raises(WrongSettings, match=r"'token'.*asterisks.*\."):
+        load_record_type("tests.support.records:Hidden")
+    load_record_type("tests.support.records:Shown")
+
+
+def test_a_computed_field_can_be_the_key() -> None:
+    """It stands in the record as any other does."""
+    kind = load_record_type("tests.support.records:Counted", key_field="initial")
+    value = kind.model.model_validate({"name": "Ann", "size": 1})
+    assert [record.key for record in kind.records(value)] == [b"A"]
