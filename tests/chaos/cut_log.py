@@ -20,14 +20,20 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
+
+from aiokafka.errors import KafkaError
 
 from tests.chaos.evidence import PERSON, Origin, Struck, read_input
 from tests.chaos.scene import PARTITIONS, Pace, Say, Scene, scene
 from tests.support.cluster import NODES, Cluster
 from tests.support.topics import admin, end_offsets, scan_topic
+
+T = TypeVar("T")
 
 PACE = Pace(median_s=0.1, sigma=0.5, longest_s=2.0)
 WORKERS = 2
@@ -157,7 +163,7 @@ async def _cut(
     texts that are gone."""
     at_s = time.time()
     await asyncio.to_thread(made.cluster.kill, follower)
-    missed = await end_offsets(made.cluster.bootstrap_servers, made.input)
+    missed = await _ends(made)
     await _until(
         lambda: all(made.stored[-1].offsets[each][0] > missed[each] + PAST for each in shared),
         BEHIND_S,
@@ -170,7 +176,7 @@ async def _cut(
     await asyncio.to_thread(made.cluster.start, leader)
     await made.until_replicated(within_s=120)
     made.struck.append(Struck("cut_log", at_s, time.time()))
-    ends = await end_offsets(made.cluster.bootstrap_servers, made.input)
+    ends = await _ends(made)
     stored = made.stored[-1].offsets
     cut = {each: ends[each] for each in shared if ends[each] < stored[each][0]}
     return cut, before - await _texts(made)
@@ -184,11 +190,29 @@ async def _texts(made: Scene) -> set[str]:
 async def _until_led(made: Scene, partitions: set[int], node: int) -> None:
     async with asyncio.timeout(LED_S):
         while True:
-            async with admin(made.cluster.bootstrap_servers) as client:
-                (topic,) = await client.describe_topics([made.input])
-            led = {each["partition"] for each in topic["partitions"] if each["leader"] == node}
+            led = await _patiently(lambda: _led(made, node))
             if partitions <= led:
                 return
+            await asyncio.sleep(0.5)
+
+
+async def _led(made: Scene, node: int) -> set[int]:
+    async with admin(made.cluster.bootstrap_servers) as client:
+        (topic,) = await client.describe_topics([made.input])
+    return {each["partition"] for each in topic["partitions"] if each["leader"] == node}
+
+
+async def _ends(made: Scene) -> dict[int, int]:
+    servers = made.cluster.bootstrap_servers
+    return await _patiently(lambda: end_offsets(servers, made.input))
+
+
+async def _patiently(ask: Callable[[], Awaitable[T]]) -> T:
+    """The answer of a cluster that has just lost a broker."""
+    async with asyncio.timeout(LED_S):
+        while True:
+            with suppress(KafkaError, OSError):
+                return await ask()
             await asyncio.sleep(0.5)
 
 
@@ -210,7 +234,7 @@ async def _held(made: Scene, held: dict[int, int]) -> AsyncIterator[str]:
     before = {each: made.stored[-1].offsets[each][0] for each in others}
     await asyncio.sleep(HELD_S)
     now = {each: at for each, (at, _) in made.stored[-1].offsets.items()}
-    ends = await end_offsets(made.cluster.bootstrap_servers, made.input)
+    ends = await _ends(made)
     for each, offset in held.items():
         made.say(f"  partition {each}: held at {now[each]}, its log ends at {ends[each]}")
         if now[each] != offset:
