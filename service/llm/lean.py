@@ -5,7 +5,8 @@ error answer means; both through its public face. In between, the bytes go strai
 of the aiohttp session on which its transport stands: that session's pool, certificates and parser,
 without the request and response objects that it builds around each call and that come out the same
 each time. What is not an ordinary answer (a redirect) is left to the SDK altogether, and so is the
-way through a proxy to that session.
+way through a proxy to that session. Parts of aiohttp that it does not document are used here and
+nowhere else; where they are missing or have another shape, every call goes the session's own way.
 
 No body is read beyond a bound: an answer that is larger, encoded or decoded, is `TooLarge`, and of
 an error's body the beginning is enough.
@@ -14,17 +15,25 @@ an error's body the beginning is enough.
 from __future__ import annotations
 
 import base64
+import inspect
+import logging
 from collections.abc import AsyncIterable, Callable, Mapping
 from typing import Any, NamedTuple
 
 import aiohttp
 import httpx2
 import openai
-from aiohttp.client_proto import ResponseHandler
 from yarl import URL
 
 from service.core.errors import WrongSettings
 from service.llm.bounded import ERROR_MAX_BYTES, IN_PLAIN, TooLarge, Undecodable, decoded
+
+try:
+    from aiohttp.client_proto import ResponseHandler
+except ImportError:  # `changed_part` says so
+    ResponseHandler = None  # type: ignore[assignment, misc]
+
+log = logging.getLogger(__name__)
 
 
 class Answered(NamedTuple):
@@ -56,9 +65,20 @@ class LeanPost:
         self._session: aiohttp.ClientSession = session
         self._address = URL(str(self._request.url), encoded=True)
         self._options = _options(self._request, transport)
-        self._made = await self._as_aiohttp_makes_it()
-        self._head = _head(self._made)
-        self._exchange = self._directly if self._made.proxy is None else self._by_the_session
+        _refuse_line_breaks(self._options["headers"])
+        self._exchange = self._by_the_session
+        if (changed := changed_part()) is not None:
+            log.warning(
+                "aiohttp %s has changed (%s): calls to the model go its own way, which takes more "
+                "CPU; the version in constraints.txt has what the shorter one needs",
+                aiohttp.__version__,
+                changed,
+            )
+            return
+        made = await self._as_aiohttp_makes_it()
+        if made.proxy is None:
+            self._made, self._head = made, _head(made)
+            self._exchange = self._directly
 
     async def post(self, body: bytes) -> Answered | httpx2.Response:
         """Send it; raises what `AsyncOpenAI.post` raises: `APIStatusError`, `APIConnectionError`;
@@ -210,6 +230,28 @@ async def _read(chunks: AsyncIterable[bytes], max_bytes: int, *, whole: bool) ->
     return b"".join(pieces), True
 
 
+def changed_part() -> str | None:
+    """What of aiohttp's undocumented parts is not as the direct way needs it; None: all is."""
+    if ResponseHandler is None:
+        return "no client_proto.ResponseHandler"
+    needed: tuple[tuple[type, str, tuple[Any, ...], dict[str, Any]], ...] = (
+        (aiohttp.BaseConnector, "connect", ("request",), {"traces": [], "timeout": None}),
+        (
+            ResponseHandler,
+            "set_response_params",
+            (),
+            {"read_until_eof": True, "auto_decompress": False},
+        ),
+        (ResponseHandler, "read", (), {}),
+    )
+    for owner, name, arguments, options in needed:
+        try:
+            inspect.signature(getattr(owner, name)).bind("self", *arguments, **options)
+        except (AttributeError, TypeError, ValueError):
+            return f"{owner.__name__}.{name}"
+    return None
+
+
 class _Kept(Exception):
     """The request was made; it is not to be sent."""
 
@@ -217,15 +259,21 @@ class _Kept(Exception):
 def _head(request: aiohttp.ClientRequest) -> bytes:
     """Of a direct request, up to the value of its content length."""
     lines = [f"{request.method} {request.url.raw_path_qs} HTTP/1.1"]
-    for name, value in request.headers.items():
+    lines += [
+        f"{name}: {value}"
+        for name, value in request.headers.items()
+        if name.lower() != "content-length"
+    ]
+    return "\r\n".join([*lines, "Content-Length: "]).encode()
+
+
+def _refuse_line_breaks(headers: list[tuple[str, str]]) -> None:
+    for name, value in headers:
         if any(character in value for character in "\r\n\0"):
             raise WrongSettings(
                 f"The header {name} for the model endpoint holds a line break: look at "
                 "OPENAI_ORG_ID, OPENAI_PROJECT_ID and OPENAI_CUSTOM_HEADERS."
             )
-        if name.lower() != "content-length":
-            lines.append(f"{name}: {value}")
-    return "\r\n".join([*lines, "Content-Length: "]).encode()
 
 
 def _has_unsent(protocol: ResponseHandler) -> bool:

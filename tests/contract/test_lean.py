@@ -9,11 +9,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+import aiohttp
 import httpx2
 import openai
 import pytest
 
 from service.core.errors import WrongSettings
+from service.llm import lean as lean_calls
 from service.llm.bounded import ERROR_MAX_BYTES, TooLarge, Undecodable
 from service.llm.lean import LeanPost
 
@@ -30,6 +32,14 @@ def _read_certificates_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 _tls = functools.cache(httpx2.create_ssl_context)
+
+
+@pytest.fixture(autouse=True, params=["directly", "by the session"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """On a connection of the pool, and as if aiohttp were another than the one we know."""
+    if request.param == "by the session":
+        monkeypatch.setattr(lean_calls, "changed_part", lambda: "a part")
+    return str(request.param)
 
 
 def answer(status: str, body: bytes, *headers: str) -> bytes:
@@ -240,6 +250,7 @@ async def test_a_connection_whose_call_was_cut_off_is_not_used_again(
     assert server.connections == 2
 
 
+@pytest.mark.parametrize("way", ["directly"], indirect=True)
 async def test_an_answer_before_the_whole_request_ends_its_connection(server: Server) -> None:
     """What has not left of the request would be taken for the beginning of the next one."""
     refused = answer("413 Too Large", b"{}")
@@ -304,3 +315,28 @@ async def test_of_an_error_the_beginning_is_enough(server: Server, said: bytes) 
         assert found.value.response.headers["retry-after"] == "7"
         assert len(found.value.response.content) <= ERROR_MAX_BYTES
         assert (await lean.post(BODY)).content == COMPLETION
+
+
+@pytest.mark.parametrize("way", ["directly"], indirect=True)
+def test_a_part_of_aiohttp_that_has_changed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is used is there; what is gone, or takes other arguments, is found."""
+    assert lean_calls.changed_part() is None
+    with monkeypatch.context() as patch:
+        patch.setattr(aiohttp.BaseConnector, "connect", lambda _self, _request: None)
+        assert lean_calls.changed_part() == "BaseConnector.connect"
+    with monkeypatch.context() as patch:
+        patch.delattr(lean_calls.ResponseHandler, "set_response_params")
+        assert lean_calls.changed_part() == "ResponseHandler.set_response_params"
+    monkeypatch.setattr(lean_calls, "ResponseHandler", None)
+    assert "ResponseHandler" in str(lean_calls.changed_part())
+
+
+async def test_another_aiohttp_is_told_once(
+    server: Server, way: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Calls go on, and the log says once why they take more."""
+    async with posts(f"http://127.0.0.1:{server.port}/v1") as (_, lean):
+        for _ in range(3):
+            await lean.post(BODY)
+    told = [record for record in caplog.records if "has changed" in record.getMessage()]
+    assert len(told) == (way == "by the session")
