@@ -418,7 +418,7 @@ class OpenAIExtractor:
         """As `_send`, and what `publish` raises is none of the model's doing: it passes through."""
         asked_at_s = time.monotonic()
         try:
-            return await self._streaming.ask(self._client, body, publish, talk.spent)
+            return await self._streaming.ask(self._lean, body, publish, talk.spent)
         except TimeoutError:
             return Transient("timeout")
         except openai.APIStatusError as error:

@@ -17,7 +17,8 @@ from __future__ import annotations
 import base64
 import inspect
 import logging
-from collections.abc import AsyncIterable, Callable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -34,6 +35,9 @@ except ImportError:  # `changed_part` says so
     ResponseHandler = None  # type: ignore[assignment, misc]
 
 log = logging.getLogger(__name__)
+
+_OF_BODY = frozenset({"content-length", "host"})
+"""Headers of a request that are made anew with each."""
 
 
 class Answered(NamedTuple):
@@ -100,6 +104,30 @@ class LeanPost:
         if answer.status_code == 200:
             return answer
         return await self._as_the_sdk_takes_it(answer)
+
+    @asynccontextmanager
+    async def stream(self, body: bytes) -> AsyncIterator[httpx2.Response]:
+        """Send it; the answer is read by the caller, while it is written. Raises as `post` does.
+
+        An error's body is read here, and no further than `ERROR_MAX_BYTES`.
+        """
+        headers = [pair for pair in self._request.headers.multi_items() if pair[0] not in _OF_BODY]
+        request = self._http.build_request("POST", self._request.url, headers=headers, content=body)
+        try:
+            response = await self._http.send(request, stream=True, follow_redirects=True)
+        except httpx2.TimeoutException as error:
+            raise openai.APITimeoutError(request=self._request) from error
+        except Exception as error:  # the SDK draws the line here too
+            raise openai.APIConnectionError(request=self._request) from error
+        try:
+            if response.is_error:
+                content, _ = await _read(response.aiter_raw(), ERROR_MAX_BYTES, whole=False)
+                raw = tuple(response.headers.raw)
+                answer = Answered(response.status_code, response.headers, raw, content)
+                await self._as_the_sdk_takes_it(self._in_plain(answer))
+            yield response
+        finally:
+            await response.aclose()
 
     def _in_plain(self, answer: Answered) -> Answered:
         """Decoded, where it came encoded although nobody asked for it."""

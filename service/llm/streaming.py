@@ -15,12 +15,11 @@ import asyncio
 import math
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Mapping
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import httpx2
-import openai
 from instructor.v2.core.errors import ResponseParsingError
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic_core import from_json, to_json
@@ -28,7 +27,8 @@ from pydantic_core import from_json, to_json
 from service.core.messages import Extracted, Part, Provenance, Record
 from service.llm.answer_text import TWO_OBJECTS, AnswerText, Mode, beginning_of, content_of
 from service.llm.answers import BrokenAnswer, Completion, read_completion
-from service.llm.bounded import TooLarge, Undecodable, lines
+from service.llm.bounded import TooLarge, lines
+from service.llm.lean import LeanPost
 from service.llm.records import RecordType, new_answer_id
 from service.ports import Publish
 
@@ -226,32 +226,22 @@ class Streaming:
         self._outline = _outline(record_type.answer)
 
     async def ask(
-        self, client: openai.AsyncOpenAI, body: bytes, publish: Publish, provenance: Provenance
+        self, lean: LeanPost, body: bytes, publish: Publish, provenance: Provenance
     ) -> Completion:
         """One call; its records go out while it runs, and `streamed` knows which have not.
 
-        Raises what the SDK and its transport raise, `BrokenStream`, `TimeoutError` (after the
-        call's time without the waits for Kafka, or when a begun answer stands still), and what
-        `publish` raises. Its end, of whatever kind, ends the request.
+        Raises what `LeanPost.stream` raises, `BrokenStream`, `TooLarge`, `Undecodable`,
+        `TimeoutError` (after the call's time without the waits for Kafka, or when a begun answer
+        stands still), and what `publish` raises. Its end, of whatever kind, ends the request.
         """
         answer = StreamedAnswer(self._record_type, self._outline, publish, provenance)
         clock = _Clock(self._call_timeout_s)
-        stream = await clock.wait_for(
-            client.post(
-                "/chat/completions",
-                cast_to=object,
-                content=body,
-                stream=True,
-                stream_cls=openai.AsyncStream[object],
-            )
-        )
-        async with stream:
+        async with AsyncExitStack() as stack:
+            response = await clock.wait_for(stack.enter_async_context(lean.stream(body)))
             try:
-                return await self._read(stream.response, answer, clock)
+                return await self._read(response, answer, clock)
             except BrokenAnswer as error:
-                raise BrokenStream(stream.response, error.error) from None
-            except (TooLarge, Undecodable):
-                raise BrokenStream(stream.response) from None
+                raise BrokenStream(response, error.error) from None
 
     async def _read(
         self, response: httpx2.Response, answer: StreamedAnswer, clock: _Clock

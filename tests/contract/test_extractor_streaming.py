@@ -286,3 +286,21 @@ async def test_the_next_model_answers_under_an_id_of_its_own(endpoint: Endpoint)
     assert outcome.provenance.model == "large"
     assert outcome.answer_id not in {part.answer_id for part in reader.parts[:2]}
     assert reader.results == ["invalid", "validated"]
+
+
+async def test_a_stream_is_not_read_beyond_its_bound(
+    endpoint: Endpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A line without end, or content without end in proper events: a broken answer, said once."""
+    line = b"data: " + b"x" * 10_000
+    event = b'data: {"choices":[{"delta":{"content":"%b"}}]}\n\n' % (b"x" * 400)
+    events = (("content-type", "text/event-stream"),)
+    for body in (line, event * 20):
+        endpoint.script = lambda _, b=body: Step("given", body=b, headers=events)
+        reader = Reader()
+        async with started(reader, answer_max_bytes=4096) as extractor:
+            for _ in range(2):
+                with pytest.raises(TransientFailure, match="broken_answer"):
+                    await extractor.stream(PEOPLE, None, reader.publish)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert "answer_max_bytes" in caplog.text

@@ -340,3 +340,41 @@ async def test_another_aiohttp_is_told_once(
             await lean.post(BODY)
     told = [record for record in caplog.records if "has changed" in record.getMessage()]
     assert len(told) == (way == "by the session")
+
+
+async def test_a_streams_request_is_the_same(server: Server) -> None:
+    """Address, credentials and headers; its answer is the caller's to read."""
+    async with posts(f"http://127.0.0.1:{server.port}/v1") as (_, lean):
+        await lean.post(BODY)
+        async with lean.stream(BODY) as response:
+            assert await response.aread() == COMPLETION
+    ours, theirs = map(sorted_lines, server.requests)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        answer("503 Busy", b"x" * 5_000_000, "Retry-After: 7"),
+        b"HTTP/1.1 503 Busy\r\nRetry-After: 7\r\n\r\n" + b"x" * 500_000,
+    ],
+    ids=["large", "without end"],
+)
+async def test_of_a_streams_error_the_beginning_is_enough(server: Server, said: bytes) -> None:
+    """As of any other: raised before there is anything to read."""
+    server.answers = [said]
+    async with posts(f"http://127.0.0.1:{server.port}/v1") as (_, lean):
+        with pytest.raises(openai.APIStatusError) as found:
+            async with lean.stream(BODY):
+                pass
+        assert found.value.response.headers["retry-after"] == "7"
+        assert len(found.value.response.content) <= ERROR_MAX_BYTES
+        assert (await lean.post(BODY)).content == COMPLETION
+
+
+async def test_a_stream_from_nobody_is_a_connection_error() -> None:
+    """As it is for any other call."""
+    async with posts("http://127.0.0.1:1/v1") as (_, lean):
+        with pytest.raises(openai.APIConnectionError):
+            async with lean.stream(BODY):
+                pass
