@@ -30,6 +30,7 @@ from service.core.messages import Partition
 from service.core.tracker import Given, Progress
 from service.core.window import MAP_CHARS_MAX
 from service.kafka.connection import is_lasting, stop_for, within
+from service.kafka.epochs import Trail
 from service.kafka.instances import NameTaken, in_use, put_out, this_process
 from service.kafka.membership import Membership
 from service.kafka.offsets import GroupOffsets
@@ -44,8 +45,10 @@ from service.kafka.starts import (
     all_gone,
     held_out_for_good,
     is_new,
+    leader_epochs,
     log_was_cut,
     others_to_keep,
+    reached,
     read,
     started_over,
     starts,
@@ -98,6 +101,7 @@ class Holding:
     others: Others = NO_OTHERS  # what a newer version has stored besides
     topic_id: str = ""  # empty where brokers tell none
     attempted: dict[Stored, Progress] = field(default_factory=dict)  # may have arrived
+    trail: Trail = field(default_factory=Trail)
     cut_at: int | None = None  # the log ended there, before what was read of it
 
     def attempt(self, stored: Stored, progress: Progress) -> None:
@@ -213,7 +217,11 @@ class Holdings:
     @property
     def readable(self) -> list[Partition]:
         """Held, and standing where there is something to read."""
-        return [partition for partition in self.held if partition not in self._broken]
+        return [partition for partition in self.held if self.may_be_read(partition)]
+
+    def may_be_read(self, partition: Partition) -> bool:
+        """Whether what has been fetched of it stands behind what was read before."""
+        return partition in self.held and partition not in self._broken
 
     def takes(self, partition: Partition) -> bool:
         """Whether outcomes of it may be published: not before its restore has ended."""
@@ -269,7 +277,7 @@ class Holdings:
         progress = self._assignment.progress(partition, finishing)
         if holding is None or progress is None:
             return None
-        stored = to_store(progress, self._mark_of(partition.topic, holding))
+        stored = to_store(progress, self._mark_of(partition.topic, holding, progress))
         holding.attempt(stored, progress)
         return stored
 
@@ -311,10 +319,15 @@ class Holdings:
         holding.attempted.clear()
         self._assignment.stored(partition, progress)
 
-    def _mark_of(self, topic: str, holding: Holding) -> Mark:
-        topic_id = self._topic_ids.get(topic)
+    def _mark_of(self, topic: str, holding: Holding, progress: Progress) -> Mark:
         return Mark(
-            self._nonce, self._began, topic_id, holding.others, holding.cut_at, self._bearer
+            self._nonce,
+            self._began,
+            self._topic_ids.get(topic),
+            holding.others,
+            holding.cut_at,
+            self._bearer,
+            holding.trail.before(reached(progress)),
         )
 
     def follow(self, before: Holdings) -> None:
@@ -388,6 +401,15 @@ class Holdings:
             if problem and self._broken.get(partition) != problem:
                 log.error("%s", problem)
             self._broken[partition] = problem
+
+    def fetched(self, partition: Partition, offset: int, batches: bytes) -> None:
+        """A fetch has brought these; where another leader has written them it is not read on
+        before it is known that the log was not cut in between."""
+        holding = self.held.get(partition)
+        if holding is None or offset < holding.next:
+            return  # of an assignment before
+        if holding.trail.fetched(offset, batches):
+            self.broken(partition, self._broken.get(partition, ""))
 
     async def see_to_the_rest(self) -> None:
         """A restore that failed, a position outside the log: tried again when it is time."""
@@ -523,7 +545,8 @@ class Holdings:
         chosen: Mapping[Partition, int] = {}
         if began is not None:
             chosen = await self._chosen(fresh, bounds)
-        found = self._starts(fresh, stored, bounds, chosen, topic_ids)
+        epoch_ends = await self._offsets.epoch_ends(leader_epochs(fresh, stored))
+        found = self._starts(fresh, stored, bounds, chosen, topic_ids, epoch_ends)
         held_out = {each: at for each, at in found.items() if isinstance(at, HeldOut)}
         progress = {
             each: taken_over(at, stored[each], self._nonce, self._bearer)
@@ -699,10 +722,12 @@ class Holdings:
         self, progress: Progress, stored: Stored | None, began: int | None, topic_id: str | None
     ) -> Holding:
         others = others_to_keep(progress.next_offset, stored)
-        mark = Mark(self._nonce, began, topic_id, others, bearer=self._bearer)
+        trail = _trail_of(progress, stored)
+        epoch = trail.before(reached(progress))
+        mark = Mark(self._nonce, began, topic_id, others, bearer=self._bearer, leader_epoch=epoch)
         given = Given(next(self._epochs), progress)
         stored_now = to_store(progress, mark)
-        return Holding(given, progress.next_offset, stored_now, others, topic_id or "")
+        return Holding(given, progress.next_offset, stored_now, others, topic_id or "", trail=trail)
 
     def _may_be_kept(self, given: _Given, topic_ids: Mapping[str, str]) -> dict[Partition, Holding]:
         """Partitions that nobody can have had in between, if Kafka holds what we left there."""
@@ -732,6 +757,7 @@ class Holdings:
         bounds: Mapping[Partition, Bounds],
         chosen: Mapping[Partition, int],
         topic_ids: Mapping[str, str],
+        epoch_ends: Mapping[Partition, int],
     ) -> dict[Partition, int | HeldOut]:
         if self._known and not any(stored.values()):
             problem = all_gone(self._settings.topics_read, self._kafka.group_id)
@@ -741,7 +767,7 @@ class Holdings:
             if found is not None and found.metadata and read(found) is None:
                 log.warning("the metadata stored for %s is not ours: its offset counts", partition)
                 self._observe(ForeignMetadata())
-        return dict(starts(fresh, stored, bounds, chosen, topic_ids))
+        return dict(starts(fresh, stored, bounds, chosen, topic_ids, epoch_ends))
 
     def _hold(
         self,
@@ -763,6 +789,9 @@ class Holdings:
             self._broken[partition] = log_was_cut(
                 partition, holding.next, holding.cut_at, bounds.end
             )
+            return
+        if holding.trail.unverified is not None:
+            self._broken[partition] = ""
             return
         if holding.next < bounds.begin:
             missing = bounds.begin - holding.next
@@ -816,12 +845,21 @@ class Holdings:
         """Positions outside the log: behind its start go on there, beyond its end wait."""
         self._mend_at_s = _now_s() + RESTORE_AGAIN_S
         try:
-            bounds = await within(RESTORE_S, self._offsets.bounds(self._broken.keys()))
+            async with asyncio.timeout(RESTORE_S):
+                unverified = self._unverified()
+                ends = await self._offsets.epoch_ends({p: at[1] for p, at in unverified.items()})
+                bounds = await self._offsets.bounds(self._broken.keys())
         except (KafkaError, TimeoutError) as error:
             log.warning("the log's bounds cannot be read: %s", type(error).__name__)
             return
         for partition in self._broken.keys() & self.held.keys() & bounds.keys():
             holding, found = self.held[partition], bounds[partition]
+            if partition in unverified and holding.trail.unverified == unverified[partition]:
+                offset, holding.trail.unverified = unverified[partition][0], None
+                if (end := ends.get(partition, offset)) < offset:
+                    holding.cut(end)
+            if holding.trail.unverified is not None:
+                continue  # it came in between: verified with the next look
             if holding.next > found.end or holding.cut_at is not None:
                 cut_at = holding.cut(min(holding.next, found.end))
                 self.broken(partition, log_was_cut(partition, holding.next, cut_at, found.end))
@@ -830,6 +868,12 @@ class Holdings:
             self._open(partition, holding, found)
             del self._broken[partition]
         await self._store_traces()
+
+    def _unverified(self) -> dict[Partition, tuple[int, int]]:
+        """Of partitions that another leader has written on: up to where, under which epoch."""
+        trails = {each: self.held[each].trail for each in self._broken.keys() & self.held.keys()}
+        found = {each: trail.unverified for each, trail in trails.items()}
+        return {each: at for each, at in found.items() if at is not None}
 
     async def _store_traces(self) -> None:
         """What was cut stays held out, also for whoever has it next; tried again with the next
@@ -852,6 +896,14 @@ class Holdings:
     @property
     def _settled(self) -> bool:
         return self.restored.is_set() and not self._membership.reassigning
+
+
+def _trail_of(progress: Progress, stored: Stored | None) -> Trail:
+    """What is stored of leader epochs, where reading goes on at what is stored."""
+    found = None if stored is None else read(stored)
+    if found is None or found[0].next_offset != progress.next_offset:
+        return Trail()
+    return Trail(reached(found[0]), found[1].leader_epoch)
 
 
 class Listener(ConsumerRebalanceListener):  # type: ignore[misc]

@@ -18,6 +18,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka import errors as kafka_errors
 from aiokafka.consumer.fetcher import FetchError, FetchResult
 from aiokafka.errors import BrokerResponseError, KafkaError, UnknownMemberIdError
+from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.protocol.group import SyncGroupRequest
 from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 
@@ -145,6 +146,22 @@ class Membership:
             found.check_raise()
         return records
 
+    def hear_fetches(self, hear: Callable[[Partition, int, bytes], None]) -> None:
+        """Have each fetch told before its messages can be had: partition, offset, batches.
+
+        The client parses batches without a word of the leader epoch in them.
+        """
+        client = self._consumer._client
+        send = client.send
+
+        async def heard(node: int, request: Any, **options: Any) -> Any:
+            answer = await send(node, request, **options)
+            if isinstance(request, FetchRequest):
+                _tell_fetches(request, answer, hear)
+            return answer
+
+        client.send = heard
+
     def knows(self, topic: str) -> int:
         """How many partitions of a topic the client's own metadata has."""
         return len(self._consumer._client.cluster.partitions_for_topic(topic) or ())
@@ -221,6 +238,20 @@ class Membership:
         if subscription is None or subscription.assignment is None:
             return None
         return subscription.assignment.state_value(TopicPartition(*partition))
+
+
+def _tell_fetches(
+    request: FetchRequest, answer: Any, hear: Callable[[Partition, int, bytes], None]
+) -> None:
+    asked = {
+        Partition(topic, number): offset
+        for topic, partitions in request.topics
+        for number, offset, _ in partitions
+    }
+    for topic, partitions in answer.topics:
+        for number, _, _, *_, batches in partitions:
+            if batches and (offset := asked.get(Partition(topic, number))) is not None:
+                hear(Partition(topic, number), offset, bytes(batches))
 
 
 async def briefly(step: Callable[[], Awaitable[None]], limit_s: float) -> bool:

@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from datetime import datetime
+from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import NodeNotReadyError, for_code
+from aiokafka.errors import (
+    IncompatibleBrokerVersion,
+    LeaderNotAvailableError,
+    NodeNotReadyError,
+    NoError,
+    TopicAuthorizationFailedError,
+    UnsupportedVersionError,
+    for_code,
+)
 
 from service.core.messages import Partition
 from service.kafka.connection import describe_topics
 from service.kafka.stable_offsets import stable_offsets
+from service.kafka.epochs import EpochEnds
 from service.kafka.starts import Bounds, Stored
-from service.kafka.topic_ids import topic_ids
+from service.kafka.topic_ids import find_topics, topic_ids
 from service.settings import Start
+
+
+def _ends_in(answer: Any) -> dict[Partition, int]:
+    found = {}
+    for topic in answer.to_object()["topics"]:
+        for each in topic["partitions"]:
+            error = for_code(each["error_code"])
+            if error not in (NoError, TopicAuthorizationFailedError, UnsupportedVersionError):
+                raise error(topic["topic"])
+            if error is NoError and each["end_offset"] >= 0:
+                found[Partition(topic["topic"], each["partition"])] = each["end_offset"]
+    return found
 
 
 class GroupOffsets:
@@ -73,6 +96,29 @@ class GroupOffsets:
         those whose brokers are too old to tell."""
         found = await topic_ids(self._admin, list(self._topics))
         return {topic: each for topic, each in found.items() if each is not None}
+
+    async def epoch_ends(self, epochs: Mapping[Partition, int]) -> dict[Partition, int]:
+        """Where an epoch ends in each partition's log, in which later leaders may have written on.
+
+        Without those whose log knows nothing of it any more, and without all where brokers are too
+        old to tell or do not let us ask. Raises `KafkaError` where a partition has no leader now.
+        """
+        if not epochs:
+            return {}
+        found = await find_topics(self._admin, list({each.topic for each in epochs}))
+        by_leader: dict[int, dict[Partition, int]] = defaultdict(dict)
+        for each, epoch in epochs.items():
+            by_leader[found[each.topic].leaders.get(each.partition, -1)][each] = epoch
+        ends: dict[Partition, int] = {}
+        for leader, asked in by_leader.items():
+            if leader < 0:
+                raise LeaderNotAvailableError("a partition has no leader now")
+            try:
+                answer = await self._admin._send_request(EpochEnds(asked), leader)
+            except IncompatibleBrokerVersion:
+                return {}
+            ends |= _ends_in(answer)
+        return ends
 
     async def bounds(self, partitions: AbstractSet[Partition]) -> dict[Partition, Bounds]:
         """First offset and last stable offset of each."""

@@ -11,7 +11,7 @@ from aiokafka.errors import KafkaError
 from service.kafka.connection import client_options, stop_for, within
 from service.kafka.membership import STOP_S, briefly
 from service.kafka.offsets import GroupOffsets
-from service.kafka.starts import HeldOut, starts
+from service.kafka.starts import HeldOut, leader_epochs, starts
 from service.settings import Settings
 
 LOOK_S = 20.0
@@ -58,7 +58,9 @@ async def _look_ahead(
     bounds = await offsets.bounds(stored.keys())
     new = not any(stored.values())
     chosen = await offsets.chosen(settings.input.start, bounds) if new else {}
-    found = starts(stored.keys(), stored, bounds, chosen, await offsets.topic_ids())
+    topic_ids = await offsets.topic_ids()
+    epoch_ends = await offsets.epoch_ends(leader_epochs(stored.keys(), stored))
+    found = starts(stored.keys(), stored, bounds, chosen, topic_ids, epoch_ends)
     problems = [at.problem for _, at in sorted(found.items()) if isinstance(at, HeldOut)]
     unknown = {
         each: at for each, at in found.items() if stored[each] is None and isinstance(at, int)

@@ -183,6 +183,7 @@ class KafkaSource:
         if self._holdings is not None:
             holdings.follow(self._holdings)
         self._holdings = holdings
+        self._membership.hear_fetches(holdings.fetched)
         await holdings.see_that_the_name_is_free()
         consumer.subscribe(list(self._topics), listener=Listener(holdings))
 
@@ -324,6 +325,8 @@ class KafkaSource:
         partition = Partition(records[0].topic, records[0].partition)
         holding = self._started.held.get(partition)
         if holding is None:  # fetched before its restore, which seeks
+            return []
+        if not self._started.may_be_read(partition):  # found while we waited; mending it seeks
             return []
         if (wait := self._due.first_not_due(partition, records)) is not None:
             # Buffered it would come next, whatever else is due by then.

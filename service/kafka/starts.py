@@ -11,6 +11,7 @@ are left out, and the map comes last:
     :iBEARER       who wrote it, where workers have names (instances.py)
     :uN            unclean ends at this next offset, the writer's own in advance
     :aN            the offset of the message that runs alone
+    :EN            the leader epoch of the last message that is finished, map included
     :HN            the log was cut: it ended at N, before what had been read of it
     :mMAP          the completed map (core/completed.py)
 
@@ -51,6 +52,7 @@ _KNOWN = {
     "i": instances.TEXT,
     "u": re.compile("[0-9]{1,9}"),
     "a": re.compile("[0-9]{1,19}"),
+    "E": re.compile("[0-9]{1,10}"),
     "H": re.compile("[0-9]{1,19}"),
     "m": re.compile(".+"),
 }
@@ -114,6 +116,7 @@ class Mark:
     cut_at: int | None = None
     bearer: Bearer | None = None
     """Of a worker with a name (`kafka.group_instance_id`)."""
+    leader_epoch: int | None = None
 
 
 def to_store(progress: Progress, mark: Mark) -> Stored:
@@ -124,6 +127,7 @@ def to_store(progress: Progress, mark: Mark) -> Stored:
         ("i", None if mark.bearer is None else mark.bearer.text),
         ("u", progress.unclean_ends or None),
         ("a", progress.alone),
+        ("E", mark.leader_epoch),
         ("H", mark.cut_at),
     )
     written = "".join(f":{letter}{value}" for letter, value in fields if value is not None)
@@ -158,7 +162,8 @@ def read(stored: Stored) -> tuple[Progress, Mark] | None:
     began, cut_at = _number(values.get("g")), _number(values.get("H"))
     named = values.get("i")
     by = None if named is None else bearer(named)
-    return progress, Mark(found[1], began, values.get("t"), others, cut_at, by)
+    epoch = _number(values.get("E"))
+    return progress, Mark(found[1], began, values.get("t"), others, cut_at, by, epoch)
 
 
 def _number(text: str | None) -> int | None:
@@ -211,14 +216,31 @@ def held_out_for_good(stored: Stored, cut_at: int, nonce: str) -> Stored:
     return to_store(progress, replace(mark, cut_at=cut_at))
 
 
+def reached(progress: Progress) -> int:
+    """The offset behind the last message that is finished."""
+    return progress.next_offset + sum(progress.runs)
+
+
+def leader_epochs(
+    partitions: AbstractSet[Partition], stored: Mapping[Partition, Stored | None]
+) -> dict[Partition, int]:
+    """Under which leader the last finished message of each was written, where that is stored."""
+    found = {each: read(at) for each in partitions if (at := stored[each]) is not None}
+    epochs = {each: it[1].leader_epoch for each, it in found.items() if it is not None}
+    return {each: epoch for each, epoch in epochs.items() if epoch is not None}
+
+
 def starts(
     fresh: AbstractSet[Partition],
     stored: Mapping[Partition, Stored | None],
     bounds: Mapping[Partition, Bounds],
     chosen: Mapping[Partition, int],
     topic_ids: Mapping[str, str],
+    epoch_ends: Mapping[Partition, int],
 ) -> dict[Partition, int | HeldOut]:
     """Where each of `fresh` is read from; `stored` has all partitions of the topics.
+
+    `epoch_ends` says where the `leader_epochs` end in the logs of now, as far as brokers tell.
 
     Of a topic that was made again nothing is started, not even a partition without an offset;
     until somebody has started it over and stored an offset under its new id.
@@ -231,7 +253,12 @@ def starts(
             found[partition] = HeldOut(made_again(partition, None, bounds[partition].end))
         else:
             found[partition] = where_to_start(
-                partition, at, bounds[partition], chosen.get(partition), topic_id
+                partition,
+                at,
+                bounds[partition],
+                chosen.get(partition),
+                topic_id,
+                epoch_ends.get(partition),
             )
     return found
 
@@ -255,6 +282,7 @@ def where_to_start(
     bounds: Bounds,
     chosen: int | None,
     topic_id: str | None = None,
+    epoch_end: int | None = None,
 ) -> int | HeldOut:
     """The offset to read from; `chosen` by the settings where the group is new, else None.
 
@@ -270,11 +298,11 @@ def where_to_start(
     then = None if mark is None else mark.topic_id
     if then is not None and topic_id is not None and then != topic_id:
         return HeldOut(made_again(partition, stored.offset, bounds.end))
-    reached = stored.offset + sum(progress.runs)
+    finished = reached(progress)
     ends = [] if mark is None or mark.cut_at is None else [mark.cut_at]
-    ends += [bounds.end] if reached > bounds.end else []
+    ends += [end for end in (bounds.end, epoch_end) if end is not None and end < finished]
     if ends:
-        return HeldOut(log_was_cut(partition, reached, min(ends), bounds.end), min(ends))
+        return HeldOut(log_was_cut(partition, finished, min(ends), bounds.end), min(ends))
     return stored.offset
 
 

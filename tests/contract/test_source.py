@@ -565,6 +565,33 @@ async def test_offsets_beyond_the_log_hold_it_out_with_a_sentence(kafka: Kafka) 
     assert await kafka.committed(group, topic, 2) == {0: 1, 1: 0}
 
 
+async def test_the_leaders_epoch_is_stored_with_what_was_read(real: Kafka) -> None:
+    """From the batches of a fetch; also after the map, and where nothing was read since."""
+    topic, group = await real.topic(), topics.unique_name("g")
+    await real.send(topic, "a", "b", "c")
+    async with member(real, topic, group) as one:
+        await one.until(lambda: len(one.messages) == 3)
+        await one.commit({part(topic): Progress(1, (1, 1))})
+        assert ":E0" in (await topics.committed(real.servers, group, topic, 1))[0][1]
+        found = await one.source._offsets.epoch_ends({part(topic): 0})
+        assert found == {part(topic): 3}
+    async with member(real, topic, group) as another:
+        await another.until(lambda: len(another.epochs) == 1)
+    assert ":E0" in (await topics.committed(real.servers, group, topic, 1))[0][1]
+
+
+async def test_a_broker_that_knows_no_epochs_is_read_all_the_same(
+    mock_kafka: EmbeddedBroker,
+) -> None:
+    """What it cannot tell is not known, and no failure."""
+    kafka = Kafka(mock_kafka.bootstrap_servers, mock_kafka)
+    topic, group = await kafka.topic(), topics.unique_name("g")
+    await kafka.send(topic, "a")
+    async with member(kafka, topic, group) as one:
+        await one.until(lambda: len(one.messages) == 1)
+        assert await one.source._offsets.epoch_ends({part(topic): 0}) == {}
+
+
 async def test_a_log_that_ends_before_its_reader_is_held_out_for_good(kafka: Kafka) -> None:
     """Who reads finds it too, stores it, and does not read on when the log has grown again."""
     topic, group = await kafka.topic(), topics.unique_name("g")

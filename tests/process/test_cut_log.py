@@ -70,5 +70,30 @@ async def test_new_messages_under_the_offsets_of_lost_ones_are_not_passed_over(
         assert await scene.lag() == 0
 
 
+async def test_a_cut_that_nobody_saw_is_found_by_the_leaders_epoch(own_broker: Broker) -> None:
+    """The log is cut and has grown past the old offset before a worker starts again."""
+    if not isinstance(own_broker, RealKafka):
+        pytest.skip("the data of a container is out of reach")
+    async with Endpoint(latency=Latency(median_s=0.01)) as endpoint:
+        scene = Scene(own_broker.bootstrap_servers, endpoint)
+        await scene.create_topics(1)
+        await scene.send(*texts("old", 60))
+        await scene.send(*texts("lost", 40))
+        await scene.catch_up()
+        assert ":E" in (await stored(scene))[1]
+        await asyncio.to_thread(own_broker.kill)
+        own_broker.cut_log(scene.input, 0, 60)
+        await asyncio.to_thread(own_broker.start)
+        await scene.send(*texts("new", 60))
+        ended = await run(scene.environment, "run", "--until-caught-up")
+        assert ended.code == 1, ended.printed
+        assert "read up to offset 100, but the log ends at 60, and has grown" in ended.printed
+        assert endpoint.total() == 100
+        ended = await run(scene.environment, "run", "--until-caught-up", "--start-over")
+        assert ended.code == 0, ended.printed
+        assert endpoint.total() == 160
+        assert (await scene.outcomes()).keys() == (await scene.everything()).keys()
+
+
 async def stored(scene: Scene) -> tuple[int, str]:
     return (await topics.committed(scene.servers, scene.group, scene.input, 1))[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import struct
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
@@ -29,6 +30,11 @@ P = Partition("in", 0)
 ANOTHER = Mark("fedcba9876543210")  # another process
 BEGAN = 3
 """Where the settings let a new group begin."""
+
+
+def batch(base: int, epoch: int) -> bytes:
+    """The start of a batch of messages; the rest does not matter here."""
+    return struct.pack(">qiib", base, 5, epoch, 2)
 
 
 class Group:
@@ -62,6 +68,7 @@ class Offsets(GroupOffsets):
 
     def __init__(self, group: Group) -> None:
         self._group, self.end = group, 100
+        self.epoch_end: dict[int, int] = {}  # of the leader's log as it is now
         self.gate = asyncio.Event()
         self.gate.set()
         self.asked = 0
@@ -76,6 +83,11 @@ class Offsets(GroupOffsets):
 
     async def bounds(self, partitions: AbstractSet[Partition]) -> dict[Partition, Bounds]:
         return {each: Bounds(0, self.end) for each in partitions}
+
+    async def epoch_ends(self, epochs: Mapping[Partition, int]) -> dict[Partition, int]:
+        return {
+            each: self.epoch_end[epoch] for each, epoch in epochs.items() if epoch in self.epoch_end
+        }
 
     async def chosen(
         self, start: Start, bounds: Mapping[Partition, Bounds]
@@ -133,6 +145,7 @@ class Worker:
         """The next process, which is given the partition."""
         follower = Worker(self, start_over=start_over)
         follower.offsets.end = self.offsets.end
+        follower.offsets.epoch_end = self.offsets.epoch_end
         self.group.member_id += "x"
         self.group.generation += 1
         await follower.given()
@@ -313,6 +326,63 @@ async def test_a_cut_that_a_start_finds_is_stored(worker: Worker) -> None:
         assert found is not None
         assert (found[0], found[1].cut_at) == (Progress(90, (1, 2)), cut_at)
         assert worker.holdings.held == {}
+
+
+async def test_a_log_that_was_cut_and_has_grown_between_two_processes_is_found(
+    worker: Worker,
+) -> None:
+    """By the leader's epoch that is stored, though nobody has seen the log shorter."""
+    worker.holdings.fetched(P, 7, batch(5, 3) + batch(90, 3))
+    worker.commit(Progress(90, (2, 8)))
+    assert ":E3" in worker.group.stored[P].metadata
+    worker.offsets.epoch_end = {3: 100}
+    assert (await worker.follower()).group.position == 90
+    worker.offsets.end, worker.offsets.epoch_end = 200, {3: 95}
+    after = await worker.follower()
+    assert after.holdings.held == {}
+    assert "read up to offset 100, but the log ends at 95, and" in (after.holdings.problem or "")
+
+
+@pytest.mark.parametrize(
+    ("epoch_end", "position"), [(100, 100), (110, 100), (None, 100), (95, None)]
+)
+async def test_another_leaders_messages_wait_until_it_is_known_that_nothing_is_cut(
+    worker: Worker, epoch_end: int | None, position: int | None
+) -> None:
+    """They are not handed out before; where brokers say nothing it goes on."""
+    worker.holdings.fetched(P, 7, batch(7, 3))
+    worker.holdings.held[P].next = 100
+    worker.group.pause(TopicPartition(*P))
+    worker.holdings.fetched(P, 100, batch(100, 4))
+    assert worker.holdings.readable == []
+    assert not worker.holdings.may_be_read(P)
+    worker.offsets.end = 200
+    worker.offsets.epoch_end = {} if epoch_end is None else {3: epoch_end}
+    await worker.look()
+    assert worker.group.position == position
+    assert bool(worker.holdings.readable) == (position is not None)
+    if position is None:
+        assert worker.commit(Progress(98)).metadata.endswith(":E3:H95")
+        assert "but the log ends at 95, and has grown" in (worker.holdings.problem or "")
+
+
+async def test_a_map_that_reaches_into_another_epoch_is_stored_with_it(worker: Worker) -> None:
+    """The cut may lie between the next offset and what is finished beyond it."""
+    worker.holdings.fetched(P, 7, batch(7, 3) + batch(50, 4))
+    assert ":E4" in worker.commit(Progress(40, (5, 10))).metadata
+    assert ":E3" in worker.commit(Progress(40, (5, 5))).metadata
+
+
+async def test_a_rebalance_does_not_forget_what_is_to_be_verified(worker: Worker) -> None:
+    """The partition is kept, and still not read before it is known."""
+    worker.holdings.fetched(P, 7, batch(7, 3))
+    worker.holdings.held[P].next = 100
+    worker.holdings.fetched(P, 100, batch(100, 4))
+    await worker.rebalance()
+    assert worker.holdings.readable == []
+    worker.offsets.epoch_end = {3: 100}
+    await worker.look()
+    assert worker.group.position == 100
 
 
 async def test_what_finishes_behind_a_cut_is_committed_with_its_trace(worker: Worker) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from service.core.messages import Partition
 from service.core.tracker import Progress
 from service.core.window import MAP_CHARS_MAX
+from service.kafka import starts as module
 from service.kafka.instances import Bearer, began, this_process
 from service.kafka.settling import SettlingClock
 from service.kafka.starts import (
@@ -25,6 +26,7 @@ from service.kafka.starts import (
     Stored,
     held_out_for_good,
     is_new,
+    leader_epochs,
     others_to_keep,
     read,
     started_over,
@@ -37,7 +39,7 @@ from service.kafka.starts import (
 P, Q = Partition("in", 0), Partition("in", 1)
 NONCE = "0123456789abcdef"
 MARK = Mark(NONCE)
-OTHER_LETTERS = sorted(set(string.ascii_letters) - set("gtiuamH"))
+OTHER_LETTERS = sorted(set(string.ascii_letters) - module._KNOWN.keys())
 """Those of fields that a later version may write."""
 
 
@@ -96,6 +98,18 @@ def test_a_map_beyond_the_end_shows_a_cut_too() -> None:
     assert held_out.cut_at == 99
 
 
+def test_a_cut_is_found_where_the_last_leader_has_written_less_than_was_read() -> None:
+    """Whatever new messages stand there by now; a log that is whole or says nothing is read."""
+    stored = to_store(Progress(90, (2, 8)), replace(MARK, leader_epoch=3))
+    assert leader_epochs({P, Q}, {P: stored, Q: None}) == {P: 3}
+    for epoch_end in (None, 100, 120):
+        assert where_to_start(P, stored, Bounds(0, 200), None, None, epoch_end) == 90
+    held_out = where_to_start(P, stored, Bounds(0, 200), None, None, 99)
+    assert isinstance(held_out, HeldOut)
+    assert held_out.cut_at == 99
+    assert "has grown since" in held_out.problem
+
+
 def test_the_trace_of_a_cut_leaves_the_rest_as_it_was() -> None:
     """Offset, map, counts and whose they are; also where others have stored."""
     before = to_store(Progress(90, (2, 3), 1, 91), replace(MARK, topic_id="A"))
@@ -136,7 +150,7 @@ def test_no_partition_of_a_topic_made_again_is_started() -> None:
     bounds, ids = {each: Bounds(0, 9) for each in (P, Q, other)}, {"in": "B", "other": "C"}
 
     def started(stored: dict[Partition, Stored | None]) -> set[Partition]:
-        found = starts(stored.keys(), stored, bounds, {}, ids)
+        found = starts(stored.keys(), stored, bounds, {}, ids, {})
         return {each for each, at in found.items() if isinstance(at, int)}
 
     assert started({P: old, Q: None, other: None}) == {other}
@@ -194,6 +208,7 @@ MARKS = st.builds(
     began=st.none() | st.integers(0, 2**31 - 1),
     topic_id=st.none() | st.text("abcXYZ019_-", min_size=1, max_size=22),
     cut_at=st.none() | st.integers(0, 2**63 - 1),
+    leader_epoch=st.none() | st.integers(0, 2**31 - 1),
 )
 
 
@@ -277,7 +292,8 @@ def test_the_longest_map_leaves_room_for_the_rest() -> None:
     random = Random(7)
     runs = tuple(random.randrange(1, 400) for _ in range(100_000))
     progress = Progress(2**63 - 1, runs, 10**9 - 1, 2**63 - 1)
-    mark = Mark(NONCE, 2**31 - 1, "A" * 22, cut_at=2**63 - 1, bearer=LONGEST)
+    last = 2**63 - 1
+    mark = Mark(NONCE, 2**31 - 1, "A" * 22, NO_OTHERS, last, LONGEST, leader_epoch=2**31 - 1)
     stored = to_store(progress, mark)
     assert METADATA_CHARS_MAX - 10 < len(stored.metadata) <= METADATA_CHARS_MAX
     assert len(stored.metadata.partition(":m")[0]) < FIELDS_CHARS_MAX / 2

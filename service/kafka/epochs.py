@@ -1,0 +1,150 @@
+"""Leader epochs (KIP-320): under which leader each message was written, so that a cut is found.
+
+A log's leaders are numbered, and each batch names the one that wrote it. Where a log was cut and
+has grown again, what stands there was written under a later one: the last offset of the epoch that
+we have read is then smaller than what we have read. Pure but for the request at the end, which the
+client does not have: it is version 3, of brokers since 2.3.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from aiokafka.protocol.api import Request, RequestStruct, Response
+from aiokafka.protocol.types import Array, Int16, Int32, Int64, Schema, String
+
+from service.core.messages import Partition
+
+TRAIL_MAX = 64
+"""Changes of leader between the next offset and the last message that are remembered; of more
+only the last ones, and the others are not verified."""
+
+_BATCH = struct.Struct(">qiib")
+"""The start of a batch: base offset, length behind these two, leader epoch, version."""
+
+_BEFORE_LENGTH = 12
+"""Bytes of base offset and length, which the length does not count."""
+
+_VERSION = 2
+"""Of batches that name an epoch; those before have a checksum in its place."""
+
+
+def epochs_in(batches: bytes) -> Iterator[tuple[int, int]]:
+    """(base offset, epoch) of the first batch, and of each whose epoch is another than before.
+
+    The last batch of a fetch may be cut off; nothing is read behind it.
+    """
+    at, before = 0, None
+    while at + _BATCH.size <= len(batches):
+        base, length, epoch, version = _BATCH.unpack_from(batches, at)
+        if version == _VERSION and epoch >= 0 and epoch != before:
+            yield base, epoch
+            before = epoch
+        if length <= 0:
+            return
+        at += _BEFORE_LENGTH + length
+
+
+class Trail:
+    """The epochs of what has been fetched of one partition.
+
+    `unverified` is set from a fetch under another epoch than before until somebody has asked
+    whether the log was cut in between: (offset, epoch), all before the offset having been read
+    under at most this epoch.
+    """
+
+    __slots__ = ("_begins", "unverified")
+
+    def __init__(self, reached: int = 0, epoch: int | None = None) -> None:
+        """The message before `reached` was written under `epoch`, where that is known."""
+        self._begins: deque[tuple[int, int]] = deque(maxlen=TRAIL_MAX)
+        self.unverified: tuple[int, int] | None = None
+        if epoch is not None:
+            self._begins.append((reached - 1, epoch))
+
+    def fetched(self, offset: int, batches: bytes) -> bool:
+        """A fetch at this offset has brought these; whether it has to be verified first."""
+        for index, (base, epoch) in enumerate(epochs_in(batches)):
+            if not self._begins:
+                self._begins.append((base, epoch))
+                continue
+            last_begin, last = self._begins[-1]
+            if epoch == last:
+                continue
+            if index == 0 and self.unverified is None:
+                self.unverified = offset, last
+            if base > last_begin:
+                self._begins.append((base, epoch))
+        return self.unverified is not None
+
+    def before(self, offset: int) -> int | None:
+        """The epoch of the last message before this offset; None where it is not known."""
+        for begin, epoch in reversed(self._begins):
+            if begin < offset:
+                return epoch
+        return None
+
+
+# --- a request that the client does not have ----------------------------------------------------
+
+
+class _EpochEndsAnswer(Response):  # type: ignore[misc]
+    API_KEY = 23
+    API_VERSION = 3
+    SCHEMA = Schema(
+        ("throttle_time_ms", Int32),
+        (
+            "topics",
+            Array(
+                ("topic", String("utf-8")),
+                (
+                    "partitions",
+                    Array(
+                        ("error_code", Int16),
+                        ("partition", Int32),
+                        ("leader_epoch", Int32),
+                        ("end_offset", Int64),
+                    ),
+                ),
+            ),
+        ),
+    )
+
+
+class _EpochEndsRequest(RequestStruct):  # type: ignore[misc]
+    API_KEY = 23
+    API_VERSION = 3
+    RESPONSE_TYPE = _EpochEndsAnswer
+    SCHEMA = Schema(
+        ("replica_id", Int32),
+        (
+            "topics",
+            Array(
+                ("topic", String("utf-8")),
+                (
+                    "partitions",
+                    Array(("partition", Int32), ("current_leader_epoch", Int32), ("epoch", Int32)),
+                ),
+            ),
+        ),
+    )
+
+
+_NOT_A_REPLICA = _ANY_LEADER = -1
+
+
+class EpochEnds(Request[_EpochEndsRequest]):  # type: ignore[misc]
+    """Where each partition's given epoch ends in its leader's log."""
+
+    API_KEY = 23
+
+    def __init__(self, epochs: Mapping[Partition, int]) -> None:
+        self._topics: dict[str, list[tuple[int, int, int]]] = {}
+        for (topic, number), epoch in epochs.items():
+            self._topics.setdefault(topic, []).append((number, _ANY_LEADER, epoch))
+
+    def build(self, version: Any) -> Any:
+        return version(_NOT_A_REPLICA, list(self._topics.items()))
