@@ -981,8 +981,8 @@ MUTATIONS = (
     Mutation(
         "73 a map that reaches beyond the log's end hides new messages",
         STARTS,
-        "reached = stored.offset + sum(progress.runs)",
-        "reached = stored.offset",
+        "finished = reached(progress)",
+        "finished = stored.offset",
         (UNIT_STARTS + "a_map_beyond_the_end_shows_a_cut_too",),
     ),
     Mutation(

@@ -22,23 +22,11 @@ from aiokafka.errors import (
 
 from service.core.messages import Partition
 from service.kafka.connection import describe_topics
-from service.kafka.stable_offsets import stable_offsets
 from service.kafka.epochs import EpochEnds
+from service.kafka.stable_offsets import stable_offsets
 from service.kafka.starts import Bounds, Stored
 from service.kafka.topic_ids import find_topics, topic_ids
 from service.settings import Start
-
-
-def _ends_in(answer: Any) -> dict[Partition, int]:
-    found = {}
-    for topic in answer.to_object()["topics"]:
-        for each in topic["partitions"]:
-            error = for_code(each["error_code"])
-            if error not in (NoError, TopicAuthorizationFailedError, UnsupportedVersionError):
-                raise error(topic["topic"])
-            if error is NoError and each["end_offset"] >= 0:
-                found[Partition(topic["topic"], each["partition"])] = each["end_offset"]
-    return found
 
 
 class GroupOffsets:
@@ -115,8 +103,8 @@ class GroupOffsets:
                 raise LeaderNotAvailableError("a partition has no leader now")
             try:
                 answer = await self._admin._send_request(EpochEnds(asked), leader)
-            except IncompatibleBrokerVersion:
-                return {}
+            except (IncompatibleBrokerVersion, NotImplementedError):
+                return {}  # the client's words for an API, and for a version, that is not there
             ends |= _ends_in(answer)
         return ends
 
@@ -149,3 +137,15 @@ class GroupOffsets:
         )
         later = {Partition(*each): at.offset for each, at in found.items() if at is not None}
         return ends | later
+
+
+def _ends_in(answer: Any) -> dict[Partition, int]:
+    found = {}
+    for topic in answer.to_object()["topics"]:
+        for each in topic["partitions"]:
+            error = for_code(each["error_code"])
+            if error not in (NoError, TopicAuthorizationFailedError, UnsupportedVersionError):
+                raise error(topic["topic"])
+            if error is NoError and each["end_offset"] >= 0:
+                found[Partition(topic["topic"], each["partition"])] = each["end_offset"]
+    return found
