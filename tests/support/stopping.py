@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from service import pipeline
 from service.kafka import membership, producers, sink, source
+from service.pipeline import commits
 from service.settings import Settings
 from service.telemetry import probes
 
@@ -11,7 +11,7 @@ CLOSING_S = 30.0
 """What the chart allows beyond drain and call; the bounds below must fit."""
 
 BOUNDS_S = (
-    pipeline.FINAL_COMMITS_S + source.COMMIT_S,  # the last commits
+    commits.FINAL_COMMITS_S + source.COMMIT_S,  # the last commits
     membership.STOP_S + membership.ABANDON_S,  # leaving the group
     sink.FLUSH_TIMEOUT_S,
     producers.CLOSE_TIMEOUT_S,
