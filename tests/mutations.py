@@ -979,6 +979,13 @@ MUTATIONS = (
         (UNIT_HOLDINGS + "a_cut_that_a_start_finds_is_stored",),
     ),
     Mutation(
+        "73 a cut whose trace could not be stored is forgotten",
+        HOLDINGS,
+        "            if at is None or each not in self._cuts\n",
+        "            if True\n",
+        (UNIT_HOLDINGS + "a_cut_whose_trace_could_not_be_stored_is_not_forgotten",),
+    ),
+    Mutation(
         "73 a map that reaches beyond the log's end hides new messages",
         STARTS,
         "finished = reached(progress)",

@@ -205,6 +205,7 @@ class Holdings:
         self._topic_ids: Mapping[str, str] = {}  # as of the last restore
         self._known = False  # this process has seen offsets of the group
         self._held_out: dict[Partition, str] = {}  # given, but only a person knows from where
+        self._cuts: dict[Partition, int] = {}  # where logs ended; Kafka may not hold the trace
         self._broken: dict[Partition, str] = {}  # held, but cannot be read from where they stand
         self._unread = ""  # why the restore failed
         self._closed = False
@@ -334,6 +335,7 @@ class Holdings:
         """Another client of the same process: epochs go on, what is known of the group stays."""
         self._nonce, self._epochs, self._known = before._nonce, before._epochs, before._known
         self._revoked_at_s, self._had = before._revoked_at_s, before._had
+        self._cuts = before._cuts
 
     def close(self) -> None:
         """Hold nothing any more; what the client still calls does nothing."""
@@ -546,7 +548,8 @@ class Holdings:
         if began is not None:
             chosen = await self._chosen(fresh, bounds)
         epoch_ends = await self._offsets.epoch_ends(leader_epochs(fresh, stored))
-        found = self._starts(fresh, stored, bounds, chosen, topic_ids, epoch_ends)
+        believed = self._with_cuts(stored)
+        found = self._starts(fresh, believed, bounds, chosen, topic_ids, epoch_ends)
         held_out = {each: at for each, at in found.items() if isinstance(at, HeldOut)}
         progress = {
             each: taken_over(at, stored[each], self._nonce, self._bearer)
@@ -555,6 +558,9 @@ class Holdings:
         }
         if self._start_over:
             progress |= await self._started_over(held_out, stored, bounds)
+        for each, at in held_out.items():
+            if at.cut_at is not None:
+                self._cuts[each] = at.cut_at
         taken = {
             each: self._taken_over(at, stored[each], began, topic_ids.get(each.topic))
             for each, at in progress.items()
@@ -599,6 +605,18 @@ class Holdings:
                 None if (at := stored[partition]) is None else at.offset,
             )
         return {each: replace(progress, unclean_ends=1) for each, progress in found.items()}
+
+    def _with_cuts(
+        self, stored: Mapping[Partition, Stored | None]
+    ) -> dict[Partition, Stored | None]:
+        """What Kafka stores, with the traces of cuts that could not be stored: a producer was
+        fenced, a commit was refused, and the log has grown since."""
+        return {
+            each: at
+            if at is None or each not in self._cuts
+            else held_out_for_good(at, self._cuts[each], self._nonce)
+            for each, at in stored.items()
+        }
 
     def _traces(
         self,
@@ -861,7 +879,7 @@ class Holdings:
             if holding.trail.unverified is not None:
                 continue  # it came in between: verified with the next look
             if holding.next > found.end or holding.cut_at is not None:
-                cut_at = holding.cut(min(holding.next, found.end))
+                cut_at = self._cuts[partition] = holding.cut(min(holding.next, found.end))
                 self.broken(partition, log_was_cut(partition, holding.next, cut_at, found.end))
                 continue
             # What is in the window stays there: it is gone from the log.

@@ -213,7 +213,8 @@ def held_out_for_good(stored: Stored, cut_at: int, nonce: str) -> Stored:
     """What is stored, with the trace that the log was cut, so that it counts for whoever comes."""
     found = read(stored)
     progress, mark = (Progress(stored.offset), Mark(nonce)) if found is None else found
-    return to_store(progress, replace(mark, cut_at=cut_at))
+    shortest = cut_at if mark.cut_at is None else min(cut_at, mark.cut_at)
+    return to_store(progress, replace(mark, cut_at=shortest))
 
 
 def reached(progress: Progress) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from aiokafka import TopicPartition
-from aiokafka.errors import NodeNotReadyError
+from aiokafka.errors import KafkaError, NodeNotReadyError
 from aiokafka.protocol.group import SyncGroupRequest, SyncGroupRequest_v3
 
 from service.core.messages import Partition
@@ -314,6 +314,27 @@ async def test_a_log_that_was_cut_is_not_read_on_when_it_has_grown(worker: Worke
     assert "sluice run --start-over" in (after.holdings.problem or "")
     await after.look()
     assert after.holdings.held == {}
+
+
+async def test_a_cut_whose_trace_could_not_be_stored_is_not_forgotten(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has found it holds the partition out, also when he is given it anew and it has grown."""
+
+    async def refused(*_: object) -> None:
+        raise KafkaError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.group, "_do_commit_offsets", refused)
+        await read_up_to_90_and_cut_at_50(worker)
+    worker.offsets.end = 95
+    worker.group.member_id += "x"
+    await worker.rebalance()
+    assert worker.holdings.held == {}
+    assert "from 50" in (worker.holdings.problem or "")
+    found = read(worker.group.stored[P])
+    assert found is not None
+    assert found[1].cut_at == 50
 
 
 async def test_a_cut_that_a_start_finds_is_stored(worker: Worker) -> None:
