@@ -165,8 +165,13 @@ REMEDIES = {
 """What readiness and the start tell a person to do, by the label of a service failure."""
 
 _MODE = "extraction.mode or the record type"
+_SHARED = "messages[0]"
+"""The instructions, which are the same for every message."""
+_IN_ALL = re.compile(r"(messages|contents)[.\[]0\b")
+_FIRST = re.compile(r"[.\[]")
 _SETTING_OF = {
     "model": "extraction.model",
+    _SHARED: "extraction.instructions",
     "response_format": _MODE,
     "json_schema": _MODE,
     "generation_config": _MODE,
@@ -262,13 +267,13 @@ def _about_the_request(
 ) -> Failure:
     """A 400 that names what it refuses: a parameter, a setting, the message."""
     names = (*said.names, *_NAMED_IN_WORDS.findall(said.words))
-    named = [name.split(".")[0].split("[")[0] for name in names]
+    named = [_SHARED if _IN_ALL.match(name) else _FIRST.split(name)[0] for name in names]
     setting = next((_SETTING_OF[name] for name in named if name in _SETTING_OF), None)
     otherwise = _unserviceable("setting", {"setting": setting or _setting(said)})
     if (parameter := _not_taken(named, said)) is not None:
         return Unsupported(parameter, otherwise)
     first = next((name for name in named if name in _SETTING_OF or name in _MESSAGE), None)
-    if first in _MESSAGE and label in (None, "setting"):
+    if first in _MESSAGE and label is None and setting is None:
         if "string_above_max_length" in said.codes:
             return Refused(Reason.TOO_LONG, "too_long", detail)
         return Refused(Reason.BAD_REQUEST, "bad_request", detail)

@@ -118,13 +118,13 @@ SHAPES: tuple[Shape, ...] = (
         budget_exceeded exceeded_current_quota_error insufficient_balance insufficient_user_quota
         insufficient_credits insufficient_credit reject_no_credit credits_exhausted billing_error
         payment_required billing_disabled quote_exceeded exceededbudget spending_limit_reached
-        credit_balance_too_low usage_limit_reached""",
+        credit_balance_too_low usage_limit_reached token_quota_reached""",
         r"""credit \s balance | (insufficient|not \s enough|no \s remaining) \s
                 (account \s)? (balance|credit|fund|quota)
             | balance \b .{0,20} (insufficient|too \s low|exhausted|is \s not \s enough)
             | good \s standing | budget \s (has \s been \s)? exceeded | exceeded \s budget
             | over \s (the \s)? budget | specified \s api \s usage \s limit
-            | (spend|spending|usage|monthly|billing) \s (hard \s)? (limit|cap|quota) \b .{0,40}
+            | (spend|spending|usage|monthly|billing) \s (\w+ \s)? (limit|cap|quota) \b .{0,40}
                 (reached|exceeded|hit)
             | (reached|exceeded|hit) \b .{0,50} (monthly|spending|spend|billing|free) \b .{0,20}
                 (limit|quota|tier|allocation|credit)
@@ -204,6 +204,9 @@ SHAPES: tuple[Shape, ...] = (
             | inputs? `? \s must \s have \s less
             | (token|length) \s limit \s (of|is|:) | tokens? \s exceed
             | max(imum)? \s (sequence|total|model) \s (length|tokens)
+            | max_tokens \s must \s be \s at \s least \s 1, \s got \s -
+            | current \s length \s is \b .{0,20} while \s limit
+            | tokens? \s (exceed|over)\w* \s (the \s)? (configured \s)? limit
             | prompt \s exceeds | 上下文 | 超长 | 长度超 | 超过.{0,10}长度""",
         *_CLIENT,
         500,
@@ -217,7 +220,7 @@ SHAPES: tuple[Shape, ...] = (
         """invalid_api_key api_key_invalid expiredtokenexception unrecognizedclientexception
         invalidsignatureexception token_expired expired_token authentication_error unauthenticated
         invalid_token missing_api_key incorrect_api_key token_not_found_in_db expired_key
-        api_key_expired invalid_authentication_error""",
+        api_key_expired invalid_authentication_error unauthorized""",
         r"""(api|access|secret|virtual|proxy \s server|security|bearer|auth\w*) [ _-]? (key|token)s?
                 \b .{0,40} (invalid|not \s valid|expired|incorrect|missing|not \s found|revoked
                 |not \s provided|required|malformed|wrong)
@@ -226,7 +229,7 @@ SHAPES: tuple[Shape, ...] = (
             | invalid \s credentials
             | (key|token|credential)s? \s (has|have|is|are) \s (been \s)?
                 (expired|revoked|disabled)
-            | authentication \s (error|fail|required) | unauthenticated
+            | authentication \s (error|fail|required) | unauthenticated | not \s authenticated
             | could \s not \s authenticate""",
         *(400, 403),
     ),
@@ -243,15 +246,20 @@ SHAPES: tuple[Shape, ...] = (
         "resource_unavailable capacity_exceeded overloaded_error engine_overloaded",
         r"""overloaded | (no|insufficient|exceeded|at|out \s of|limited) \s (available \s)? capacity
             | capacity \s exceeded | server \s is \s busy | temporarily \s unavailable
-            | try \s again \s (later|in \s a)""",
+            | try \s again \s (later|in \s a) | has \s crashed""",
         *_CLIENT,
         498,
     ),
     _shape("overloaded", "resource_unavailable overloaded_error engine_overloaded_error"),
+    _shape("setting", "", r"requires? \s --[a-z]"),  # a switch that the server was not started with
     _shape(
         "setting",
-        "",
-        r"""(does \s not|doesn.t|do \s not|don.t|not) \s (currently \s)? (yet \s)? support (ed)? \b
+        """structured_output_not_supported json_mode_not_supported invalid_json_schema
+        tools_not_supported unsupported_response_format""",
+        r"""must \s contain \s the \s word | (system|developer) \s role
+            | roles \s must \s alternate | chat \s template | jinja
+            | (does \s not|doesn.t|do \s not|don.t|not) \s ((currently|yet) \s)?
+                support (ed)? \b
                 .{0,60} (response .? format|json .? schema|json .? object|json \s mode
                 |tools?\b|tool .? (use|call|choice)|function|structured|parameter|system|stream
                 |grammar|image)
@@ -279,6 +287,7 @@ SHAPES: tuple[Shape, ...] = (
                 |end \s of \s life|has \s been \s removed)
             | (invalid|unknown|unsupported|no \s such|nonexistent|unrecogni[sz]ed)
                 \s (\w+ \s)? model \b
+            | no \s models? \s (is \s|are \s)? (currently \s)? loaded | failed \s to \s load
             | not \s a \s valid \s model | no \s endpoints? \s found \s for
             | (access|permission) \s to \s (the \s)? model | inference \s profile
             | on-demand \s throughput | no \s (available \s)? (channel|deployment|provider)s? \b
@@ -296,6 +305,7 @@ SHAPES: tuple[Shape, ...] = (
         *(401, 403),
     ),
     _shape("credentials", "", "", 401),
+    _shape("endpoint", "", r"api .? versions?\b", 400, 404),
     _shape("timeout", "", "", 408),
     _shape("rate_limited", "", "", 420, 429),
     _shape("overloaded", "", "", 498, 503, 529),
@@ -390,6 +400,8 @@ class _Reading:
                     self.codes.add(lower[:64])
                     if lower not in _ECHOES:
                         self.walk(inner, lower, depth + 1)
+            case list() if key == "loc":
+                self.names.append(".".join(map(str, value[:8]))[:100].removeprefix("body."))
             case list():
                 for inner in value:
                     self.walk(inner, key, depth + 1)
@@ -408,7 +420,7 @@ class _Reading:
                 pass
             else:
                 return
-        if key in ("param", "loc"):
+        if key == "param":
             self.names.append(value[:100])
             return
         if key in _WAIT_KEYS and (wait_s := _seconds(value)) is not None:
