@@ -1,7 +1,7 @@
 """A group's offsets once no transaction with one of them is under way (KIP-447).
 
 A coordinator answers the commit of a transaction before the offset in it can be read, and up to
-Kafka 3.9 it gives out the next epoch before that, too: what is read then is the offset of before,
+Kafka 3.9 it may give out the next epoch before that: what is read then is the offset of before,
 and who goes on from there publishes again what is published. A request that asks for stable
 offsets is refused for as long as that may be. The client knows OffsetFetch up to version 3; the
 request here is version 7, the first that can ask so (Kafka 2.5). Older brokers are asked as before.
