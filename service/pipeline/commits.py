@@ -16,7 +16,7 @@ from service.ports import Source
 
 log = logging.getLogger(__name__)
 
-FINAL_COMMITS_S = 6.0
+FINAL_COMMITS_S = 5.0
 """Seconds after the first one in which a further last commit of a run may begin. A rebalance
 refuses commits for a moment, and what is not committed is paid for again."""
 
