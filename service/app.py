@@ -29,7 +29,7 @@ from service.core.errors import CannotRun, NotReachable, Stop
 from service.core.events import Called, Event, Finished, Streamed
 from service.core.messages import Partition
 from service.core.status import Status
-from service.kafka.codecs import decoder
+from service.kafka.decoding import decoder
 from service.kafka.sink import KafkaSink
 from service.kafka.source import KafkaSource
 from service.llm.cache import cached

@@ -45,19 +45,19 @@ WINDOW = "service/core/window.py"
 TRACKER = "service/core/tracker.py"
 CIRCUIT = "service/core/admission/circuit.py"
 RETRY = "service/core/admission/retry.py"
-STARTS = "service/kafka/starts.py"
-HOLDINGS = "service/kafka/holdings.py"
-INSTANCES = "service/kafka/instances.py"
+STARTS = "service/kafka/group/starts.py"
+HOLDINGS = "service/kafka/group/holdings.py"
+INSTANCES = "service/kafka/client/instances.py"
 SOURCE = "service/kafka/source.py"
 SINK = "service/kafka/sink.py"
-SENDING = "service/kafka/sending.py"
+SENDING = "service/kafka/sending/queues.py"
 LEAN = "service/llm/lean.py"
 SHAPES = "service/llm/shapes.py"
 ANSWER_TEXT = "service/llm/answer_text.py"
-MEMBERSHIP = "service/kafka/membership.py"
-TRANSACTIONS = "service/kafka/transactions.py"
-WRITERS = "service/kafka/writers.py"
-WATCHDOG = "service/core/watchdog.py"
+MEMBERSHIP = "service/kafka/client/private.py"
+TRANSACTIONS = "service/kafka/transactions/transactions.py"
+WRITERS = "service/kafka/transactions/writer.py"
+WATCHDOG = "service/kafka/group/watchdog.py"
 
 WAY = "tests/pipeline/test_way.py::test_"
 ADMISSION = "tests/pipeline/test_admission.py::test_"
@@ -820,14 +820,14 @@ MUTATIONS = (
     ),
     Mutation(
         "25 exactly once: what was held back goes only when something else comes",
-        "service/kafka/outgoing.py",
+        "service/kafka/transactions/outbox.py",
         "return bool(self._queue) or self._went",
         "return bool(self._queue)",
         (UNIT_TRANSACTIONS + "what_has_no_room_is_held_back_and_the_lowest_offsets_go_first",),
     ),
     Mutation(
         "25 exactly once: what is held back is overtaken within its lane",
-        "service/kafka/outgoing.py",
+        "service/kafka/transactions/outbox.py",
         "sorted(taken, key=_offset)",
         "taken",
         (UNIT_TRANSACTIONS + "what_has_no_room_is_held_back_and_the_lowest_offsets_go_first",),
@@ -1029,7 +1029,7 @@ MUTATIONS = (
     ),
     Mutation(
         "76 outputs do not name the id of their topic",
-        "service/kafka/codecs.py",
+        "service/kafka/decoding.py",
         "*(((TOPIC_ID_HEADER, topic_id),) if topic_id else ()),",
         "",
         ("tests/unit/test_codecs.py::test_outputs_name_the_topics_id_where_it_is_known",),

@@ -10,17 +10,17 @@ from typing import TypeAlias
 
 from service.core.errors import CallFailure, CannotRun, ServiceFailure, Stop, WrongSettings
 from service.core.messages import Extracted, Rejected
-from service.kafka.connection import reach
-from service.kafka.outlook import look_ahead
-from service.kafka.sink import DEADLINE_FACTOR
-from service.kafka.topics import (
+from service.kafka.client.connection import reach
+from service.kafka.group.outlook import look_ahead
+from service.kafka.provisioning import (
     DEAD_LETTER_ROOM_BYTES,
     Operation,
     look_at_group,
     look_at_topics,
     record_max_bytes,
 )
-from service.kafka.transactions import PREFIX, try_transactions
+from service.kafka.sink import DEADLINE_FACTOR
+from service.kafka.transactions.transactions import PREFIX, try_transactions
 from service.llm.extractor import OpenAIExtractor
 from service.llm.stores import look_at_store
 from service.settings import Settings, warnings

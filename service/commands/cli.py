@@ -21,7 +21,7 @@ import typer
 from service.core.errors import FAILED, WRONG, Stop, WrongSettings
 
 if TYPE_CHECKING:
-    from service.kafka.letters import Selection
+    from service.kafka.letters.reader import Selection
     from service.settings import Settings
 
 Config = Annotated[
@@ -236,7 +236,7 @@ def create(
 
 
 async def _create(settings: Settings, partitions: int | None, replication: int | None) -> None:
-    from service.kafka.topics import create_topics
+    from service.kafka.provisioning import create_topics
 
     async for line in create_topics(settings, partitions, replication):
         print(line)
@@ -330,7 +330,7 @@ def redrive_(
     _quiet()
     selection = _selection(letters or (), reason, since, until, partition, topic, text)
     from service.commands.dead_letters import redrive_letters
-    from service.kafka.redrive import Wish
+    from service.kafka.letters.redrive import Wish
 
     wish = Wish(selection, again, attempts_max, limit)
     raise typer.Exit(redrive_letters(settings, wish, dry_run=dry_run, yes=yes))
@@ -346,7 +346,7 @@ def _selection(
     text: str | None,
 ) -> Selection:
     from service.core.messages import Reason
-    from service.kafka.letters import Selection
+    from service.kafka.letters.reader import Selection
 
     unknown = set(reasons or ()) - {each.value for each in Reason}
     if unknown:

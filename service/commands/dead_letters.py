@@ -24,8 +24,8 @@ from rich.text import Text
 
 from service.core.errors import CannotRun
 from service.core.messages import Coordinates
-from service.kafka.letters import Letter, Redriven, Selection, opened
-from service.kafka.redrive import Plan, Wish, look, redrive
+from service.kafka.letters.reader import Letter, Redriven, Selection, opened
+from service.kafka.letters.redrive import Plan, Wish, look, redrive
 from service.settings import Settings
 
 WIDTH_WITHOUT_TERMINAL = 200

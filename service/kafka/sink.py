@@ -32,20 +32,24 @@ from service.core.messages import (
     Rejected,
     Skipped,
 )
-from service.kafka.codecs import (
+from service.kafka.client.connection import client_options, reach, stop_for, within
+from service.kafka.decoding import (
     HeaderList,
     aborted_headers,
     part_headers,
     record_headers,
     tombstone_headers,
 )
-from service.kafka.connection import client_options, reach, stop_for, within
-from service.kafka.dead_letters import redacted, smaller
-from service.kafka.lane_failures import LaneFailures
-from service.kafka.producers import BATCH_MAX_BYTES, Output, Producers
-from service.kafka.sending import Sending
-from service.kafka.sizes import TopicSizes, ask_broker, size_alone
-from service.kafka.transactions import Transactions, partitions_max, transactional_options
+from service.kafka.letters.written import redacted, smaller
+from service.kafka.sending.lane_failures import LaneFailures
+from service.kafka.sending.producers import BATCH_MAX_BYTES, Output, Producers
+from service.kafka.sending.queues import Sending
+from service.kafka.sending.sizes import TopicSizes, ask_broker, size_alone
+from service.kafka.transactions.transactions import (
+    Transactions,
+    partitions_max,
+    transactional_options,
+)
 from service.settings import Settings
 
 DISCOVERY_TIMEOUT_S = 3.0

@@ -37,23 +37,23 @@ from service.core.errors import CannotRun, CommitFailed, WrongSettings
 from service.core.events import ClientReplaced, Committed, Observe, StopForced
 from service.core.messages import Batch, Message, Partition
 from service.core.status import GroupStatus
-from service.core.watchdog import REPLACED_MAX, REPLACED_WITHIN_S, Replacements
-from service.kafka.connection import (
+from service.kafka.client.connection import (
     client_options,
     is_lasting,
     reach,
     stop_for,
     within,
 )
-from service.kafka.due import DueTimes
-from service.kafka.holdings import Holding, Holdings, Listener
-from service.kafka.instances import NameTaken
-from service.kafka.membership import STOP_S, FencedInstanceIdError, Membership, briefly
-from service.kafka.offsets import GroupOffsets
-from service.kafka.settling import SettlingClock
-from service.kafka.supervision import Supervision
-from service.kafka.topic_ids import FoundTopic, find_topics
-from service.kafka.transactions import Transactions
+from service.kafka.client.instances import NameTaken
+from service.kafka.client.private import STOP_S, FencedInstanceIdError, Membership, briefly
+from service.kafka.client.topics_seen import FoundTopic, find_topics
+from service.kafka.group.due import DueTimes
+from service.kafka.group.group_offsets import GroupOffsets
+from service.kafka.group.holdings import Holding, Holdings, Listener
+from service.kafka.group.settling import SettlingClock
+from service.kafka.group.supervision import Supervision
+from service.kafka.group.watchdog import REPLACED_MAX, REPLACED_WITHIN_S, Replacements
+from service.kafka.transactions.transactions import Transactions
 from service.ports import Assignment
 from service.settings import Settings
 

@@ -3,7 +3,7 @@
     python -m tests.bench.read_behind_commit [--servers HOST:PORT] [--rounds 300]
 
 Three ways: as any client reads, behind the answer to the commit; the same behind the start of the
-next producer (the fence); and stable, as `service/kafka/stable_offsets.py` asks. Without
+next producer (the fence); and stable, as `service/kafka/client/stable_offsets.py` asks. Without
 `--servers` it starts the tests' own broker.
 """
 
@@ -19,7 +19,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.structs import OffsetAndMetadata
 
 from service.core.messages import Partition
-from service.kafka.stable_offsets import UnstableOffset, stable_offsets
+from service.kafka.client.stable_offsets import UnstableOffset, stable_offsets
 from tests.support.kafka import find_broker
 from tests.support.topics import admin, create_topic, unique_name
 

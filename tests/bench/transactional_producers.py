@@ -23,8 +23,8 @@ from pathlib import Path
 from aiokafka import AIOKafkaProducer
 
 from service.core.messages import Partition
-from service.kafka.producers import BATCH_MAX_BYTES
-from service.kafka.transactions import Transactions, transactional_options
+from service.kafka.sending.producers import BATCH_MAX_BYTES
+from service.kafka.transactions.transactions import Transactions, transactional_options
 from tests.support.kafka import RealKafka
 from tests.support.service import ROOT
 from tests.support.topics import create_topic, unique_name

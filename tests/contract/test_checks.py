@@ -14,7 +14,7 @@ from service.commands.check import check
 from service.core.errors import CannotRun
 from service.core.messages import Partition
 from service.demo.broker import EmbeddedBroker
-from service.kafka.topics import (
+from service.kafka.provisioning import (
     DEAD_LETTER_ROOM_BYTES,
     Topic,
     _topic,

@@ -12,10 +12,10 @@ import pytest
 from service.core.errors import CannotRun
 from service.core.history import History
 from service.core.messages import Headers, Message, Partition, Reason, Rejected
-from service.kafka.dead_letters import dead_letter
-from service.kafka.letters import Letter, Selection, opened
-from service.kafka.redrive import Left, Plan, Wish, look, redrive
-from service.kafka.transactional import TransactionalProducer
+from service.kafka.letters.reader import Letter, Selection, opened
+from service.kafka.letters.redrive import Left, Plan, Wish, look, redrive
+from service.kafka.letters.written import dead_letter
+from service.kafka.transactions.producer import TransactionalProducer
 from service.settings import Settings
 from tests.support.topics import (
     Read,

@@ -35,9 +35,9 @@ from service.core.messages import (
 )
 from service.demo.broker import EmbeddedBroker
 from service.kafka import sink as sink_module
-from service.kafka import sizes as sizes_module
+from service.kafka.sending import sizes as sizes_module
+from service.kafka.sending.sizes import size_alone
 from service.kafka.sink import KafkaSink
-from service.kafka.sizes import size_alone
 from service.ports import Sink
 from tests.conftest import hanging
 from tests.support.kafka import Broker
@@ -645,7 +645,7 @@ async def test_a_stop_that_hangs_is_forced_and_said(
     mock_kafka: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A producer whose own stop does not return is cut off in time, and counted."""
-    monkeypatch.setattr("service.kafka.producers.CLOSE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("service.kafka.sending.producers.CLOSE_TIMEOUT_S", 0.3)
     kafka = Kafka(mock_kafka.bootstrap_servers, "records", "dead")
     for topic in (kafka.output, kafka.dead_letters):
         mock_kafka.create_topic(topic, 1)

@@ -43,10 +43,10 @@ from service.core.events import Committed, ForeignMetadata, OffsetsMissing, Reba
 from service.core.messages import Batch, Partition
 from service.core.tracker import Progress
 from service.demo.broker import EmbeddedBroker
-from service.kafka.membership import Membership
-from service.kafka.offsets import GroupOffsets
-from service.kafka.starts import Stored, read
-from service.kafka.topic_ids import topic_ids
+from service.kafka.client.private import Membership
+from service.kafka.client.topics_seen import topic_ids
+from service.kafka.group.group_offsets import GroupOffsets
+from service.kafka.group.starts import Stored, read
 from tests.support import topics
 from tests.support.kafka import SASL_PASSWORD, SASL_USER, RealKafka, free_ports
 from tests.support.sources import PATIENCE_S, Broker, Fake, HeldUp, Kafka, both, member, part
@@ -279,7 +279,7 @@ async def test_what_cannot_be_read_holds_its_own_partition_only(
     kafka: Kafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others go on, the sentence says where it stands, and it is tried again."""
-    monkeypatch.setattr("service.kafka.holdings.RESTORE_AGAIN_S", 0.3)
+    monkeypatch.setattr("service.kafka.group.holdings.RESTORE_AGAIN_S", 0.3)
     topic, group = await kafka.topic(2), topics.unique_name("g")
     await kafka.send(topic, "a", partition=0)
     await kafka.send(topic, "b", partition=1)
@@ -936,7 +936,7 @@ async def test_a_restore_that_fails_is_repeated(
     kafka: Kafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Offsets that cannot be read are read again; nothing starts without them."""
-    monkeypatch.setattr("service.kafka.holdings.RESTORE_AGAIN_S", 0.3)
+    monkeypatch.setattr("service.kafka.group.holdings.RESTORE_AGAIN_S", 0.3)
     topic, group = await kafka.topic(), topics.unique_name("g")
     await kafka.send(topic, "a", "b")
     await kafka.store(group, topic, {0: 1})
@@ -963,7 +963,7 @@ async def test_a_broker_that_lags_behind_a_new_partition_is_waited_for(
     kafka: Kafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The group gives out a partition that the broker we ask has not heard of: asked again."""
-    monkeypatch.setattr("service.kafka.holdings.RESTORE_AGAIN_S", 0.3)
+    monkeypatch.setattr("service.kafka.group.holdings.RESTORE_AGAIN_S", 0.3)
     topic, group = await kafka.topic(2), topics.unique_name("g")
     await kafka.send(topic, "a", partition=1)
     partitions = GroupOffsets.partitions
@@ -1068,7 +1068,7 @@ async def test_an_outage_is_not_unsettled_time(
     mock_kafka: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without an answering broker `broker_answers` turns false, and polls go on returning."""
-    monkeypatch.setattr("service.kafka.settling.SILENT_S", 2.0)
+    monkeypatch.setattr("service.kafka.group.settling.SILENT_S", 2.0)
     monkeypatch.setattr("service.kafka.source.ANSWER_S", 1.0)
     kafka = Kafka(mock_kafka.bootstrap_servers, mock_kafka)
     topic, group = await kafka.topic(1), topics.unique_name("g")

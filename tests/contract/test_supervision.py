@@ -30,14 +30,14 @@ from service.core.events import ClientReplaced, Event, StopForced
 from service.core.messages import Batch, Message, Outcome, Partition
 from service.core.status import GroupStatus
 from service.demo.broker import EmbeddedBroker
-from service.kafka.membership import Membership
-from service.kafka.offsets import GroupOffsets
+from service.kafka.client.private import Membership
+from service.kafka.client.topics_seen import find_topics, topic_ids
+from service.kafka.group.group_offsets import GroupOffsets
+from service.kafka.group.starts import Stored
+from service.kafka.group.supervision import Lookout
 from service.kafka.sink import KafkaSink
 from service.kafka.source import KafkaSource
-from service.kafka.starts import Stored
-from service.kafka.supervision import Lookout
-from service.kafka.topic_ids import find_topics, topic_ids
-from service.kafka.transactional import TransactionalProducer
+from service.kafka.transactions.producer import TransactionalProducer
 from service.pipeline import Bounds, Pipeline
 from service.telemetry.probes import Patience
 from tests.support import topics
@@ -57,9 +57,9 @@ def real(real_kafka: str) -> Kafka:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looks follow each other as they would in half a minute."""
-    monkeypatch.setattr("service.kafka.supervision.LOOK_EVERY_S", 0.3)
-    monkeypatch.setattr("service.kafka.supervision.SILENT_S", 1.0)
-    monkeypatch.setattr("service.core.watchdog.GONE_S", 1.0)
+    monkeypatch.setattr("service.kafka.group.supervision.LOOK_EVERY_S", 0.3)
+    monkeypatch.setattr("service.kafka.group.supervision.SILENT_S", 1.0)
+    monkeypatch.setattr("service.kafka.group.watchdog.GONE_S", 1.0)
 
 
 @asynccontextmanager
@@ -270,7 +270,7 @@ async def test_what_cannot_be_read_is_no_silence(
     real: Kafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is held and said on its own; another client would not read it either."""
-    monkeypatch.setattr("service.kafka.holdings.RESTORE_AGAIN_S", 0.0)
+    monkeypatch.setattr("service.kafka.group.holdings.RESTORE_AGAIN_S", 0.0)
     topic, group = await real.topic(2), topics.unique_name("g")
     await real.send(topic, "a", partition=0)
     await real.send(topic, "b", partition=1)
@@ -369,7 +369,7 @@ async def test_a_stop_that_hangs_is_forced_and_said(
     real: Kafka, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A client whose own stop never returns: cut off in time, counted, its tasks gone."""
-    monkeypatch.setattr("service.kafka.membership.STOP_S", 0.3)
+    monkeypatch.setattr("service.kafka.client.private.STOP_S", 0.3)
     topic, group = await real.topic(), topics.unique_name("g")
 
     async with member(real, topic, group) as one:
@@ -540,7 +540,7 @@ async def test_a_deleted_topic_is_an_end(real: Kafka, caplog: pytest.LogCaptureF
 
 async def test_a_topic_made_again_is_an_end(real: Kafka, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its id, also where the new log is as long as the old; no offset is committed onto it."""
-    monkeypatch.setattr("service.core.watchdog.GONE_S", 60.0)
+    monkeypatch.setattr("service.kafka.group.watchdog.GONE_S", 60.0)
     topic, group = await real.topic(), topics.unique_name("g")
     await real.send(topic, "a")
 
@@ -566,7 +566,7 @@ async def test_a_commit_does_not_wait_for_a_topic_of_the_same_name(
     real: Kafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A broker that does not know the topic ends it, and none follows until a look, at once."""
-    monkeypatch.setattr("service.kafka.supervision.LOOK_EVERY_S", 60.0)
+    monkeypatch.setattr("service.kafka.group.supervision.LOOK_EVERY_S", 60.0)
     topic, group = await real.topic(), topics.unique_name("g")
     once, asked = Membership.commit_once, 0
 
@@ -598,7 +598,7 @@ async def test_an_added_partition_is_read_from_its_start(
 ) -> None:
     """By a group that is known, although it starts at the latest; said, and counted."""
     caplog.set_level(logging.INFO, "service")
-    monkeypatch.setattr("service.kafka.connection.METADATA_MAX_AGE_MS", 500)
+    monkeypatch.setattr("service.kafka.client.connection.METADATA_MAX_AGE_MS", 500)
     topic, group = await real.topic(1), topics.unique_name("g")
     async with supervised(real, topic, group) as one:
         await one.until(lambda: len(one.epochs) == 1)
@@ -618,7 +618,7 @@ async def test_a_client_that_does_not_learn_of_a_partition_is_replaced(
     real: Kafka, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its metadata is never refreshed: found although no partition that it holds is behind."""
-    monkeypatch.setattr("service.kafka.supervision.METADATA_MAX_AGE_MS", 500)
+    monkeypatch.setattr("service.kafka.group.supervision.METADATA_MAX_AGE_MS", 500)
     topic, group = await real.topic(1), topics.unique_name("g")
     async with supervised(real, topic, group) as one:
         await one.until(lambda: len(one.epochs) == 1)
@@ -676,7 +676,7 @@ async def test_a_look_that_fails_is_a_warning_and_opens_anew(
 ) -> None:
     """Whatever a broker answers, and however long it takes; one warning for a series."""
     topic, group = await real.topic(), topics.unique_name("g")
-    monkeypatch.setattr("service.kafka.supervision.LOOK_S", 0.5)
+    monkeypatch.setattr("service.kafka.group.supervision.LOOK_S", 0.5)
     lookout = Lookout(settings(real, topic, group).kafka)
     asked: list[AIOKafkaAdminClient] = []
 
@@ -687,7 +687,7 @@ async def test_a_look_that_fails_is_a_warning_and_opens_anew(
         return await asyncio.Event().wait()
 
     with monkeypatch.context() as patch:
-        patch.setattr("service.kafka.supervision.find_topics", failing)
+        patch.setattr("service.kafka.group.supervision.find_topics", failing)
         assert await lookout.look([topic], set()) is None
         assert await lookout.look([topic], set()) is None
     assert asked[0] is not asked[1]
@@ -725,7 +725,7 @@ async def test_an_outage_makes_no_liveness_fail(
     mock_kafka: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Looks go on failing, each in time, and nothing is replaced: a restart would not help."""
-    monkeypatch.setattr("service.kafka.supervision.LOOK_S", 1.0)
+    monkeypatch.setattr("service.kafka.group.supervision.LOOK_S", 1.0)
     kafka = Kafka(mock_kafka.bootstrap_servers, mock_kafka)
     topic, group = await kafka.topic(1), topics.unique_name("g")
     async with supervised(kafka, topic, group) as one:

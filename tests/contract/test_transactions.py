@@ -25,10 +25,10 @@ from aiokafka.protocol.transaction import (
 
 from service.core.errors import CannotRun, CommitFailed, OutputTooLarge, PublishFailed
 from service.core.messages import Partition
-from service.kafka.producers import Output
-from service.kafka.stable_offsets import UnstableOffset, stable_offsets
-from service.kafka.starts import Stored
-from service.kafka.transactions import PARTITIONS_MAX
+from service.kafka.client.stable_offsets import UnstableOffset, stable_offsets
+from service.kafka.group.starts import Stored
+from service.kafka.sending.producers import Output
+from service.kafka.transactions.transactions import PARTITIONS_MAX
 from tests.conftest import hanging
 from tests.support.kafka import Broker, KafkaUnavailable, RealKafka
 from tests.support.started import for_tests

@@ -9,8 +9,8 @@ from collections import Counter
 import pytest
 
 from service.core.messages import Partition
-from service.kafka.transactional import transactional_id
-from service.kafka.transactions import PREFIX
+from service.kafka.transactions.producer import transactional_id
+from service.kafka.transactions.transactions import PREFIX
 from tests.process.conftest import Scene
 from tests.support.endpoint import Latency
 from tests.support.service import service

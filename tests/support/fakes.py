@@ -34,7 +34,7 @@ from service.core.messages import (
     Rejected,
 )
 from service.core.tracker import Given, Progress
-from service.kafka.lane_failures import LaneFailures
+from service.kafka.sending.lane_failures import LaneFailures
 from service.ports import Assignment, Publish
 
 PROVENANCE = Provenance("fake", "p", "s", calls=1)

@@ -14,12 +14,12 @@ from aiokafka import TopicPartition
 from service.core.errors import PublishFailed
 from service.core.messages import Partition
 from service.core.tracker import Progress
-from service.kafka.holdings import Holdings
-from service.kafka.offsets import GroupOffsets
-from service.kafka.stable_offsets import UnstableOffset
-from service.kafka.starts import Bounds, Stored
-from service.kafka.transactional import TransactionalProducer
-from service.kafka.transactions import Transactions
+from service.kafka.client.stable_offsets import UnstableOffset
+from service.kafka.group.group_offsets import GroupOffsets
+from service.kafka.group.holdings import Holdings
+from service.kafka.group.starts import Bounds, Stored
+from service.kafka.transactions.producer import TransactionalProducer
+from service.kafka.transactions.transactions import Transactions
 from tests.support.sources import HeldUp, Kafka, Member, settings
 from tests.support.transactions import output
 

@@ -45,8 +45,8 @@ from typing import NamedTuple, TypeAlias, TypeVar
 
 from service.core.completed import finished_ranges
 from service.core.tracker import Progress
-from service.kafka.starts import Mark, Stored, read, to_store
-from service.kafka.writers import Became, became
+from service.kafka.group.starts import Mark, Stored, read, to_store
+from service.kafka.transactions.writer import Became, became
 
 MESSAGES = 2
 ALL = 2**MESSAGES - 1

@@ -22,8 +22,8 @@ from service.core.events import Event
 from service.core.messages import Batch, Message, Partition
 from service.core.tracker import Given, Progress
 from service.demo.broker import EmbeddedBroker
-from service.kafka.membership import Membership
-from service.kafka.offsets import GroupOffsets
+from service.kafka.client.private import Membership
+from service.kafka.group.group_offsets import GroupOffsets
 from service.kafka.source import KafkaSource
 from service.ports import Source
 from service.settings import Settings

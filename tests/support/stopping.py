@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from service.kafka import membership, producers, sink, source
+from service.kafka import sink, source
+from service.kafka.client import private
+from service.kafka.sending import producers
 from service.pipeline import commits
 from service.settings import Settings
 from service.telemetry import probes
@@ -12,7 +14,7 @@ CLOSING_S = 30.0
 
 BOUNDS_S = (
     commits.FINAL_COMMITS_S + source.COMMIT_S,  # the last commits
-    membership.STOP_S + membership.ABANDON_S,  # leaving the group
+    private.STOP_S + private.ABANDON_S,  # leaving the group
     sink.FLUSH_TIMEOUT_S,
     producers.CLOSE_TIMEOUT_S,
     probes.CLOSE_S,

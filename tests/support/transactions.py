@@ -21,10 +21,10 @@ from aiokafka.errors import KafkaError, NodeNotReadyError
 
 from service.core.errors import PublishFailed
 from service.core.messages import Partition
-from service.kafka.producers import BATCH_MAX_BYTES, Output
-from service.kafka.sizes import size_alone
-from service.kafka.starts import Stored
-from service.kafka.transactions import Transactions, transactional_options
+from service.kafka.group.starts import Stored
+from service.kafka.sending.producers import BATCH_MAX_BYTES, Output
+from service.kafka.sending.sizes import size_alone
+from service.kafka.transactions.transactions import Transactions, transactional_options
 from tests.support.topics import admin
 
 Answer = Callable[[], Awaitable[Any]]

@@ -22,7 +22,7 @@ from service.core.messages import (
     Skipped,
     TextCut,
 )
-from service.kafka.codecs import (
+from service.kafka.decoding import (
     aborted_headers,
     decoder,
     provenance_headers,

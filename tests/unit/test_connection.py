@@ -11,7 +11,7 @@ from aiokafka import errors
 from pydantic import SecretStr
 
 from service.core.errors import CannotRun, WrongSettings
-from service.kafka.connection import (
+from service.kafka.client.connection import (
     TokenFile,
     client_options,
     is_lasting,
@@ -198,7 +198,7 @@ async def test_nobody_at_the_address_is_a_sentence() -> None:
 
 async def test_a_broker_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """An open port without a Kafka behind it does not hold the start up for good."""
-    monkeypatch.setattr("service.kafka.connection.REACH_S", 0.2)
+    monkeypatch.setattr("service.kafka.client.connection.REACH_S", 0.2)
     ended = asyncio.Event()
 
     async def silent(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

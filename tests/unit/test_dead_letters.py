@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from service.core.history import History
 from service.core.messages import Headers, Message, Partition, Provenance, Reason, Rejected
-from service.kafka.dead_letters import (
+from service.kafka.letters.written import (
     ANSWER_MAX_BYTES,
     DETAIL_MAX_BYTES,
     SENTENCES,

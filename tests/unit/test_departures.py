@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from aiokafka import TopicPartition
 
-from service.kafka.producers import Output
-from service.kafka.sending import LINGER_S, Sending
+from service.kafka.sending.producers import Output
+from service.kafka.sending.queues import LINGER_S, Sending
 from tests.support import virtual_time
 
 ROUND_TRIP_S = 0.001

@@ -11,10 +11,10 @@ from collections.abc import Awaitable, Callable
 import pytest
 from aiokafka.errors import KafkaError
 
-from service.kafka.holdings import STALE_S
-from service.kafka.starts import Stored
-from service.kafka.transactional import Fenced
-from service.kafka.transactions import STUCK_S
+from service.kafka.group.holdings import STALE_S
+from service.kafka.group.starts import Stored
+from service.kafka.transactions.producer import Fenced
+from service.kafka.transactions.transactions import STUCK_S
 from tests.support import virtual_time
 from tests.support.hand_over import TOPIC, OneWorker, P, Q
 from tests.support.sources import HeldUp

@@ -18,11 +18,11 @@ from aiokafka.protocol.group import SyncGroupRequest, SyncGroupRequest_v3
 
 from service.core.messages import Partition
 from service.core.tracker import Progress
-from service.kafka import holdings as holdings_module
-from service.kafka.holdings import Holdings
-from service.kafka.instances import NameTaken, began, this_process
-from service.kafka.offsets import GroupOffsets
-from service.kafka.starts import Bounds, Mark, Stored, read, to_store
+from service.kafka.client.instances import NameTaken, began, this_process
+from service.kafka.group import holdings as holdings_module
+from service.kafka.group.group_offsets import GroupOffsets
+from service.kafka.group.holdings import Holdings
+from service.kafka.group.starts import Bounds, Mark, Stored, read, to_store
 from service.settings import Start
 from tests.support.sources import Kafka, Member, settings
 
@@ -502,7 +502,7 @@ async def test_whoever_is_fenced_in_a_revoke_does_not_fence_back(
 
     Where it is held and nothing is being rebalanced, it is restored, beginning with a fence.
     """
-    monkeypatch.setattr("service.kafka.holdings.FENCED_AGAIN_S", 0.0)
+    monkeypatch.setattr("service.kafka.group.holdings.FENCED_AGAIN_S", 0.0)
 
     async def fenced() -> int:
         before = worker.offsets.asked

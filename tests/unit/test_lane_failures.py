@@ -4,7 +4,7 @@ import pytest
 
 from service.core.errors import PublishFailed
 from service.core.messages import Message, Partition
-from service.kafka.lane_failures import LaneFailures
+from service.kafka.sending.lane_failures import LaneFailures
 
 
 def message(offset: int, key: bytes | None = b"a", partition: int = 0, epoch: int = 1) -> Message:

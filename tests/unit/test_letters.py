@@ -12,10 +12,10 @@ from service.commands.dead_letters import _confirmed, as_object, moment, plain, 
 from service.core.errors import CannotRun
 from service.core.history import History
 from service.core.messages import Headers, Message, Partition, Provenance, Reason, Rejected
-from service.kafka.dead_letters import dead_letter
-from service.kafka.due import DueTimes
-from service.kafka.letters import Letter, Redriven, Selection, mark, marked
-from service.kafka.redrive import Left, Plan
+from service.kafka.group.due import DueTimes
+from service.kafka.letters.reader import Letter, Redriven, Selection, mark, marked
+from service.kafka.letters.redrive import Left, Plan
+from service.kafka.letters.written import dead_letter
 
 PROVENANCE = Provenance("small", "p1", "s1", tokens_input=10, tokens_output=4)
 REJECTED = Rejected(Reason.INVALID, "age: old", PROVENANCE, 3, 77, '{"age": "old"}')

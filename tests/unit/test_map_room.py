@@ -20,12 +20,12 @@ from service.core.errors import PublishFailed
 from service.core.messages import Message, Skipped
 from service.core.tracker import Given, Progress
 from service.core.window import Holding, Window
-from service.kafka import holdings as holdings_module
-from service.kafka import outgoing as outgoing_module
-from service.kafka import starts as starts_module
+from service.kafka.group import holdings as holdings_module
+from service.kafka.group import starts as starts_module
+from service.kafka.group.starts import read
 from service.kafka.sink import KafkaSink
-from service.kafka.starts import read
-from service.kafka.writers import HELD_BACK_S
+from service.kafka.transactions import outbox as outgoing_module
+from service.kafka.transactions.writer import HELD_BACK_S
 from tests.support import sources, virtual_time
 from tests.support.hand_over import OneWorker, P
 from tests.support.transactions import output

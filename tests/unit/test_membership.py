@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from aiokafka.errors import KafkaError, for_code
 
-from service.kafka.membership import FencedInstanceIdError, Membership
+from service.kafka.client.private import FencedInstanceIdError, Membership
 
 
 def consumer(pending: Exception | None) -> SimpleNamespace:

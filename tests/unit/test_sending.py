@@ -21,9 +21,9 @@ from aiokafka.errors import (
 from service.core.errors import OutputTooLarge, PublishFailed
 from service.core.lanes import Lane
 from service.core.messages import Message, Partition
-from service.kafka.lane_failures import LaneFailures
-from service.kafka.producers import Output
-from service.kafka.sending import Sending
+from service.kafka.sending.lane_failures import LaneFailures
+from service.kafka.sending.producers import Output
+from service.kafka.sending.queues import Sending
 from tests.support import virtual_time
 
 A, B, C = (TopicPartition("records", each) for each in range(3))

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from service.core.messages import Partition
 from service.core.tracker import Progress
 from service.core.window import MAP_CHARS_MAX
-from service.kafka import starts as module
-from service.kafka.instances import Bearer, began, this_process
-from service.kafka.settling import SettlingClock
-from service.kafka.starts import (
+from service.kafka.client.instances import Bearer, began, this_process
+from service.kafka.group import starts as module
+from service.kafka.group.settling import SettlingClock
+from service.kafka.group.starts import (
     FIELDS_CHARS_MAX,
     METADATA_CHARS_MAX,
     NO_OTHERS,

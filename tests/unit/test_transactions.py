@@ -9,19 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.core.messages import Partition
-from service.kafka import outgoing as module
-from service.kafka.outgoing import Outbox, Outgoing, by_output_partition, fail
-from service.kafka.producers import Output
-from service.kafka.sending import Handover, Waiting
-from service.kafka.starts import Stored
-from service.kafka.transactional import transactional_id
-from service.kafka.transactions import (
+from service.kafka.group.starts import Stored
+from service.kafka.sending.producers import Output
+from service.kafka.sending.queues import Handover, Waiting
+from service.kafka.transactions import outbox as module
+from service.kafka.transactions.outbox import Outbox, Outgoing, by_output_partition, fail
+from service.kafka.transactions.producer import transactional_id
+from service.kafka.transactions.transactions import (
     PARTITIONS_MAX,
     partitions_max,
     too_many,
     transactional_options,
 )
-from service.kafka.writers import Means, Writer
+from service.kafka.transactions.writer import Means, Writer
 from tests.support.transactions import Ledger, Page, output
 
 TOPICS = st.text("abcXYZ019._-", min_size=1, max_size=12)

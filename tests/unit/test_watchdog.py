@@ -3,7 +3,7 @@
 import pytest
 
 from service.core.messages import Partition
-from service.core.watchdog import (
+from service.kafka.group.watchdog import (
     GONE_S,
     REPLACED_WITHIN_S,
     Replacements,

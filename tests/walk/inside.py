@@ -14,7 +14,7 @@ from service.core.completed import finished_ranges
 from service.core.messages import Partition
 from service.core.tracker import Delivery, PartitionTracker
 from service.core.window import Entry, Holding, Stage
-from service.kafka.holdings import Holdings
+from service.kafka.group.holdings import Holdings
 from service.kafka.sink import KafkaSink
 from service.kafka.source import KafkaSource
 from service.pipeline import Pipeline

@@ -32,7 +32,7 @@ from aiokafka.errors import (
 )
 
 from service.core.errors import OutputTooLarge, PublishFailed, SluiceError
-from service.kafka.producers import Output, Producer, Producers
+from service.kafka.sending.producers import Output, Producer, Producers
 
 LINGER_S = 0.007
 """Between two departures: short against a call to a model, long enough to fill requests."""

@@ -29,7 +29,7 @@ from aiokafka.protocol.types import (
 )
 
 from service.core.messages import Partition
-from service.kafka.starts import Stored
+from service.kafka.group.starts import Stored
 
 UNSTABLE_OFFSET_COMMIT = 88
 """Kafka's code, which the client does not have."""

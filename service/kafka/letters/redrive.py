@@ -22,13 +22,13 @@ from aiokafka.errors import KafkaError
 from aiokafka.partitioner import DefaultPartitioner
 
 from service.core.errors import CannotRun
-from service.kafka.connection import client_options, stop_for, within
-from service.kafka.letters import Letter, Reader, Redriven, Selection, mark, opened
-from service.kafka.producers import BATCH_MAX_BYTES, Output
-from service.kafka.sizes import UNKNOWN, size_alone
-from service.kafka.topics import look_at_topics, record_max_bytes
-from service.kafka.transactional import Fenced, TransactionalProducer
-from service.kafka.transactions import PREFIX, transactional_options
+from service.kafka.client.connection import client_options, stop_for, within
+from service.kafka.letters.reader import Letter, Reader, Redriven, Selection, mark, opened
+from service.kafka.provisioning import look_at_topics, record_max_bytes
+from service.kafka.sending.producers import BATCH_MAX_BYTES, Output
+from service.kafka.sending.sizes import UNKNOWN, size_alone
+from service.kafka.transactions.producer import Fenced, TransactionalProducer
+from service.kafka.transactions.transactions import PREFIX, transactional_options
 from service.settings import Settings
 
 LETTERS_MAX = 500

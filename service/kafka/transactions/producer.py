@@ -23,8 +23,8 @@ from aiokafka.structs import OffsetAndMetadata
 
 from service.core.events import Observe
 from service.core.messages import Partition
-from service.kafka.producers import Output, Producer
-from service.kafka.starts import Stored
+from service.kafka.group.starts import Stored
+from service.kafka.sending.producers import Output, Producer
 
 END_S = 2.0
 """For the transaction that is open at the end; the next owner's fence would abort it as well."""

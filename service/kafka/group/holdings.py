@@ -29,13 +29,13 @@ from service.core.events import ForeignMetadata, Observe, OffsetsMissing, Rebala
 from service.core.messages import Partition
 from service.core.tracker import Given, Progress
 from service.core.window import MAP_CHARS_MAX
-from service.kafka.connection import is_lasting, stop_for, within
-from service.kafka.epochs import Trail
-from service.kafka.instances import NameTaken, in_use, put_out, this_process
-from service.kafka.membership import Membership
-from service.kafka.offsets import GroupOffsets
-from service.kafka.stable_offsets import UnstableOffset
-from service.kafka.starts import (
+from service.kafka.client.connection import is_lasting, stop_for, within
+from service.kafka.client.epochs import Trail
+from service.kafka.client.instances import NameTaken, in_use, put_out, this_process
+from service.kafka.client.private import Membership
+from service.kafka.client.stable_offsets import UnstableOffset
+from service.kafka.group.group_offsets import GroupOffsets
+from service.kafka.group.starts import (
     NO_OTHERS,
     Bounds,
     HeldOut,
@@ -56,7 +56,7 @@ from service.kafka.starts import (
     to_store,
     without_offsets,
 )
-from service.kafka.transactions import Transactions
+from service.kafka.transactions.transactions import Transactions
 from service.ports import Assignment
 from service.settings import Settings
 

@@ -21,12 +21,12 @@ from aiokafka.errors import KafkaError
 from service.core.errors import PublishFailed, SluiceError
 from service.core.events import ClientReplaced, Observe
 from service.core.messages import Partition
-from service.kafka.connection import within
-from service.kafka.outgoing import Outbox, Outgoing, by_output_partition, fail
-from service.kafka.producers import Output
-from service.kafka.sending import TOO_LARGE, Handover, OutputQueue, Waiting, after_refusal
-from service.kafka.starts import Stored
-from service.kafka.transactional import Fenced, TransactionalProducer
+from service.kafka.client.connection import within
+from service.kafka.group.starts import Stored
+from service.kafka.sending.producers import Output
+from service.kafka.sending.queues import TOO_LARGE, Handover, OutputQueue, Waiting, after_refusal
+from service.kafka.transactions.outbox import Outbox, Outgoing, by_output_partition, fail
+from service.kafka.transactions.producer import Fenced, TransactionalProducer
 
 READ_S = 5.0
 """Reading back what Kafka holds, after a new epoch."""

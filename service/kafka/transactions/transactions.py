@@ -38,11 +38,11 @@ from aiokafka.errors import KafkaError
 from service.core.errors import CannotRun, CommitFailed, PublishFailed, WrongSettings
 from service.core.events import Observe
 from service.core.messages import Partition
-from service.kafka.connection import client_options, stop_for, within
-from service.kafka.membership import briefly
-from service.kafka.producers import Output
-from service.kafka.transactional import TransactionalProducer, transactional_id
-from service.kafka.writers import Ledger, Means, Writer
+from service.kafka.client.connection import client_options, stop_for, within
+from service.kafka.client.private import briefly
+from service.kafka.sending.producers import Output
+from service.kafka.transactions.producer import TransactionalProducer, transactional_id
+from service.kafka.transactions.writer import Ledger, Means, Writer
 from service.settings import KafkaSettings
 
 PREFIX = "sluice"

@@ -21,11 +21,11 @@ from aiokafka.errors import (
 )
 
 from service.core.messages import Partition
-from service.kafka.connection import describe_topics
-from service.kafka.epochs import EpochEnds
-from service.kafka.stable_offsets import stable_offsets
-from service.kafka.starts import Bounds, Stored
-from service.kafka.topic_ids import find_topics, topic_ids
+from service.kafka.client.connection import describe_topics
+from service.kafka.client.epochs import EpochEnds
+from service.kafka.client.stable_offsets import stable_offsets
+from service.kafka.client.topics_seen import find_topics, topic_ids
+from service.kafka.group.starts import Bounds, Stored
 from service.settings import Start
 
 

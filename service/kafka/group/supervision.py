@@ -3,7 +3,7 @@
 A consumer can fall silent without an error: its fetching hangs, its metadata is stale, it does
 not learn of new partitions, or its topic is not the one it was. None of that shows from within,
 so it is asked for through another connection, and compared. What to do is decided in
-core/watchdog.py; the source does it.
+kafka/group/watchdog.py; the source does it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from aiokafka.protocol.offset import OffsetRequest, OffsetResetStrategy
 
 from service.core.errors import CannotRun, WrongSettings
 from service.core.messages import Partition
-from service.core.watchdog import SILENT_S, SilenceWatch, Standing, TopicSeen, TopicsWatch
-from service.kafka.connection import METADATA_MAX_AGE_MS, client_options, within
-from service.kafka.membership import STOP_S, briefly
-from service.kafka.topic_ids import FoundTopic, find_topics
+from service.kafka.client.connection import METADATA_MAX_AGE_MS, client_options, within
+from service.kafka.client.private import STOP_S, briefly
+from service.kafka.client.topics_seen import FoundTopic, find_topics
+from service.kafka.group.watchdog import SILENT_S, SilenceWatch, Standing, TopicSeen, TopicsWatch
 from service.settings import KafkaSettings
 
 log = logging.getLogger(__name__)

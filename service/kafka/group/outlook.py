@@ -8,10 +8,10 @@ from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
-from service.kafka.connection import client_options, stop_for, within
-from service.kafka.membership import STOP_S, briefly
-from service.kafka.offsets import GroupOffsets
-from service.kafka.starts import HeldOut, leader_epochs, starts
+from service.kafka.client.connection import client_options, stop_for, within
+from service.kafka.client.private import STOP_S, briefly
+from service.kafka.group.group_offsets import GroupOffsets
+from service.kafka.group.starts import HeldOut, leader_epochs, starts
 from service.settings import Settings
 
 LOOK_S = 20.0

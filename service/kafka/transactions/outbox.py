@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from aiokafka import TopicPartition
 
 from service.core.errors import PublishFailed
-from service.kafka.sending import Handover, OutputQueue, Waiting
+from service.kafka.sending.queues import Handover, OutputQueue, Waiting
 
 TRANSACTION_MESSAGES_MAX = 1_000
 """More go into the next one: an abort repeats little, and readers wait for the whole of it."""

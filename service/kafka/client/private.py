@@ -23,7 +23,7 @@ from aiokafka.protocol.group import SyncGroupRequest
 from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 
 from service.core.messages import Partition
-from service.kafka.starts import Stored
+from service.kafka.group.starts import Stored
 
 log = logging.getLogger(__name__)
 

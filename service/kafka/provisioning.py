@@ -31,8 +31,8 @@ from aiokafka.protocol.metadata import MetadataRequest_v4, MetadataRequest_v5
 from aiokafka.protocol.types import Array, Boolean, Int16, Int32, Schema, String
 
 from service.core.errors import CannotRun
-from service.kafka.connection import client_options, is_lasting, reach, stop_for, within
-from service.kafka.sizes import ask_broker
+from service.kafka.client.connection import client_options, is_lasting, reach, stop_for, within
+from service.kafka.sending.sizes import ask_broker
 from service.settings import KafkaSettings, Settings
 
 Operation: TypeAlias = Literal["READ", "WRITE", "DESCRIBE"]

@@ -34,8 +34,8 @@ from service.core.completed import Damaged, decode, encode, finished_ranges, run
 from service.core.messages import Partition
 from service.core.tracker import Progress
 from service.core.window import MAP_CHARS_MAX
-from service.kafka import instances
-from service.kafka.instances import Bearer, bearer, has_lived_on
+from service.kafka.client import instances
+from service.kafka.client.instances import Bearer, bearer, has_lived_on
 
 METADATA_CHARS_MAX = 4_096
 """Characters that brokers take by default (offset.metadata.max.bytes)."""

@@ -29,9 +29,9 @@ from service.core.history import (
     own_part,
 )
 from service.core.messages import Coordinates, Headers
-from service.kafka.connection import client_options, stop_for, within
-from service.kafka.dead_letters import MARKER, original_headers
-from service.kafka.topics import look_at_topics
+from service.kafka.client.connection import client_options, stop_for, within
+from service.kafka.letters.written import MARKER, original_headers
+from service.kafka.provisioning import look_at_topics
 from service.settings import Settings
 
 REDRIVEN = "sluice.redriven"

@@ -1,0 +1,1 @@
+"""Outside of transactions: output queues, the idempotent producer, and what topics take."""

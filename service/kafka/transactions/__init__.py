@@ -1,0 +1,1 @@
+"""Exactly once: outputs, next offset and completed map in one Kafka transaction."""
