@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import TypeAlias
 
 from service.core.errors import CallFailure, CannotRun, ServiceFailure, Stop, WrongSettings
-from service.core.messages import Extracted, Rejected
+from service.core.messages import Extracted, Reason, Rejected
 from service.kafka.client.connection import reach
 from service.kafka.group.outlook import look_ahead
 from service.kafka.provisioning import (
@@ -27,6 +27,8 @@ from service.settings import Settings, warnings
 
 SAMPLE = "Ada Lovelace was 36 years old."
 """The text of the one call that `--call` makes."""
+SAMPLES_OWN = frozenset({Reason.INVALID, Reason.REFUSED, Reason.FILTERED, Reason.USER_CODE})
+"""Reasons for which a sample can be rejected while texts of the topic would not be."""
 
 Say: TypeAlias = Callable[[str], None]
 Look: TypeAlias = Callable[[Settings], Awaitable[tuple[str, ...]]]
@@ -204,9 +206,16 @@ async def _call(settings: Settings) -> tuple[str, ...]:
                 f"{spent.tokens_output} out, "
                 + ("price not known" if spent.calls_unpriced else f"{spent.cost_usd:.6f} USD"),
             )
-        case Rejected(reason=reason):
-            # The sample may have nothing that the record asks for: the way there is fine.
-            return (f"answers; the sample {SAMPLE!r} was rejected as {reason.value}",)
+        case Rejected(reason=reason) if reason in SAMPLES_OWN:
+            return (
+                f"answers; the sample {SAMPLE!r} was rejected as {reason.value}, which may be its "
+                "own fault: it may hold nothing that the record asks for",
+            )
+        case Rejected(reason=reason, detail=detail):
+            raise CannotRun(
+                f"the sample {SAMPLE!r} was rejected as {reason.value}, and any text would be: "
+                f"{detail}"
+            )
 
 
 # --- the cache --------------------------------------------------------------------------------

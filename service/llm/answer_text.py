@@ -34,7 +34,8 @@ _THOUGHTS = re.compile(
 _UNFINISHED_THOUGHTS = re.compile(
     r"\s*<(?:think|thinking|thought|thoughts|reasoning)>", re.IGNORECASE
 )
-_FINAL_CHANNEL = "<|channel|>final<|message|>"
+_CHANNELS = ("<|channel|>", "<|start|>")
+_FINAL_CHANNEL = re.compile(r"<\|channel\|>\s*final\b[^{]{0,40}?<\|message\|>")
 """gpt-oss writes its thoughts into other channels; servers without a parser for it hand all on."""
 _TOP = re.compile(r'\{(?=\s*["}])|</(?:think|thinking|thought|thoughts|reasoning)>', re.IGNORECASE)
 """What counts outside of objects: the beginning of one, and the end of thoughts whose beginning
@@ -187,9 +188,8 @@ def beginning_of(text: str) -> int | None:
 
 def _after_thoughts(text: str, at: int) -> int:
     """Behind the thoughts that the text begins with; its end where they never end."""
-    if text.startswith("<|channel|>", at):
-        final = text.rfind(_FINAL_CHANNEL)
-        return len(text) if final < 0 else final + len(_FINAL_CHANNEL)
+    if text.startswith(_CHANNELS, at):
+        return max((final.end() for final in _FINAL_CHANNEL.finditer(text, at)), default=len(text))
     while found := _THOUGHTS.match(text, at):
         at = found.end()
     return len(text) if _UNFINISHED_THOUGHTS.match(text, at) else at

@@ -24,7 +24,7 @@ from service.kafka.provisioning import (
     record_max_bytes,
 )
 from service.settings import Settings
-from tests.support.endpoint import MODEL, Endpoint
+from tests.support.endpoint import MODEL, Endpoint, Step
 from tests.support.sources import Kafka
 from tests.support.topics import admin, committed, create_topic, produce, unique_name
 
@@ -168,6 +168,30 @@ async def test_one_real_call(mock_kafka: EmbeddedBroker, endpoint: Endpoint) -> 
     assert endpoint.total() == 1
     assert said["model"][0].startswith(f"✓ {MODEL} made 1 records of a sample in ")
     assert " tokens in, " in said["model"][0]
+
+
+@pytest.mark.parametrize(
+    ("script", "mark", "word"),
+    [
+        ("invalid", "✓", "its own fault"),
+        ("refuse", "✓", "its own fault"),
+        ("content_filter", "✓", "its own fault"),
+        ("truncate", "✗", "longer than"),
+        ("too_long", "✗", "maximum context length"),
+        ("400", "✗", "without a reason"),
+        ("403", "✗", "without a reason"),
+        ("quota", "✗", "no quota left"),
+    ],
+)
+async def test_a_real_call_is_well_only_for_an_answer(
+    mock_kafka: EmbeddedBroker, endpoint: Endpoint, script: str, mark: str, word: str
+) -> None:
+    """Or where a sentence says that it may be the sample's own fault."""
+    endpoint.script = lambda _: Step(script)
+    code, said = await checked(settings(mock_kafka.bootstrap_servers), call=True)
+    assert said["model"][0].startswith(mark)
+    assert word in said["model"][0]
+    assert code == 1  # its topics are missing, too
 
 
 async def test_transactions_are_tried(

@@ -43,6 +43,11 @@ def call(arguments: object, number: int = 1) -> dict[str, Any]:
             f"<|channel|>analysis<|message|>{BO}<|end|><|channel|>final<|message|>{ANN}",
             ("thoughts",),
         ),
+        (
+            f"<|start|>assistant<|channel|>analysis<|message|>{BO}<|end|><|start|>assistant"
+            f"<|channel|>final <|constrain|>JSON<|message|>{ANN}",
+            ("thoughts",),
+        ),
         (f"\ufeff<think>x</think>Answer: {ANN}", ("bom", "thoughts", "prose")),
     ],
 )
@@ -164,6 +169,8 @@ def test_the_tool_that_is_not_called() -> None:
         "</think>" * 100_000,
         '"\\' * 300_000 + '{"a":"' + "\\" * 300_001,
         "```" * 200_000,
+        "<|channel|>" * 50_000,
+        "<|channel|>final " * 30_000,
     ],
 )
 def test_a_hostile_text_is_read_in_one_pass(text: str) -> None:
