@@ -1377,6 +1377,13 @@ MUTATIONS = (
         "    if False:",
         ("tests/unit/test_settings.py::test_wrong_value",),
     ),
+    Mutation(
+        "the demo hides why it ends behind what fails at its end",
+        "service/demo/app.py",
+        "        if stops is None:\n            raise",
+        "        if True:\n            raise",
+        ("tests/unit/test_demo.py::test_why_the_demo_ends_is_told_alone",),
+    ),
 )
 
 

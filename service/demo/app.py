@@ -72,12 +72,19 @@ def demo(
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         asyncio.run(_Demo(messages, EXAMPLES[example], example, picture).run())
-    except* Stop as stops:
-        failure: BaseException = stops
-        while isinstance(failure, BaseExceptionGroup):
-            failure = failure.exceptions[0]
-        raise failure from None
+    except BaseExceptionGroup as failures:
+        # What else fails while all tasks are being ended is a consequence, and would hide it.
+        stops = failures.subgroup(Stop)
+        if stops is None:
+            raise
+        raise _first(stops) from None
     return 0
+
+
+def _first(failure: BaseException) -> BaseException:
+    while isinstance(failure, BaseExceptionGroup):
+        failure = failure.exceptions[0]
+    return failure
 
 
 class _Demo:

@@ -16,6 +16,7 @@ from rich.console import Console
 from service.core.errors import CannotRun
 from service.core.events import Called, Finished
 from service.core.messages import Reason
+from service.demo import app as demo_app
 from service.demo import download, model
 from service.demo.examples import BROKEN_EVERY, EXAMPLES, DemoExample, upstream
 from service.demo.figures import Figures, quantile, read_figures
@@ -264,3 +265,15 @@ def test_the_openmp_of_the_wheel_loads() -> None:
     folder = model.openmp_folder()
     assert folder is not None
     assert model._loads(str(folder / model.OPENMP))
+
+
+def test_why_the_demo_ends_is_told_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another task may fail while all are being ended; the sentence for a person is what counts."""
+
+    async def run(self: object) -> None:
+        ended = ExceptionGroup("", [ConnectionError("closed"), CannotRun("the service ended")])
+        raise ExceptionGroup("", [ended])
+
+    monkeypatch.setattr(demo_app._Demo, "run", run)
+    with pytest.raises(CannotRun, match="the service ended"):
+        demo_app.demo(messages=1)
