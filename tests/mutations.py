@@ -32,12 +32,14 @@ ROOT = Path(__file__).parent.parent
 TEST_S = 60
 """A test that hangs without its guard has failed; with it none takes half as long."""
 
+ANSWERING = "service/pipeline/answering.py"
 ASKING = "service/pipeline/asking.py"
 CALLS = "service/pipeline/calls.py"
 COMMITS = "service/pipeline/commits.py"
 INTAKE = "service/pipeline/intake.py"
 OUTCOMES = "service/pipeline/outcomes.py"
 PIPELINE = "service/pipeline/pipeline.py"
+PROBING = "service/pipeline/probing.py"
 PUBLISHING = "service/pipeline/publishing.py"
 STREAMED = "service/pipeline/streaming.py"
 TASKS = "service/pipeline/tasks.py"
@@ -300,23 +302,21 @@ MUTATIONS = (
     ),
     Mutation(
         "11 a probe that was called off before its first step counts as out",
-        CALLS,
-        "            self._probe_running = None\n"
-        "            self._admission.probe_cancelled()\n"
-        "            self._wake_at",
-        "            self._probe_running = None\n            self._wake_at",
+        PROBING,
+        "            self._running = None\n            self._admission.probe_cancelled()\n",
+        "            self._running = None\n",
         (ADMISSION + "a_probe_that_never_begins_is_told_to_the_circuit",),
     ),
     Mutation(
         "11 two probes at once",
-        CALLS,
-        "if wait_s is None or self._probe_running is not None:",
+        PROBING,
+        "if wait_s is None or self._running is not None:",
         "if wait_s is None:",
         (ADMISSION + "one_probe_at_a_time_where_the_circuit_has_closed_and_opened_beside_it",),
     ),
     Mutation(
         "11 an older call's failure is taken for the answer to a probe",
-        CALLS,
+        ANSWERING,
         "if not failure.shared and not self._admission.probe_is_out:",
         "if not failure.shared:",
         (ADMISSION + "one_probe_at_a_time_whatever_older_calls_come_to",),
@@ -411,7 +411,7 @@ MUTATIONS = (
     ),
     Mutation(
         "14 a message that takes too long does not wait in the retry topic",
-        CALLS,
+        ANSWERING,
         "return self._postponed(entry) or overstayed(",
         "return overstayed(",
         (ADMISSION + "a_message_that_takes_too_long_waits_in_the_retry_topic",),
@@ -467,21 +467,21 @@ MUTATIONS = (
     ),
     Mutation(
         "16 an open circuit asks nobody whether the provider is back",
-        CALLS,
+        PROBING,
         "        if wait_s > 0.0:\n            return now_s + wait_s\n",
         "        return now_s + wait_s + 1.0\n",
         (WAY + "poison_alone_does_not_keep_the_others_out",),
     ),
     Mutation(
         "16 a drain with an open circuit asks nobody whether the provider is back",
-        CALLS,
+        PROBING,
         "        if self._phase.draining and not self._window.waits_for_a_call:\n",
         "        if self._phase.draining:\n",
         (ADMISSION + "a_drain_asks_whether_the_provider_is_back",),
     ),
     Mutation(
         "16 a drain with an open circuit asks without end",
-        CALLS,
+        PROBING,
         "            return None  # the end of a call asks again\n",
         "            return now_s + wait_s\n",
         (ADMISSION + "a_drain_sends_no_probe_that_nobody_waits_for",),

@@ -8,46 +8,33 @@ out, one at a time.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from functools import partial
 
 from service import clock
 from service.core.admission.admission import BUDGETS, NO_SLOT, Admission, Cause, Hold, Turn
 from service.core.admission.guard import Guard
-from service.core.admission.retry import (
-    NEVER_THE_MESSAGE,
-    OVERLOAD,
-    Backoff,
-    Uniform,
-    exhausted,
-)
 from service.core.admission.shares import share
 from service.core.errors import CallFailure, NoRoom, ServiceFailure, TransientFailure
-from service.core.events import Admitted, Observe, Retried
-from service.core.history import lived_on
-from service.core.messages import Extracted, Outcome, Partition, Postponed, Rejected
+from service.core.events import Admitted, Observe
+from service.core.messages import Partition
 from service.core.phase import Phase
 from service.core.window import Entry, Window
+from service.pipeline.answering import Answering
 from service.pipeline.asking import Asking
-from service.pipeline.bounds import Bounds
 from service.pipeline.outcomes import (
     CutOff,
     Result,
-    attempts,
     from_the_cache,
-    given_up,
-    overstayed,
-    sentence,
-    with_calls_beside,
 )
+from service.pipeline.probing import Probing
 from service.pipeline.publishing import Publishing
 from service.pipeline.tasks import Conditions, Tasks
 from service.ports import Extractor
 
 
 class Calls:
-    """Why the queue waits, who runs alone, when to look again, and the probe."""
+    """Why the queue waits, who has a slot, who runs alone, and when to look again."""
 
     def __init__(
         self,
@@ -58,25 +45,21 @@ class Calls:
         phase: Phase,
         tasks: Tasks,
         conditions: Conditions,
+        probing: Probing,
+        answering: Answering,
         asking: Asking,
         publishing: Publishing,
-        bounds: Bounds,
-        *,
         observe: Observe,
-        uniform: Uniform,
-        wall_clock: Callable[[], float],
     ) -> None:
-        self._extractor, self._bounds = extractor, bounds
+        self._extractor, self._observe = extractor, observe
         self._window, self._admission, self._guard = window, admission, guard
         self._phase, self._tasks, self._conditions = phase, tasks, conditions
+        self._probing, self._answering = probing, answering
         self._asking, self._publishing = asking, publishing
-        self._observe, self._uniform, self._wall_clock = observe, uniform, wall_clock
-        self._backoff = Backoff()
         self._hold: Hold | None = None  # why the queue waits
         self._lags: Mapping[Partition, int | None] = {}
         self._turns: dict[Entry, Turn] = {}  # of the calls that have a slot now
         self._alone: Entry | None = None  # the only call that may run now
-        self._probe_running: asyncio.Task[None] | None = None
         self._wake: asyncio.TimerHandle | None = None
 
     # --- admission -------------------------------------------------------------------------------
@@ -87,7 +70,7 @@ class Calls:
             return
         now_s = clock.now_s()
         if not self._admission.closed:
-            self._wake_at(self._probe_when_due(now_s))
+            self._wake_at(self._probing.when_due(now_s, self.admit))
             return
         ask_again_s, held = self._requeue(now_s), self.waits_for_budget
         self._hold = None
@@ -164,58 +147,7 @@ class Calls:
         """Nothing starts any more; the probe that runs is called off."""
         if self._wake is not None:
             self._wake.cancel()
-        if self._probe_running is not None:
-            self._probe_running.cancel()
-
-    # --- the probe -------------------------------------------------------------------------------
-
-    def _probe_when_due(self, now_s: float) -> float | None:
-        """While the circuit is not closed nothing but a probe goes out; returns when to ask again.
-
-        One at a time: the circuit may have closed and opened while a probe runs, whose end asks
-        again. In a drain one goes out only where a message waits for it, so that the message can
-        end before the deadline.
-        """
-        wait_s = self._admission.probe_wait_s(now_s)
-        if wait_s is None or self._probe_running is not None:
-            return None
-        if self._phase.draining and not self._window.waits_for_a_call:
-            return None  # the end of a call asks again
-        if wait_s > 0.0:
-            return now_s + wait_s
-        self._admission.probing(now_s)
-        self._probe_running = self._tasks.start_alone(self._probe)
-        if self._probe_running is None:
-            self._admission.probe_cancelled()
-        else:
-            self._probe_running.add_done_callback(self._probe_called_off)
-        return None
-
-    def _probe_called_off(self, probe: asyncio.Task[None]) -> None:
-        """A probe that was cancelled, before its first step or later, has told nothing."""
-        if self._probe_running is probe:
-            self._probe_running = None
-            self._admission.probe_cancelled()
-            self._wake_at(clock.now_s())
-
-    async def _probe(self) -> None:
-        """Sends one probe for all queued messages: is the provider reachable, and does it accept
-        the settings that every request shares?"""
-        failure = None
-        try:
-            await self._extractor.probe()
-        except CallFailure as found:
-            failure = found
-        self._probe_running = None
-        now_s = clock.now_s()
-        if failure is None:
-            self._admission.probe_succeeded(now_s)
-            self._window.wake_retries(now_s)
-        else:
-            self._admission.cool_down(now_s, failure.retry_after_s)
-            self._circuit_failed(now_s, failure)
-        self._conditions.moved_on()
-        self.admit()
+        self._probing.close()
 
     # --- one call --------------------------------------------------------------------------------
 
@@ -260,16 +192,16 @@ class Calls:
         self._account(entry, turn, result)
         match result:
             case CutOff():
-                self.answer(entry, self._overstayed(entry))
+                self._answering.cut_off(entry)
             case NoRoom():
                 self._provider_answers(turn)
                 self._go_on_later(entry, result)
             case CallFailure():
-                self._failed(entry, turn, result)
+                self._answering.failed(entry, turn, result)
             case _:
                 if not from_the_cache(result):
                     self._provider_answers(turn)
-                self.answer(entry, result)
+                self._answering.answer(entry, result)
         self.admit()
         await self._publishing.hand_over(entry.holding, entry.lane)
 
@@ -295,93 +227,6 @@ class Calls:
         if not entry.holding.lost:
             entry.progress = paused.progress
             self._window.queue_first(entry, clock.now_s())
-
-    def _circuit_failed(self, now_s: float, failure: CallFailure) -> None:
-        self._admission.failed(
-            now_s,
-            sentence(failure),
-            service=isinstance(failure, ServiceFailure),
-            retry_after_s=failure.retry_after_s,
-        )
-
-    # --- what failed -----------------------------------------------------------------------------
-
-    def _failed(self, entry: Entry, turn: Turn, failure: CallFailure) -> None:
-        now_s = clock.now_s()
-        service = isinstance(failure, ServiceFailure)
-        # One call counts once, however many waited; and while a probe is out, its answer counts,
-        # not that of a call from before.
-        if not failure.shared and not self._admission.probe_is_out:
-            self._circuit_failed(now_s, failure)
-        if failure.reason in OVERLOAD:
-            self._admission.overloaded(now_s, turn, failure.reason, failure.retry_after_s)
-        self._observe(Retried(failure.reason))
-        entry.progress = failure.progress
-        entry.not_before_s = now_s + (failure.retry_after_s or 0.0)
-        entry.attempts += 1
-        entry.attempts_that_count += not service and failure.reason not in NEVER_THE_MESSAGE
-        if entry.first_failed_at_ms is None:
-            entry.first_failed_at_ms = self._wall_ms()
-        if (outcome := self._given_up(entry, turn, failure)) is not None:
-            self.answer(entry, outcome)
-            return
-        if entry.attempts_that_count >= self._bounds.attempts_max:
-            self._admission.doubt(now_s)  # nobody else has shown that the provider is there
-        delay_s = self._backoff.delay_s(entry.attempts, self._uniform, failure.retry_after_s)
-        self._window.retry(entry, now_s, now_s + delay_s)
-        if self._phase.draining:
-            self.let_go()
-
-    def let_go(self) -> None:
-        """Forget messages that cost nothing to forget."""
-        self._window.let_go()
-        self._publishing.end_traces()
-
-    def _given_up(self, entry: Entry, turn: Turn, failure: CallFailure) -> Outcome | None:
-        if exhausted(
-            entry.attempts_that_count,
-            self._bounds.attempts_max,
-            turn.started_s,
-            self._admission.last_success_s,
-        ):
-            return self._postponed(entry) or given_up(entry, failure)
-        return self._overstayed(entry) if self._asking.overstays(entry) else None
-
-    def _overstayed(self, entry: Entry) -> Outcome:
-        return self._postponed(entry) or overstayed(entry, self._bounds.message_timeout_s)
-
-    def _postponed(self, entry: Entry) -> Postponed | None:
-        """An exhausted message goes to the retry topic, where there is one, so and so often."""
-        later, now_ms = self._bounds.later, self._wall_ms()
-        made = attempts(entry, entry.spent)
-        history = lived_on(entry.message, made, entry.first_failed_at_ms or now_ms)
-        if later is None or history.retries >= later.attempts_max:
-            return None
-        due_ms = now_ms + int(later.delay_s * 1000)
-        return Postponed(replace(history, retries=history.retries + 1, due_ms=due_ms).headers)
-
-    def answer(self, entry: Entry, outcome: Outcome) -> None:
-        """The message has its outcome; a rejected one is told how it came to it."""
-        if entry.holding.lost:
-            return
-        if isinstance(outcome, Rejected):
-            outcome = self._explained(entry, outcome)
-        if isinstance(outcome, Extracted | Rejected) and outcome.provenance is not None:
-            outcome = replace(outcome, provenance=with_calls_beside(entry, outcome.provenance))
-        self._window.answered(entry, outcome, clock.now_s())
-
-    def _explained(self, entry: Entry, rejected: Rejected) -> Rejected:
-        """How the message came to it; before `with_calls_beside`."""
-        first_ms = entry.first_failed_at_ms
-        return replace(
-            rejected,
-            attempts=attempts(entry, rejected.provenance),
-            first_failed_at_ms=self._wall_ms() if first_ms is None else first_ms,
-            records_out=entry.records_out,
-        )
-
-    def _wall_ms(self) -> int:
-        return int(self._wall_clock() * 1000)
 
 
 def _earlier(one_s: float | None, other_s: float) -> float:

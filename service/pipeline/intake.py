@@ -11,6 +11,7 @@ from service.core.events import Dropped, Observe, Spared, Taken
 from service.core.messages import Batch, Message, Outcome, Partition
 from service.core.phase import Phase
 from service.core.window import Entry, Window
+from service.pipeline.answering import Answering
 from service.pipeline.bounds import Bounds
 from service.pipeline.calls import Calls
 from service.pipeline.outcomes import died_before
@@ -36,6 +37,7 @@ class Intake:
         phase: Phase,
         conditions: Conditions,
         calls: Calls,
+        answering: Answering,
         publishing: Publishing,
         bounds: Bounds,
         observe: Observe,
@@ -43,7 +45,8 @@ class Intake:
         self._source, self._decode, self._bounds = source, decode, bounds
         self._window, self._admission, self._guard = window, admission, guard
         self._phase, self._conditions = phase, conditions
-        self._calls, self._publishing, self._observe = calls, publishing, observe
+        self._calls, self._answering = calls, answering
+        self._publishing, self._observe = publishing, observe
         self.turned_at_s = 0.0
 
     async def run(self, until: Mapping[Partition, int] | None, stop: Callable[[], None]) -> None:
@@ -92,7 +95,7 @@ class Intake:
                 entry.text = decoded
                 self._window.queue(entry)
             else:
-                self._calls.answer(entry, decoded)
+                self._answering.answer(entry, decoded)
                 self._publishing.start(entry)
         for partition, position in batch.positions.items():
             if (holding := self._window.held.get(partition)) is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from service.core.admission.admission import Admission
 from service.core.errors import CallFailure, NoRoom, ServiceFailure
 from service.core.messages import (
     Extracted,
@@ -138,3 +139,13 @@ def sentence(failure: CallFailure) -> str:
     if isinstance(failure, ServiceFailure):
         return f"calls to the model fail ({failure.reason}): {failure.remedy}"
     return f"calls to the model fail ({failure.reason}); they are tried again"
+
+
+def tell_the_circuit(admission: Admission, now_s: float, failure: CallFailure) -> None:
+    """A call, or a probe, was not answered."""
+    admission.failed(
+        now_s,
+        sentence(failure),
+        service=isinstance(failure, ServiceFailure),
+        retry_after_s=failure.retry_after_s,
+    )

@@ -24,11 +24,13 @@ from service.core.phase import Phase
 from service.core.status import GroupStatus, Status
 from service.core.tracker import Given, Progress
 from service.core.window import Holding, Window
+from service.pipeline.answering import Answering
 from service.pipeline.asking import Asking
 from service.pipeline.bounds import Bounds
 from service.pipeline.calls import Calls
 from service.pipeline.commits import Commits
 from service.pipeline.intake import Intake
+from service.pipeline.probing import Probing
 from service.pipeline.publishing import Publishing
 from service.pipeline.reporting import Reporting
 from service.pipeline.streaming import Streaming
@@ -89,16 +91,27 @@ class Pipeline:
             uniform=uniform,
         )
         asking = Asking(extractor, self._admission, streaming, self._commits, bounds, observe)
-        self._calls = Calls(
-            extractor,
-            *shared,
-            *running,
+        self._answering = Answering(
+            self._window,
+            self._admission,
+            self._phase,
             asking,
             self._publishing,
             bounds,
             observe=observe,
             uniform=uniform,
             wall_clock=wall_clock,
+        )
+        probing = Probing(extractor, self._window, self._admission, self._phase, *running)
+        self._calls = Calls(
+            extractor,
+            *shared,
+            *running,
+            probing,
+            self._answering,
+            asking,
+            self._publishing,
+            observe,
         )
         self._reporting = Reporting(*shared, self._conditions, self._calls, streaming, bounds)
         self._intake = Intake(
@@ -107,6 +120,7 @@ class Pipeline:
             *shared,
             self._conditions,
             self._calls,
+            self._answering,
             self._publishing,
             bounds,
             observe,
@@ -160,7 +174,7 @@ class Pipeline:
     async def _drain(self) -> None:
         self._phase.drain()
         self._admission.finish(finishing=self._phase.finishing)
-        self._calls.let_go()
+        self._answering.let_go()
         drained = await self._conditions.until(
             lambda: self._phase.forced or not self._window.messages, self._bounds.drain_timeout_s
         )

@@ -1,0 +1,135 @@
+"""What becomes of a message after an attempt: an outcome, another attempt, or the retry topic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from service import clock
+from service.core.admission.admission import Admission, Turn
+from service.core.admission.retry import (
+    NEVER_THE_MESSAGE,
+    OVERLOAD,
+    Backoff,
+    Uniform,
+    exhausted,
+)
+from service.core.errors import CallFailure, ServiceFailure
+from service.core.events import Observe, Retried
+from service.core.history import lived_on
+from service.core.messages import Extracted, Outcome, Postponed, Rejected
+from service.core.phase import Phase
+from service.core.window import Entry, Window
+from service.pipeline.asking import Asking
+from service.pipeline.bounds import Bounds
+from service.pipeline.outcomes import (
+    attempts,
+    given_up,
+    overstayed,
+    tell_the_circuit,
+    with_calls_beside,
+)
+from service.pipeline.publishing import Publishing
+
+
+class Answering:
+    """Gives messages their outcomes, and those that failed another attempt."""
+
+    def __init__(
+        self,
+        window: Window,
+        admission: Admission,
+        phase: Phase,
+        asking: Asking,
+        publishing: Publishing,
+        bounds: Bounds,
+        *,
+        observe: Observe,
+        uniform: Uniform,
+        wall_clock: Callable[[], float],
+    ) -> None:
+        self._window, self._admission, self._phase = window, admission, phase
+        self._asking, self._publishing, self._bounds = asking, publishing, bounds
+        self._observe, self._uniform, self._wall_clock = observe, uniform, wall_clock
+        self._backoff = Backoff()
+
+    def failed(self, entry: Entry, turn: Turn, failure: CallFailure) -> None:
+        now_s = clock.now_s()
+        service = isinstance(failure, ServiceFailure)
+        # One call counts once, however many waited; and while a probe is out, its answer counts,
+        # not that of a call from before.
+        if not failure.shared and not self._admission.probe_is_out:
+            tell_the_circuit(self._admission, now_s, failure)
+        if failure.reason in OVERLOAD:
+            self._admission.overloaded(now_s, turn, failure.reason, failure.retry_after_s)
+        self._observe(Retried(failure.reason))
+        entry.progress = failure.progress
+        entry.not_before_s = now_s + (failure.retry_after_s or 0.0)
+        entry.attempts += 1
+        entry.attempts_that_count += not service and failure.reason not in NEVER_THE_MESSAGE
+        if entry.first_failed_at_ms is None:
+            entry.first_failed_at_ms = self._wall_ms()
+        if (outcome := self._given_up(entry, turn, failure)) is not None:
+            self.answer(entry, outcome)
+            return
+        if entry.attempts_that_count >= self._bounds.attempts_max:
+            self._admission.doubt(now_s)  # nobody else has shown that the provider is there
+        delay_s = self._backoff.delay_s(entry.attempts, self._uniform, failure.retry_after_s)
+        self._window.retry(entry, now_s, now_s + delay_s)
+        if self._phase.draining:
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Forget messages that cost nothing to forget."""
+        self._window.let_go()
+        self._publishing.end_traces()
+
+    def _given_up(self, entry: Entry, turn: Turn, failure: CallFailure) -> Outcome | None:
+        if exhausted(
+            entry.attempts_that_count,
+            self._bounds.attempts_max,
+            turn.started_s,
+            self._admission.last_success_s,
+        ):
+            return self._postponed(entry) or given_up(entry, failure)
+        return self._overstayed(entry) if self._asking.overstays(entry) else None
+
+    def cut_off(self, entry: Entry) -> None:
+        """The message's time was over before it had an answer."""
+        self.answer(entry, self._overstayed(entry))
+
+    def _overstayed(self, entry: Entry) -> Outcome:
+        return self._postponed(entry) or overstayed(entry, self._bounds.message_timeout_s)
+
+    def _postponed(self, entry: Entry) -> Postponed | None:
+        """An exhausted message goes to the retry topic, where there is one, so and so often."""
+        later, now_ms = self._bounds.later, self._wall_ms()
+        made = attempts(entry, entry.spent)
+        history = lived_on(entry.message, made, entry.first_failed_at_ms or now_ms)
+        if later is None or history.retries >= later.attempts_max:
+            return None
+        due_ms = now_ms + int(later.delay_s * 1000)
+        return Postponed(replace(history, retries=history.retries + 1, due_ms=due_ms).headers)
+
+    def answer(self, entry: Entry, outcome: Outcome) -> None:
+        """The message has its outcome; a rejected one is told how it came to it."""
+        if entry.holding.lost:
+            return
+        if isinstance(outcome, Rejected):
+            outcome = self._explained(entry, outcome)
+        if isinstance(outcome, Extracted | Rejected) and outcome.provenance is not None:
+            outcome = replace(outcome, provenance=with_calls_beside(entry, outcome.provenance))
+        self._window.answered(entry, outcome, clock.now_s())
+
+    def _explained(self, entry: Entry, rejected: Rejected) -> Rejected:
+        """How the message came to it; before `with_calls_beside`."""
+        first_ms = entry.first_failed_at_ms
+        return replace(
+            rejected,
+            attempts=attempts(entry, rejected.provenance),
+            first_failed_at_ms=self._wall_ms() if first_ms is None else first_ms,
+            records_out=entry.records_out,
+        )
+
+    def _wall_ms(self) -> int:
+        return int(self._wall_clock() * 1000)
