@@ -56,6 +56,10 @@ at more than a fifth of its CPU. What is looked for are cycles alone, which erro
 some megabytes of them may now wait to be found."""
 
 
+MODEL_WAIT_S = 5.0
+"""Between two looks at an endpoint that is down, where it has to say which model there is."""
+
+
 class Parent(Protocol):
     """The process that has started this one, as one of several workers."""
 
@@ -139,7 +143,7 @@ class _App:
         self._parent = parent
         self._summary = _Summary()
         admission = Admission(limits(settings), Circuit(random.uniform))
-        model = OpenAIExtractor(settings, self._observe, admission)
+        self._model = model = OpenAIExtractor(settings, self._observe, admission)
         self._extractor = cached(model, settings.cache, self._observe)
         self._sink = KafkaSink(settings, self._observe)
         self._source = KafkaSource(
@@ -216,14 +220,21 @@ class _App:
         await self._source.start(self._pipeline)
 
     async def _ask_the_model(self) -> None:
-        """Refused credentials end the start; an outage doesn't: it is waited out like any other."""
-        try:
-            warning = await self._extractor.check()
-        except NotReachable as failure:
-            log.warning("%s Going on: calls wait until it does.", failure)
-        else:
-            if warning is not None:
-                log.warning("%s", warning)
+        """Refused credentials end the start; an outage doesn't: it is waited out like any other,
+        here where only the endpoint can say which model to ask."""
+        while True:
+            try:
+                warning = await self._extractor.check()
+            except NotReachable as failure:
+                if self._model.models:
+                    log.warning("%s Going on: calls wait until it does.", failure)
+                    return
+                log.warning("%s Waiting for it: extraction.model names no model.", failure)
+                await asyncio.sleep(MODEL_WAIT_S)
+            else:
+                break
+        if warning is not None:
+            log.warning("%s", warning)
 
     async def _work(self, until: Mapping[Partition, int] | None) -> bool:
         async with asyncio.TaskGroup() as tasks:

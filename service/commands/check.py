@@ -188,16 +188,18 @@ _ONCE: tuple[str, Look] = ("transactions", _transactions)
 async def _model(settings: Settings) -> tuple[str, ...]:
     async with _extractor(settings) as extractor:
         warning = await extractor.check()
-    well = (
-        f"the endpoint answers ({', '.join(settings.extraction.model)}; --call makes one real call)"
-    )
-    return (well,) if warning is None else (well, warning)
+        models = ", ".join(extractor.models)
+    well = f"the endpoint answers ({models}; --call makes one real call)"
+    return (well, *filter(None, (warning, _not_strict(extractor))))
 
 
 async def _call(settings: Settings) -> tuple[str, ...]:
     began_s = time.monotonic()
     async with _extractor(settings) as extractor:
+        if not extractor.models:
+            await extractor.check()
         outcome = await extractor.call(SAMPLE, None)
+        besides = tuple(filter(None, (_not_strict(extractor),)))
     match outcome:
         case Extracted(records=records, provenance=spent):
             return (
@@ -205,17 +207,29 @@ async def _call(settings: Settings) -> tuple[str, ...]:
                 f"{time.monotonic() - began_s:.1f} s: {spent.tokens_input} tokens in, "
                 f"{spent.tokens_output} out, "
                 + ("price not known" if spent.calls_unpriced else f"{spent.cost_usd:.6f} USD"),
+                *besides,
             )
         case Rejected(reason=reason) if reason in SAMPLES_OWN:
             return (
                 f"answers; the sample {SAMPLE!r} was rejected as {reason.value}, which may be its "
                 "own fault: it may hold nothing that the record asks for",
+                *besides,
             )
         case Rejected(reason=reason, detail=detail):
             raise CannotRun(
                 f"the sample {SAMPLE!r} was rejected as {reason.value}, and any text would be: "
                 f"{detail}"
             )
+
+
+def _not_strict(extractor: OpenAIExtractor) -> str | None:
+    """Why answers are not asked for under a strict schema, where that is not by setting."""
+    lost = extractor.why_not_strict
+    if lost is None:
+        return None
+    return (
+        f"the schema is sent as it is, without strict: a strict one would lose something, as {lost}"
+    )
 
 
 # --- the cache --------------------------------------------------------------------------------

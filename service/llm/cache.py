@@ -26,6 +26,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 from pydantic import TypeAdapter, ValidationError
@@ -59,7 +60,7 @@ def cached(inner: ModelExtractor, settings: CacheSettings, observe: Observe) -> 
     """`inner`, with the cache around it that the settings ask for. Raises `WrongSettings`."""
     if settings.mode == "off":
         return inner
-    return CachedExtractor(inner, open_store(settings, observe), inner.identity, observe)
+    return CachedExtractor(inner, open_store(settings, observe), observe)
 
 
 @dataclass(eq=False, slots=True)
@@ -97,14 +98,19 @@ class _Flight:
 class CachedExtractor:
     """`pipeline.Extractor` around another one. `start` and `stop` belong to one task."""
 
-    def __init__(
-        self, inner: ModelExtractor, store: Store, identity: str, observe: Observe
-    ) -> None:
+    def __init__(self, inner: ModelExtractor, store: Store, observe: Observe) -> None:
         self._inner, self._store, self._observe = inner, store, observe
-        self.identity = identity
-        self._keys = hashlib.sha256(FORMAT + _framed(identity))
         self._flights: dict[str, _Flight] = {}
         self._tasks = asyncio.TaskGroup()
+
+    @property
+    def identity(self) -> str:
+        return self._inner.identity
+
+    @cached_property
+    def _keys(self) -> hashlib._Hash:
+        """What all keys begin with; made at the first, as the start may find out the model."""
+        return hashlib.sha256(FORMAT + _framed(self.identity))
 
     async def start(self) -> None:
         await self._tasks.__aenter__()  # left in `stop`: an app's life is no one block

@@ -9,7 +9,7 @@ Rules of this file: no I/O; `Conversation` holds all state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import TypeAlias, assert_never
@@ -22,6 +22,7 @@ from service.core.errors import CallFailure, ServiceFailure, TransientFailure, U
 from service.core.events import CallResult
 from service.core.messages import Extracted, Provenance, Reason, Rejected
 from service.llm.answers import Completion
+from service.llm.connection import Connection
 from service.llm.conversation import Conversation
 from service.llm.failures import (
     Failure,
@@ -33,7 +34,7 @@ from service.llm.failures import (
 )
 from service.llm.prices import Bill, Cost, bill
 from service.llm.records import RecordType, new_answer_id
-from service.llm.request import RequestTemplate
+from service.llm.request import Form, RequestTemplate
 from service.settings import ExtractionSettings
 
 ANSWER_MAX_CHARS = 16_384
@@ -56,19 +57,33 @@ MAYBE_CHARGED = frozenset({"timeout", "connection", "broken_answer"})
 
 @dataclass(eq=False, slots=True)
 class Step:
-    """One model, and how it is asked and charged.
+    """One model, where it lives, and how it is asked and charged.
 
     What the endpoint does not take for this model is learned from its refusals, and changes how it
     is asked from then on, but not what.
     """
 
     model: str
-    request: RequestTemplate
-    longer: RequestTemplate
+    connection: Connection
+    forms: tuple[Form, ...]
+    ask_in: Callable[[Form], RequestTemplate]
+    longer_max: int
+    """Tokens of an answer that is asked for once more because it was cut off."""
     cost: Cost | None
+    request: RequestTemplate = field(init=False)
+    longer: RequestTemplate = field(init=False)
     not_taken: set[str] = field(default_factory=set)
     warned: set[str] = field(default_factory=set)
     """What was said once of this model."""
+
+    def __post_init__(self) -> None:
+        self._ask(self.forms[0])
+
+    def _ask(self, form: Form) -> None:
+        request = self.ask_in(form)
+        for parameter in self.not_taken:
+            request = request.without(parameter, OTHER_NAME.get(parameter))
+        self.request, self.longer = request, request.longer(self.longer_max)
 
     def does_not_take(self, parameter: str) -> bool:
         """Whether it can be asked without: by the limit's other name, or not told at all."""
@@ -76,15 +91,24 @@ class Step:
         if parameter in self.not_taken or other in self.not_taken:
             return False
         self.not_taken.add(parameter)
-        self.request = self.request.without(parameter, other)
-        self.longer = self.longer.without(parameter, other)
+        self._ask(self.request.form)
         return True
+
+    def does_not_take_form(self, form: Form) -> bool:
+        """Whether there is another one: the first again where the last is refused too, so that
+        what is mended at the endpoint is found."""
+        at = self.forms.index(form) + 1
+        self._ask(self.forms[at % len(self.forms)])
+        return at < len(self.forms)
 
     def sends(self, parameter: str) -> bool:
         return self.request.sends(parameter)
 
+    def asked(self, talk: Conversation) -> RequestTemplate:
+        return self.longer if talk.longer else self.request
+
     def body(self, talk: Conversation) -> bytes:
-        request = self.longer if talk.longer else self.request
+        request = self.asked(talk)
         return request.body(request.opening(talk.text), talk.tail)
 
     def bill(self, answer: Completion | Failure) -> Bill:
@@ -110,7 +134,7 @@ class Cascade:
     def __init__(
         self, steps: Sequence[Step], record_type: RecordType, extraction: ExtractionSettings
     ) -> None:
-        self._steps = steps
+        self.steps = tuple(steps)
         self._record_type = record_type
         self._extraction = extraction
         self._text_max_bytes = (extraction.text_tokens_max or 0) * BYTES_PER_TOKEN
@@ -135,10 +159,10 @@ class Cascade:
 
     @property
     def first(self) -> Step:
-        return self._steps[0]
+        return self.steps[0]
 
     def step(self, talk: Conversation) -> Step:
-        return self._steps[talk.step]
+        return self.steps[talk.step]
 
     def judge(self, answer: Completion | Failure, talk: Conversation) -> Verdict:
         """What follows from an answer; `talk` has it paid already."""
@@ -221,7 +245,7 @@ class Cascade:
         if not self._has_next(talk):
             return _rejected(result, reason, detail, talk, answer)
         said = _said(talk.spent.model, reason, detail[:SAID_MAX_CHARS])
-        spent = replace(talk.spent, model=self._steps[talk.step + 1].model, text_cut=None)
+        spent = replace(talk.spent, model=self.steps[talk.step + 1].model, text_cut=None)
         after = Conversation(
             spent,
             whole=talk.whole,
@@ -244,7 +268,7 @@ class Cascade:
         return Verdict("invalid", replace(talk, tail=tail, reasks=talk.reasks + 1, purpose="reask"))
 
     def _has_next(self, talk: Conversation) -> bool:
-        return talk.step + 1 < len(self._steps)
+        return talk.step + 1 < len(self.steps)
 
     def _fitting(self, talk: Conversation) -> Conversation:
         """Cut to the setting's bound, where it is longer and there is one."""

@@ -10,8 +10,9 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TypeAlias
 
 import httpx2
@@ -21,18 +22,28 @@ from pydantic_core import from_json
 from service.core.admission.admission import Admission, Limits, Meter
 from service.core.admission.budgets import NO_TOKENS, Estimate
 from service.core.admission.circuit import Circuit
-from service.core.errors import CallFailure, NoRoom, NotReachable
+from service.core.errors import CallFailure, NoRoom
 from service.core.events import Called, CallResult, Observe, Repaired
 from service.core.messages import Extracted, Reason, Rejected
 from service.llm.allowance import read_allowance
+from service.llm.answer_text import Mode
 from service.llm.answers import BrokenAnswer, Completion, read_completion
 from service.llm.bounded import ERROR_MAX_BYTES, TooLarge, Undecodable
 from service.llm.cascade import LONGER_FACTOR, OTHER_NAME, Cascade, Next, Step
+from service.llm.connection import Connection
 from service.llm.conversation import Conversation
-from service.llm.endpoint import endpoint, missing_models, shown, unlisted
+from service.llm.endpoint import (
+    Endpoint,
+    endpoint_of,
+    listed_models,
+    main_endpoint,
+    missing_models,
+    only_model,
+)
 from service.llm.estimate import Estimator
 from service.llm.evidence import Evidence
 from service.llm.failures import (
+    FORM,
     Failure,
     Refused,
     Transient,
@@ -41,42 +52,33 @@ from service.llm.failures import (
     from_status,
     from_words,
 )
-from service.llm.lean import Answered, LeanPost
+from service.llm.lean import Answered
 from service.llm.prices import Bill, cost_of
-from service.llm.prompt import build_prompt
 from service.llm.records import load_record_type
-from service.llm.request import RequestTemplate, shows_schema
+from service.llm.request import Form, Question, RequestTemplate
 from service.llm.streaming import BrokenStream, Streaming
+from service.llm.strictness import Lost
 from service.ports import Publish
 from service.settings import Settings
 
-CONNECT_TIMEOUT_S = 15.0
-"""A new connection, TLS included; a burst of hundreds at the start takes more than the SDK's 5."""
-CHECK_TIMEOUT_S = 15.0
-"""The reachability check, from sending to the last byte."""
-KEEPALIVE_S = 4.0
-"""Idle connections are let go after this: below the 5 s after which uvicorn (vLLM and many
-others) closes them, which would cost a call each time both happen at once."""
-AS_IT_IS = {"Accept-Encoding": "identity"}
-"""Answers are small, and one that is not encoded cannot grow when it is decoded."""
 CONTEXT_MIN, CONTEXT_STEP = 2048, 1024
 """Contexts that servers cut to are multiples of 1024 tokens, and never smaller."""
 CUT_BYTES_PER_TOKEN = 4.4
 """More bytes than English has a token: a request so large that counts as a round number of tokens
 was cut. By chance one large request in a thousand counts so, and it is said once."""
-ADAPTATIONS_MAX = 4
-"""Parameters that one call finds out about; more than there are to be learned."""
-KEY_MIN_BYTES = 8
-"""A shorter key may be a word."""
+ADAPTATIONS_MAX = 8
+"""Parameters and forms that one call finds out about; more than there are to be learned."""
 BOM = b"\xef\xbb\xbf"
 DECIDES_ANSWERS = frozenset(
     {
-        *("instructions", "examples", "cardinality", "model", "mode", "output_tokens_max"),
-        *("temperature", "truncated", "too_long", "text_tokens_max", "confidence", "streaming"),
+        *("instructions", "examples", "cardinality", "output_tokens_max", "temperature"),
+        *("truncated", "too_long", "text_tokens_max", "confidence", "streaming"),
     }
 )
 """Settings of extraction that are part of the cache's key. A new one joins them only where another
-value would make another answer: else every cache is cold after an upgrade."""
+value would make another answer: else every cache is cold after an upgrade. What is learned of an
+endpoint (the form of the question, a limit's name) is not: workers that learn differently would
+keep answers from each other."""
 PROBE_TEXT = "Is anybody there?"
 """All that a probe says beside the instructions; nobody reads its answer."""
 
@@ -99,51 +101,57 @@ class OpenAIExtractor:
         self._estimator = Estimator(extraction.output_tokens_max)
         self._extraction = extraction
         self._observe = observe
-        self._connections_max = settings.limits.concurrency + 1  # and one for the check
-        self._base_url, self._api_key, self._query, self._headers = endpoint()
-        self._place = shown(self._base_url)
+        self._settings = settings
+        self._main = main_endpoint(extraction)
         self.record_type = load_record_type(
             extraction.record,
             extraction.cardinality,
             settings.output.key_field,
             extraction.confidence.field,
+            extraction.strict,
         )
-        answer = self.record_type.answer
-        prompt = build_prompt(
-            extraction.instructions,
-            extraction.examples,
-            answer,
-            many=self.record_type.many,
-            show_schema=shows_schema(extraction.mode, self._base_url),
-        )
-        self._request = RequestTemplate.build(prompt, answer, extraction, self._base_url)
-        steps = [self._step(model, settings) for model in extraction.model]
-        self._cascade = Cascade(steps, self.record_type, extraction)
+        self._question = Question(extraction, self.record_type)
         self._evidence = Evidence()
         self._streaming = Streaming(
-            self.record_type,
-            extraction.mode,
-            extraction.call_timeout_s,
-            extraction.answer_max_bytes,
+            self.record_type, extraction.call_timeout_s, extraction.answer_max_bytes
         )
+        self._connections = {
+            name: self._connection(endpoint_of(name, given))
+            for name, given in extraction.endpoints.items()
+        }
+        self._connection_main = self._connection(self._main)
+        self._choose(extraction.model)
 
-    def _step(self, model: str, settings: Settings) -> Step:
-        limit = settings.extraction.output_tokens_max
+    def _connection(self, endpoint: Endpoint) -> Connection:
+        connections_max = self._settings.limits.concurrency + 1  # and one for the check
+        return Connection(endpoint, connections_max, self._extraction.answer_max_bytes)
+
+    def _choose(self, models: Sequence[str]) -> None:
+        """Ask these models; none are known yet where the settings name none."""
+        self.models = tuple(models)
+        steps = [self._step(model) for model in models or ("",)]
+        self._cascade = Cascade(steps, self.record_type, self._extraction)
+
+    def _step(self, model: str) -> Step:
+        connection = self._connections.get(model, self._connection_main)
+        base_url = connection.endpoint.base_url
         return Step(
             model,
-            request=self._request.to(model, limit),
-            longer=self._request.to(model, LONGER_FACTOR * limit),
-            cost=cost_of(model, settings.prices, self._base_url),
+            connection,
+            forms=self._question.forms,
+            ask_in=partial(self._question.template, model, base_url),
+            longer_max=LONGER_FACTOR * self._extraction.output_tokens_max,
+            cost=cost_of(model, self._settings.prices, base_url),
         )
 
     @property
     def identity(self) -> str:
         """All that decides an answer beside the text: where it is the same, so is the answer's
-        worth. Settings of waits and of attempts play no part in it."""
+        worth. Settings of waits and of attempts play no part in it. Known once the model is."""
         return json.dumps(
             [
-                self._place,
-                self._request.version,
+                [[step.model, step.connection.endpoint.base_url] for step in self._cascade.steps],
+                self._question.version,
                 self.record_type.schema_version,
                 self.record_type.code_version,
                 self.record_type.key_field,
@@ -151,51 +159,50 @@ class OpenAIExtractor:
             ]
         )
 
+    @property
+    def why_not_strict(self) -> str | None:
+        """What a strict schema would lose, where one was to be sent; to follow "as"."""
+        lost, wanted = self.record_type.strict, self._extraction.mode in ("auto", "json_schema")
+        asked = wanted and self._extraction.strict == "auto"
+        return lost.reason if asked and isinstance(lost, Lost) else None
+
     async def start(self) -> None:
-        """Open the client; no traffic yet."""
-        # Each call has a deadline of its own around it (see `_send`), so reading has none here.
-        timeout = httpx2.Timeout(None, connect=CONNECT_TIMEOUT_S)
-        limits = httpx2.Limits(
-            max_connections=self._connections_max,
-            max_keepalive_connections=self._connections_max,
-            keepalive_expiry=KEEPALIVE_S,
-        )
-        http = openai.DefaultAioHttpClient(timeout=timeout, limits=limits)
-        self._client = openai.AsyncOpenAI(
-            api_key=self._api_key,
-            base_url=self._base_url,
-            max_retries=0,  # the pipeline owns retries
-            timeout=timeout,
-            http_client=http,
-            default_headers={**AS_IT_IS, **self._headers},
-            default_query=self._query,
-        )
-        self._lean = LeanPost(
-            self._client, http, "/chat/completions", self._extraction.answer_max_bytes
-        )
-        await self._lean.open()
+        """Open the clients; no traffic yet."""
+        for connection in self._all_connections:
+            await connection.open()
 
     async def stop(self) -> None:
         """Close the connections; calls in flight are to be cancelled first."""
-        await self._client.close()
+        for connection in self._all_connections:
+            await connection.close()
+
+    @property
+    def _all_connections(self) -> tuple[Connection, ...]:
+        return (self._connection_main, *self._connections.values())
 
     async def check(self) -> str | None:
-        """Whether the endpoint can be reached, at no cost: None, or a warning in a sentence.
+        """Whether the endpoints can be reached, at no cost: None, or a warning in a sentence.
 
-        Raises `CannotRun` where calls would fail too. An endpoint that lists no models is fine,
-        and so is a key that may call but not list.
+        Where the settings name no model, it is the only one that the endpoint lists. Raises
+        `CannotRun` where calls would fail too, and `WrongSettings` where no model can be chosen. An
+        endpoint that lists no models is fine where they are named, and so is a key that may call
+        but not list.
         """
-        try:
-            async with asyncio.timeout(CHECK_TIMEOUT_S):
-                response = await self._client.get("/models", cast_to=httpx2.Response)
-        except openai.APIStatusError as error:
-            return unlisted(self._place, error.status_code)
-        except (openai.APIConnectionError, TimeoutError):
-            raise NotReachable(
-                f"{self._place} does not answer: check OPENAI_BASE_URL, and that the model "
-                "endpoint is running."
-            ) from None
-        return missing_models(self._place, self._extraction.model, response)
+        warnings = [
+            await self._look_at(connection)
+            for connection in dict.fromkeys(step.connection for step in self._cascade.steps)
+        ]
+        return " ".join(filter(None, warnings)) or None
+
+    async def _look_at(self, connection: Connection) -> str | None:
+        response = await connection.models()
+        names = None if isinstance(response, str) else listed_models(response)
+        if not self.models:
+            self._choose((only_model(connection.endpoint, names),))
+        if isinstance(response, str):
+            return response
+        asked = [step.model for step in self._cascade.steps if step.connection is connection]
+        return missing_models(connection.endpoint, asked, names)
 
     async def stream(
         self, text: str, progress: object | None, publish: Publish
@@ -296,11 +303,13 @@ class OpenAIExtractor:
         try:
             body = step.body(talk)
             charged = charged or self._estimator.estimate(step.model, len(body))
-            answer = await self._asked(step, talk, publish)
             for _ in range(ADAPTATIONS_MAX):
-                if not isinstance(answer, Unsupported) or not self._adapted(step, answer.parameter):
+                asked = step.asked(talk)
+                answer = await self._asked(step, asked, talk, publish)
+                if not isinstance(answer, Unsupported):
                     break
-                answer = await self._asked(step, talk, publish)
+                if not self._adapted(step, asked, answer.parameter):
+                    break
             talk = self._noted(step, talk, answer, began)
             self._used(step, answer, len(body), charged)
             self._repaired(answer)
@@ -325,16 +334,18 @@ class OpenAIExtractor:
             )
 
     async def _asked(
-        self, step: Step, talk: Conversation, publish: Publish | None
+        self, step: Step, asked: RequestTemplate, talk: Conversation, publish: Publish | None
     ) -> Completion | Failure:
-        body = step.body(talk)
+        body = asked.body(asked.opening(talk.text), talk.tail)
         if publish is None:
-            return await self._send(step, talk, body)
-        return await self._send_streaming(step, body, talk, publish)
+            return await self._send(step, talk, body, asked.form.mode)
+        return await self._send_streaming(step, body, talk, asked.form.mode, publish)
 
-    def _adapted(self, step: Step, parameter: str) -> bool:
+    def _adapted(self, step: Step, asked: RequestTemplate, parameter: str) -> bool:
         """Whether the same call is to be made again without what was refused: another call may
         have found it out in the meantime."""
+        if parameter == FORM:
+            return self._another_form(step, asked.form)
         if not step.sends(parameter):
             return parameter in step.not_taken
         if not step.does_not_take(parameter):
@@ -342,12 +353,27 @@ class OpenAIExtractor:
         other = OTHER_NAME.get(parameter)
         log.warning(
             "%s does not take %s for %s: %s from now on",
-            self._place,
+            step.connection.endpoint.base_url,
             parameter,
             step.model,
             "it is left out" if other is None else f"{other} is sent",
         )
         return True
+
+    def _another_form(self, step: Step, refused: Form) -> bool:
+        if step.request.form != refused:
+            return True
+        there_is = step.does_not_take_form(refused)
+        if there_is:
+            now = step.request.form
+            log.warning(
+                "%s does not take the schema %s for %s: it is asked for %s from now on",
+                step.connection.endpoint.base_url,
+                _described(refused),
+                step.model,
+                _described(now),
+            )
+        return there_is
 
     def _noted(
         self, step: Step, talk: Conversation, answer: Completion | Failure, began_s: float
@@ -383,7 +409,9 @@ class OpenAIExtractor:
             for how in answer.answer.repairs:
                 self._observe(Repaired(how))
 
-    async def _send(self, step: Step, talk: Conversation, body: bytes) -> Completion | Failure:
+    async def _send(
+        self, step: Step, talk: Conversation, body: bytes, mode: Mode
+    ) -> Completion | Failure:
         """One request. Foreign exceptions end here: their texts can repeat the request.
 
         What they mean is returned, not raised, so that none of them is chained to ours.
@@ -391,7 +419,7 @@ class OpenAIExtractor:
         asked_at_s = time.monotonic()
         try:
             async with asyncio.timeout(self._extraction.call_timeout_s):
-                response = await self._lean.post(body)
+                response = await step.connection.post(body)
         except TimeoutError:
             return Transient("timeout")
         except openai.APIStatusError as error:
@@ -405,20 +433,22 @@ class OpenAIExtractor:
         self._told(response.headers, asked_at_s)
         try:
             return read_completion(
-                self._scrubbed(response.content),
-                self._extraction.mode,
+                step.connection.endpoint.scrubbed(response.content),
+                mode,
                 many=self.record_type.many,
             )
         except BrokenAnswer as broken:
             return self._broken(step, talk, broken.error, response)
 
     async def _send_streaming(
-        self, step: Step, body: bytes, talk: Conversation, publish: Publish
+        self, step: Step, body: bytes, talk: Conversation, mode: Mode, publish: Publish
     ) -> Completion | Failure:
         """As `_send`, and what `publish` raises is none of the model's doing: it passes through."""
         asked_at_s = time.monotonic()
         try:
-            return await self._streaming.ask(self._lean, body, publish, talk.spent)
+            return await step.connection.with_key(
+                lambda lean: self._streaming.ask(lean, body, mode, publish, talk.spent)
+            )
         except TimeoutError:
             return Transient("timeout")
         except openai.APIStatusError as error:
@@ -447,7 +477,11 @@ class OpenAIExtractor:
         code = error.get("code") if isinstance(error, dict) else None
         if isinstance(code, str) and code.isdecimal():
             code = int(code[:3])
-        meant = {"model": step.model, "base_url": self._place, "text": talk.text}
+        meant = {
+            "model": step.model,
+            "base_url": step.connection.endpoint.base_url,
+            "text": talk.text,
+        }
         if isinstance(code, int) and 400 <= code <= 599:
             return from_status(code, response.headers, error, **meant)
         return from_words(response.headers, error, **meant) or Transient("broken_answer")
@@ -455,7 +489,7 @@ class OpenAIExtractor:
     def _classified(
         self, step: Step, talk: Conversation, status: int, response: httpx2.Response
     ) -> Failure:
-        content = self._scrubbed(response.content[:ERROR_MAX_BYTES])
+        content = step.connection.endpoint.scrubbed(response.content[:ERROR_MAX_BYTES])
         try:
             body = from_json(content.removeprefix(BOM), allow_inf_nan=False)
         except ValueError:
@@ -465,7 +499,7 @@ class OpenAIExtractor:
             response.headers,
             body,
             model=step.model,
-            base_url=self._place,
+            base_url=step.connection.endpoint.base_url,
             text=talk.text,
         )
         if isinstance(failure, Unserviceable) and failure.unclear:
@@ -478,13 +512,6 @@ class OpenAIExtractor:
             return Refused(Reason.BAD_REQUEST, "bad_request", failure.detail)
         return failure
 
-    def _scrubbed(self, content: bytes) -> bytes:
-        """Without the key, which some servers repeat in what they say."""
-        key = self._api_key.encode()
-        if len(key) < KEY_MIN_BYTES or key not in content:
-            return content
-        return content.replace(key, b"[OPENAI_API_KEY]")
-
     def _say_once(self, step: Step, what: str, sentence: str, *values: object) -> None:
         if what not in step.warned:
             step.warned.add(what)
@@ -493,6 +520,10 @@ class OpenAIExtractor:
 
 def _bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode(errors="replace"))
+
+
+def _described(form: Form) -> str:
+    return f"as {form.mode}" + (", strict" if form.strict else "")
 
 
 def _no_jitter(low: float, _: float) -> float:

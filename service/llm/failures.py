@@ -41,9 +41,14 @@ class Unserviceable:
     detail: str = field(default="", repr=False)
 
 
+FORM = "response_format"
+"""The parameter that stands for the way in which the schema is asked for, whatever its name."""
+
+
 @dataclass(frozen=True, slots=True)
 class Unsupported:
-    """The endpoint does not take this parameter; `otherwise`, where we can't do without it."""
+    """The endpoint does not take this parameter, or the form of the question (`FORM`); `otherwise`,
+    where we can't do without it."""
 
     parameter: str
     otherwise: Unserviceable
@@ -187,6 +192,7 @@ _SETTING_OF = {
     "stream_options": "extraction.streaming",
 }
 """What we send that is the same for every message, by the provider's name for it."""
+_OF_THE_FORM = (_MODE, "extraction.mode")
 _ANY_SETTING = "extraction.mode, extraction.temperature and the record type"
 _MESSAGE = frozenset({"messages", "message", "input", "inputs", "prompt", "contents", "content"})
 """What a provider calls the part of a request that differs between messages."""
@@ -248,7 +254,8 @@ def from_status(
             | "endpoint"
             | "setting"
         ):
-            return _unserviceable(label, {**known, "setting": _setting(said)})
+            failure = _unserviceable(label, {**known, "setting": _setting(said)})
+            return _about_the_form(failure, _setting(said)) if label == "setting" else failure
         case _:
             assert_never(label)
 
@@ -281,12 +288,16 @@ def _about_the_request(
     if first == "model" and label != "setting":
         return _unserviceable("model", known)
     if label == "setting" or (first is not None and label != "endpoint"):
-        return otherwise
+        return _about_the_form(otherwise, setting or _setting(said))
     if label is not None:
         return _unserviceable(label, known)
     if "extra_forbidden" in said.codes or _NOT_TAKEN.search(said.words):
         return otherwise
     return _unclear(detail, known)
+
+
+def _about_the_form(refusal: Unserviceable, setting: str) -> Failure:
+    return Unsupported(FORM, refusal) if setting in _OF_THE_FORM else refusal
 
 
 def _not_taken(named: list[str], said: Said) -> str | None:

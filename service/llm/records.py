@@ -25,7 +25,9 @@ from service.core.errors import WrongSettings
 from service.core.messages import Record
 from service.llm.record_names import Dump, dump_of, hidden_field, published_schema
 from service.llm.strict_json import strict_json
+from service.llm.strictness import Derived, Lost, derive
 
+OFF = "extraction.strict is off"
 _VERSION_CHARS = 12
 """48 bits of a hash: enough to tell the versions of one schema or prompt apart."""
 
@@ -44,6 +46,8 @@ class RecordType:
     schema: dict[str, Any]
     schema_version: str
     dump: Dump = field(repr=False)
+    strict: Derived | Lost
+    """What the answer's schema becomes under `strict: true`, and the way back."""
 
     @property
     def many(self) -> bool:
@@ -71,11 +75,11 @@ class RecordType:
     def answer_of(self, text: str) -> Any:
         """An answer from its JSON. Strict, as instructor is: "30" is no age. Raises what validation
         raises, and their code."""
-        return strict_json(self.answer)(text)
+        return strict_json(self.answer)(self.strict.without_nulls(text))
 
     def element(self, text: str) -> Record:
         """One record of a list, from its JSON. Raises what validation raises, and their code."""
-        return self._record(strict_json(self.model)(text))
+        return self._record(strict_json(self.model)(self.strict.element_without_nulls(text)))
 
     def _record(self, value: BaseModel) -> Record:
         return Record(
@@ -97,19 +101,22 @@ def load_record_type(
     cardinality: Literal["one", "many"] = "one",
     key_field: str | None = None,
     confidence_field: str | None = None,
+    strict: Literal["auto", "off"] = "auto",
 ) -> RecordType:
     """The type that `extraction.record` names; raises `WrongSettings` with a sentence."""
     model = _model(reference)
     schema = _schema(model, reference)
     _has_field(model, key_field, "output.key_field")
     _has_field(model, confidence_field, "extraction.confidence.field")
+    answer = model if cardinality == "one" else _list_of(model)
     return RecordType(
         model=model,
-        answer=model if cardinality == "one" else _list_of(model),
+        answer=answer,
         key_field=key_field,
         schema=schema,
         schema_version=version_of(schema),
         dump=dump_of(model),
+        strict=Lost(OFF) if strict == "off" else derive(answer.model_json_schema()),
     )
 
 

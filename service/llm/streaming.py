@@ -218,15 +218,18 @@ class Opening:
 class Streaming:
     """How calls are made whose answers are read while they are written."""
 
-    def __init__(
-        self, record_type: RecordType, mode: Mode, call_timeout_s: float, max_bytes: int
-    ) -> None:
-        self._record_type, self._mode = record_type, mode
+    def __init__(self, record_type: RecordType, call_timeout_s: float, max_bytes: int) -> None:
+        self._record_type = record_type
         self._call_timeout_s, self._max_bytes = call_timeout_s, max_bytes
         self._outline = _outline(record_type.answer)
 
     async def ask(
-        self, lean: LeanPost, body: bytes, publish: Publish, provenance: Provenance
+        self,
+        lean: LeanPost,
+        body: bytes,
+        mode: Mode,
+        publish: Publish,
+        provenance: Provenance,
     ) -> Completion:
         """One call; its records go out while it runs, and `streamed` knows which have not.
 
@@ -239,12 +242,12 @@ class Streaming:
         async with AsyncExitStack() as stack:
             response = await clock.wait_for(stack.enter_async_context(lean.stream(body)))
             try:
-                return await self._read(response, answer, clock)
+                return await self._read(response, mode, answer, clock)
             except BrokenAnswer as error:
                 raise BrokenStream(response, error.error) from None
 
     async def _read(
-        self, response: httpx2.Response, answer: StreamedAnswer, clock: _Clock
+        self, response: httpx2.Response, mode: Mode, answer: StreamedAnswer, clock: _Clock
     ) -> Completion:
         encoding = response.headers.get("content-encoding", "")
         async with (
@@ -252,16 +255,16 @@ class Streaming:
             aclosing(lines(raw, encoding, self._max_bytes)) as received,
         ):
             if not _is_stream(response):
-                whole = await self._whole(received, clock)
+                whole = await self._whole(received, mode, clock)
                 return replace(whole, streamed=answer)
             async with aclosing(_events(received)) as events:
-                gathered = await self._gathered(events, answer, clock)
+                gathered = await self._gathered(events, mode, answer, clock)
         return replace(gathered.completion(), streamed=answer)
 
     async def _gathered(
-        self, events: AsyncIterator[object], answer: StreamedAnswer, clock: _Clock
+        self, events: AsyncIterator[object], mode: Mode, answer: StreamedAnswer, clock: _Clock
     ) -> _Gathered:
-        gathered = _Gathered(self._mode, self._max_bytes)
+        gathered = _Gathered(mode, self._max_bytes)
         idle_s = math.inf
         while (chunk := await clock.wait_for(anext(events, None), idle_s)) is not None:
             if piece := gathered.add(chunk):
@@ -269,14 +272,14 @@ class Streaming:
                 await answer.hear(piece)
         return gathered
 
-    async def _whole(self, received: AsyncIterator[bytes], clock: _Clock) -> Completion:
+    async def _whole(self, received: AsyncIterator[bytes], mode: Mode, clock: _Clock) -> Completion:
         """An answer that came at once: its records go out at its end."""
         body = bytearray()
         while (line := await clock.wait_for(anext(received, None))) is not None:
             body += line + b"\n"
             if len(body) > self._max_bytes + 1:
                 raise TooLarge
-        return read_completion(bytes(body), self._mode, many=True)
+        return read_completion(bytes(body), mode, many=True)
 
 
 async def _raw(response: httpx2.Response) -> AsyncGenerator[bytes, None]:

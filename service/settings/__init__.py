@@ -5,6 +5,7 @@ This page re-exports what other parts ask for; reading and wording are for the c
 
 from service.settings.sections import (
     CacheSettings,
+    EndpointSettings,
     Example,
     ExtractionSettings,
     InputSettings,
@@ -14,11 +15,14 @@ from service.settings.sections import (
     SecuritySettings,
     Start,
     TelemetrySettings,
+    legal_headers,
+    legal_url,
 )
 from service.settings.settings import Settings, warnings
 
 __all__ = [
     "CacheSettings",
+    "EndpointSettings",
     "Example",
     "ExtractionSettings",
     "InputSettings",
@@ -29,5 +33,7 @@ __all__ = [
     "Settings",
     "Start",
     "TelemetrySettings",
+    "legal_headers",
+    "legal_url",
     "warnings",
 ]

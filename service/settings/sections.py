@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -13,6 +15,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    JsonValue,
     SecretStr,
     WithJsonSchema,
     field_validator,
@@ -88,6 +91,84 @@ def _distinct(names: tuple[str, ...], what: str) -> tuple[str, ...]:
     return names
 
 
+_OURS = {
+    "model": "extraction.model says which one is asked",
+    "messages": "they are made of extraction.instructions, extraction.examples and the text",
+    "response_format": "extraction.record and extraction.mode say how the schema is asked for",
+    **dict.fromkeys(
+        ("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"),
+        "extraction.record and extraction.mode say how the schema is asked for",
+    ),
+    **dict.fromkeys(
+        ("max_tokens", "max_completion_tokens"), "extraction.output_tokens_max is this limit"
+    ),
+    **dict.fromkeys(("stream", "stream_options"), "extraction.streaming says whether it streams"),
+    "n": "one answer is read for each call",
+}
+"""Parts of a request that are not `parameters`, and which setting decides them instead."""
+
+
+def _parameters(value: dict[str, Any]) -> dict[str, Any]:
+    for name in value:
+        if name in _OURS:
+            raise ValueError(f"{name} is no parameter of yours to set: {_OURS[name]}")
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError:
+        raise ValueError("a number that JSON has not (nan, inf), or half a character") from None
+    return value
+
+
+_SECRET_HEADERS = re.compile(
+    r"authorization|proxy-authorization|cookie|.*(api|access|subscription|auth)[-_]?(key|token).*"
+    r"|x-auth.*|.*secret.*|.*password.*",
+    re.IGNORECASE,
+)
+_OUR_HEADERS = frozenset(
+    {
+        *("accept", "accept-encoding", "connection", "content-encoding", "content-length"),
+        *("content-type", "host", "transfer-encoding"),
+    }
+)
+
+
+def legal_headers(value: dict[str, str]) -> dict[str, str]:
+    """Raises `ValueError` for a header that HTTP does not allow, or that the client makes."""
+    for name, text in value.items():
+        if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
+            raise ValueError(f"{name!r} is no name of a header")
+        if name.lower() in _OUR_HEADERS:
+            raise ValueError(f"{name} is made for each request and cannot be set")
+        if not text.isascii() or not text.isprintable():
+            raise ValueError(f"the value of {name} must be printable ASCII on one line")
+    return value
+
+
+def _headers(value: dict[str, str]) -> dict[str, str]:
+    for name in legal_headers(value):
+        if _SECRET_HEADERS.fullmatch(name):
+            raise ValueError(
+                f"{name} looks like a secret, which settings don't hold: put it into the file that "
+                "extraction.headers_file names, or set OPENAI_API_KEY or OPENAI_API_KEY_FILE"
+            )
+    return value
+
+
+def legal_url(value: str) -> str:
+    """Raises `ValueError` for what cannot be an endpoint's URL; it is not repeated there."""
+    url = urlsplit(value)
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise ValueError(
+            "it must start with http:// or https:// and name a host, as in http://localhost:8000/v1"
+        )
+    if url.username is not None or url.password is not None:
+        raise ValueError("it must hold no user and no password; keys go into a file or variable")
+    return value
+
+
+Parameters: TypeAlias = Annotated[dict[str, JsonValue], AfterValidator(_parameters)]
+Headers: TypeAlias = Annotated[dict[str, str], AfterValidator(_headers)]
+
 OrNull = BeforeValidator(lambda value: None if value == "null" else value)
 """In the environment an empty variable counts as not set, so that the word has to say it."""
 
@@ -95,6 +176,11 @@ ONE_OR_SEVERAL = WithJsonSchema(
     {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
 )
 """What a list of names may be written as: one of them, or a list."""
+
+ANY_NUMBER = WithJsonSchema(
+    {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+)
+"""As `ONE_OR_SEVERAL`, or an empty list."""
 
 Topic: TypeAlias = Annotated[str, AfterValidator(_topic)]
 Start: TypeAlias = Annotated[Literal["earliest", "latest"] | datetime, BeforeValidator(_start)]
@@ -240,6 +326,15 @@ class Price(Section):
     output: float = Field(ge=0, allow_inf_nan=False)
 
 
+class EndpointSettings(Section):
+    """Where a model lives that is not at OPENAI_BASE_URL."""
+
+    base_url: Annotated[str, AfterValidator(legal_url)]
+    """As OPENAI_BASE_URL is."""
+    key_file: Path | None = None
+    """A file that holds the key, read anew when it changes; without it no key is sent."""
+
+
 class ExtractionSettings(Section):
     record: Annotated[str, AfterValidator(_record)] = "service.demo.records:Person"
     """The record's type, a pydantic model: package.module:Model or path/to/file.py:Model."""
@@ -250,24 +345,40 @@ class ExtractionSettings(Section):
     `text` and `records`. Each costs its tokens in every call."""
     cardinality: Literal["one", "many"] = "one"
     """One record a message, or a list of any length."""
-    model: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], NoDecode, ONE_OR_SEVERAL] = (
-        "gpt-4o-mini",
-    )
+    model: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], NoDecode, ANY_NUMBER] = ()
     """The model's name at the endpoint, or several (in the environment comma-separated): the next,
     stronger one is asked only when the one before refuses, is cut off at its limit or cannot be
-    validated, or when a validator or `confidence` asks for it. Mode and limits are the same for
-    all."""
-    mode: Literal["tools", "json_schema", "json"] = "json_schema"
-    """How the schema is asked for; json_schema works with the most endpoints."""
+    validated, or when a validator or `confidence` asks for it. Without it the only model that the
+    endpoint lists. Mode and limits are the same for all."""
+    mode: Literal["auto", "tools", "json_schema", "json"] = "auto"
+    """How the schema is asked for. `auto`: json_schema, where the endpoint refuses it tools, then
+    json."""
+    strict: Annotated[Literal["auto", "off"], BeforeValidator(_off)] = "auto"
+    """Whether json_schema asks for an answer that keeps to the schema without exception. `auto`:
+    by a strict schema derived from the record's, where nothing is lost by that (`check` says what
+    would be) and the endpoint takes it."""
     reasks_max: int = Field(default=2, ge=0, le=10)
     """Further calls that tell the model why its answer did not validate; each is paid for."""
-    output_tokens_max: int = Field(default=1024, ge=1, le=1_000_000)
-    """The answer's limit in tokens: what one call can cost."""
+    output_tokens_max: int = Field(default=2048, ge=1, le=1_000_000)
+    """The answer's limit in tokens, a model's thinking included: what one call can cost."""
     answer_max_bytes: int = Field(default=2_097_152, ge=4096, le=268_435_456)
     """Bytes of an answer that are read at most, encoded or decoded; a larger one is no answer, and
     is asked for again. Far above what output_tokens_max allows: about 6 bytes a token."""
     temperature: float | None = Field(default=None, ge=0, le=2)
     """Passed on where set; some models refuse it."""
+    parameters: Parameters = Field(default_factory=dict)
+    """Sent with each request beside what is ours, in the endpoint's own names and types:
+    reasoning_effort, seed, top_p, service_tier, chat_template_kwargs, provider, …; in the
+    environment as JSON."""
+    model_parameters: dict[str, Parameters] = Field(default_factory=dict)
+    """By the model's name: over `parameters`, name by name."""
+    endpoints: dict[str, EndpointSettings] = Field(default_factory=dict)
+    """By the model's name: {base_url, key_file} of a model that is not at OPENAI_BASE_URL. It gets
+    neither OPENAI_API_KEY nor `headers`."""
+    headers: Headers = Field(default_factory=dict)
+    """HTTP headers for OPENAI_BASE_URL, such as a gateway's labels; no secrets."""
+    headers_file: Path | None = None
+    """A JSON file with one object of further headers, secrets too; read at the start."""
     call_timeout_s: float = Field(default=60.0, gt=0, le=3600)
     """Seconds for one call, from sending to the last byte of its answer."""
     attempts_max: int = Field(default=8, ge=1, le=1000)
@@ -289,18 +400,21 @@ class ExtractionSettings(Section):
     @field_validator("model", mode="before")
     @classmethod
     def _models(cls, value: Any) -> Any:
-        return _names(value)
+        names = _names(value)
+        if value and not names:
+            raise ValueError("no model is named")
+        return names
 
     @field_validator("model")
     @classmethod
     def _distinct_models(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return _distinct(value, "model")
+        return _distinct(value, "model") if value else value
 
     @property
     def calls_max(self) -> int:
         """Calls that one message can take one after the other, each up to call_timeout_s; refusals
         of its length, which come at once, are not counted."""
-        return len(self.model) * (1 + self.reasks_max + (self.truncated == "retry"))
+        return max(1, len(self.model)) * (1 + self.reasks_max + (self.truncated == "retry"))
 
     message_timeout_s: float | None = Field(default=None, gt=0, le=86_400)
     """Seconds from a message's first call after which it is cut off and, like one whose attempts

@@ -6,7 +6,7 @@ from the environment or from files named here. A wrong setting is a sentence, ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -136,7 +136,7 @@ def warnings(settings: Settings) -> tuple[str, ...]:
             f"delivery.drain_timeout_s is {delivery.drain_timeout_s:g}, but a message with its "
             f"re-asks can take {needed_s:g} s: a stop may cut calls off that are paid for again"
         )
-    if extraction.confidence.field is not None and len(extraction.model) == 1:
+    if extraction.confidence.field is not None and len(extraction.model) <= 1:
         found.append(
             "extraction.confidence asks for the next model, and extraction.model names one only"
         )
@@ -159,6 +159,7 @@ def _contradictions(settings: Settings) -> Iterator[Contradiction]:
     yield from _credential_contradictions(settings.kafka.security)
     yield from _tls_contradictions(settings.kafka.security)
     yield from _cache_contradictions(settings.cache)
+    yield from _parameter_contradictions(settings.extraction)
     if settings.input.tombstones == "pass" and settings.output.key_field is not None:
         yield Contradiction(
             ("input.tombstones", "output.key_field"),
@@ -181,6 +182,31 @@ def _contradictions(settings: Settings) -> Iterator[Contradiction]:
         )
     if settings.extraction.streaming:
         yield from _streaming_contradictions(settings)
+
+
+def _parameter_contradictions(extraction: ExtractionSettings) -> Iterator[Contradiction]:
+    both = {"extraction.parameters": extraction.parameters}
+    both |= {
+        f"extraction.model_parameters.{name}": parameters
+        for name, parameters in extraction.model_parameters.items()
+    }
+    for place, parameters in both.items():
+        if "temperature" in parameters and extraction.temperature is not None:
+            yield Contradiction(
+                (place, "extraction.temperature"), "temperature is set twice; set one of them"
+            )
+    by_name: tuple[tuple[str, Iterable[str]], ...] = (
+        ("model_parameters", extraction.model_parameters),
+        ("endpoints", extraction.endpoints),
+    )
+    for setting, named in by_name:
+        unknown = [name for name in named if extraction.model and name not in extraction.model]
+        if unknown:
+            yield Contradiction(
+                (f"extraction.{setting}", "extraction.model"),
+                f"{', '.join(map(repr, unknown))} is no model of extraction.model "
+                f"({', '.join(extraction.model)}): correct the name, or leave it out",
+            )
 
 
 def _streaming_contradictions(settings: Settings) -> Iterator[Contradiction]:

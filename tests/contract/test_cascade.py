@@ -101,7 +101,7 @@ async def test_a_dead_letter_says_what_each_model_did(endpoint: Endpoint) -> Non
     assert outcome.reason == Reason.TRUNCATED
     assert outcome.detail.splitlines() == [
         "small: refused: I'm sorry, I can't help with that.",
-        "large: truncated: the answer is longer than 1024 tokens",
+        "large: truncated: the answer is longer than 2048 tokens",
     ]
     assert spent(outcome).model == "large"
 
@@ -212,7 +212,7 @@ async def test_an_answer_cut_off_may_be_asked_for_again(endpoint: Endpoint) -> N
         outcome = await extractor.call(text, None)
     assert isinstance(outcome, Extracted)
     assert [purpose for _, _, purpose in seen(events)] == ["first", "longer", "reask"]
-    assert [one.json["max_tokens"] for one in endpoint.requests] == [1024, 2048, 2048]
+    assert [one.json["max_tokens"] for one in endpoint.requests] == [2048, 4096, 4096]
     assert endpoint.requests[1].json["messages"] == endpoint.requests[0].json["messages"]
 
 
@@ -222,7 +222,7 @@ async def test_an_answer_cut_off_twice_is_rejected(endpoint: Endpoint) -> None:
         outcome = await extractor.call(f"{ADA} [[truncate]]", None)
     assert isinstance(outcome, Rejected)
     assert outcome.reason == Reason.TRUNCATED
-    assert outcome.detail == "the answer is longer than 2048 tokens"
+    assert outcome.detail == "the answer is longer than 4096 tokens"
     assert endpoint.total() == 2
 
 

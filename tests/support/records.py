@@ -194,3 +194,11 @@ class Sure(BaseModel):
 
     name: str
     sure: float | None
+
+
+class WithDefaults(BaseModel):
+    """Optional fields whose default is not null."""
+
+    name: str
+    nick: str = "none"
+    tags: list[str] = Field(default_factory=list)

@@ -84,9 +84,7 @@ class Bench:
     def __init__(self) -> None:
         self.model, self.store = Model(), ScriptedStore()
         self.events: list[Event] = []
-        self.cache = CachedExtractor(
-            self.model, self.store, self.model.identity, self.events.append
-        )
+        self.cache = CachedExtractor(self.model, self.store, self.events.append)
 
     def run(self, scene: Callable[[], Awaitable[None]]) -> None:
         async def play() -> None:
@@ -187,7 +185,9 @@ def test_half_a_character_has_a_key() -> None:
 
 def key_of(identity: str, text: str) -> str:
     async def key() -> str:
-        return CachedExtractor(Model(), ScriptedStore(), identity, lambda _: None)._key(text)
+        model = Model()
+        model.identity = identity
+        return CachedExtractor(model, ScriptedStore(), lambda _: None)._key(text)
 
     return virtual_time.run(key())
 
@@ -205,6 +205,11 @@ def loopback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def identity(**sections: dict[str, object]) -> str:
+    extraction = {"model": "first", **sections.pop("extraction", {})}
+    return _identity(**sections, extraction=extraction)
+
+
+def _identity(**sections: dict[str, object]) -> str:
     return OpenAIExtractor(Settings.model_validate(sections), lambda _: None).identity
 
 
@@ -217,6 +222,20 @@ def identity(**sections: dict[str, object]) -> str:
         {"extraction": {"temperature": 0.5}},
         {"extraction": {"output_tokens_max": 99}},
         {"extraction": {"cardinality": "many"}},
+        {"extraction": {"parameters": {"seed": 7}}},
+        {"extraction": {"parameters": {"temperature": 0.5}}},
+        {
+            "extraction": {
+                "model": ["first", "other"],
+                "model_parameters": {"other": {"reasoning_effort": "low"}},
+            }
+        },
+        {
+            "extraction": {
+                "model": "first",
+                "endpoints": {"first": {"base_url": "http://127.0.0.1:7/v1"}},
+            }
+        },
         {"output": {"key_field": "name"}},
     ],
     ids=str,
@@ -229,8 +248,17 @@ def test_what_decides_an_answer_is_in_the_identity(changed: dict[str, dict[str, 
 
 @pytest.mark.usefixtures("loopback")
 def test_waits_are_not_in_the_identity(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Patience is no part of an answer, the endpoint is."""
-    patient = {"call_timeout_s": 5, "attempts_max": 2, "reasks_max": 0}
+    """Patience is no part of an answer, nor is what is learned of an endpoint, or how fast and
+    cheap it answers; the endpoint itself is."""
+    patient = {
+        "call_timeout_s": 5,
+        "attempts_max": 2,
+        "reasks_max": 0,
+        "mode": "tools",
+        "strict": "off",
+        "headers": {"x-team": "a"},
+        "parameters": {"service_tier": "flex"},
+    }
     before = identity()
     assert identity(extraction=patient) == before
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:10/v1")

@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from service.settings.wording import every_setting
-from tests.documents import BLOCKS, DOCS, FIRST_SETTINGS, ROOT, SERVICE, claim, written
+from tests.documents import (
+    BLOCKS,
+    DOCS,
+    FIRST_SETTINGS,
+    MODELS_TODAY,
+    ROOT,
+    SERVICE,
+    claim,
+    written,
+)
 
 PAGES = [
     *sorted(ROOT.glob("*.md")),
@@ -146,3 +155,18 @@ def test_words_of_a_figure() -> None:
     assert MEASURED.search("does 1,000 messages/s")
     assert MEASURED.search("costs 0.2 ms of CPU")
     assert not MEASURED.search("waits for 10 s")
+
+
+HOSTED = re.compile(r"\b(?:gpt|claude|gemini|o[1-9]|mistral|deepseek|grok)-[\w.-]*\w")
+"""How hosted models are called."""
+
+
+@pytest.mark.parametrize(
+    "page",
+    [*PAGES, *sorted((ROOT / "deploy").rglob("*.yaml"))],
+    ids=lambda page: page.relative_to(ROOT).as_posix(),
+)
+def test_hosted_models_are_todays(page: Path) -> None:
+    """A model that is named to be copied has not been shut down: they stand in one place."""
+    if page.name != "CHANGELOG.md":
+        assert set(HOSTED.findall(page.read_text())) <= set(MODELS_TODAY)

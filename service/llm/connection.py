@@ -1,0 +1,106 @@
+"""One endpoint's client: its connections, its headers, and its key as it is now."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import httpx2
+import openai
+
+from service.core.errors import NotReachable
+from service.llm.endpoint import Endpoint, unlisted
+from service.llm.lean import Answered, LeanPost
+
+CONNECT_TIMEOUT_S = 15.0
+"""A new connection, TLS included; a burst of hundreds at the start takes more than the SDK's 5."""
+CHECK_TIMEOUT_S = 15.0
+"""The reachability check, from sending to the last byte."""
+KEEPALIVE_S = 4.0
+"""Idle connections are let go after this: below the 5 s after which uvicorn (vLLM and many
+others) closes them, which would cost a call each time both happen at once."""
+AS_IT_IS = {"Accept-Encoding": "identity"}
+"""Answers are small, and one that is not encoded cannot grow when it is decoded."""
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+class Connection:
+    """The way to one endpoint. `open` needs a running loop; no traffic before the first call."""
+
+    client: openai.AsyncOpenAI
+
+    def __init__(self, endpoint: Endpoint, connections_max: int, answer_max_bytes: int) -> None:
+        self.endpoint = endpoint
+        self._connections_max, self._answer_max_bytes = connections_max, answer_max_bytes
+
+    async def open(self) -> None:
+        # Each call has a deadline of its own around it, so reading has none here.
+        timeout = httpx2.Timeout(None, connect=CONNECT_TIMEOUT_S)
+        limits = httpx2.Limits(
+            max_connections=self._connections_max,
+            max_keepalive_connections=self._connections_max,
+            keepalive_expiry=KEEPALIVE_S,
+        )
+        http = openai.DefaultAioHttpClient(timeout=timeout, limits=limits)
+        self.client = openai.AsyncOpenAI(
+            api_key=self.endpoint.key.value,
+            base_url=self.endpoint.base_url,
+            max_retries=0,  # the pipeline owns retries
+            timeout=timeout,
+            http_client=http,
+            default_headers={**self.endpoint.headers, **AS_IT_IS},
+            default_query=self.endpoint.query,
+        )
+        self._lean = LeanPost(self.client, http, "/chat/completions", self._answer_max_bytes)
+        await self._lean.open()
+
+    async def close(self) -> None:
+        """Calls in flight are to be cancelled first."""
+        if hasattr(self, "client"):
+            await self.client.close()
+
+    async def post(self, body: bytes) -> Answered | httpx2.Response:
+        """One call, as `LeanPost.post`."""
+        return await self.with_key(lambda lean: lean.post(body))
+
+    async def with_key(self, call: Callable[[LeanPost], Awaitable[T]]) -> T:
+        """The call with the key as it is now, and once more with another one where this one was
+        refused (401) and its file holds another."""
+        await self.renewed()
+        sent = self.client.api_key
+        try:
+            return await call(self._lean)
+        except openai.AuthenticationError:
+            if not await self.renewed(refused=sent):
+                raise
+        return await call(self._lean)
+
+    async def renewed(self, refused: str | None = None) -> bool:
+        """Whether calls from now on carry another key than before, or than the one `refused`."""
+        key = self.endpoint.key
+        if not key.changed(refused=refused):
+            return False
+        if self.client.api_key != key.value:
+            self.client.api_key = key.value
+            log.info("%s: the key was read anew", key.origin)
+            await self._lean.open()
+        return True
+
+    async def models(self) -> httpx2.Response | str:
+        """The endpoint's list of models, or a warning; costs nothing. Raises `CannotRun`."""
+        await self.renewed()
+        try:
+            async with asyncio.timeout(CHECK_TIMEOUT_S):
+                return await self.client.get("/models", cast_to=httpx2.Response)
+        except openai.APIStatusError as error:
+            return unlisted(self.endpoint, error.status_code)
+        except (openai.APIConnectionError, TimeoutError):
+            raise NotReachable(
+                f"{self.endpoint.base_url} does not answer: check {self.endpoint.setting}, and "
+                "that the model endpoint is running."
+            ) from None
