@@ -83,6 +83,7 @@ MODEL = "tests/unit/test_hand_over_model.py::test_"
 HAND_OVER = "tests/unit/test_hand_over.py::test_"
 UNIT_FAILURES = "tests/unit/test_failures.py::test_"
 EXTRACTOR_TESTS = "tests/contract/test_extractor.py::test_"
+ASKING_TESTS = "tests/contract/test_asking.py::test_"
 UNIT_ANSWER_TEXT = "tests/unit/test_answer_text.py::test_"
 UNIT_DEPARTURES = "tests/unit/test_departures.py::test_"
 UNIT_SENDING = "tests/unit/test_sending.py::test_"
@@ -1261,8 +1262,8 @@ MUTATIONS = (
     Mutation(
         "endpoint: a call's path goes behind the address's query",
         "service/llm/endpoint.py",
-        "return Place(shown(base_url), key or _NO_KEY, query, headers)",
-        "return Place(base_url, key or _NO_KEY, {}, headers)",
+        "return Endpoint(shown(base_url), key, setting, query,",
+        "return Endpoint(base_url, key, setting, {},",
         (EXTRACTOR_TESTS + "an_address_with_a_query_keeps_it_behind_the_path",),
     ),
     Mutation(
@@ -1316,10 +1317,87 @@ MUTATIONS = (
     ),
     Mutation(
         "refusals: the key stands in a dead letter",
-        "service/llm/extractor.py",
-        'return content.replace(key, b"[OPENAI_API_KEY]")',
-        "return content",
+        "service/llm/endpoint.py",
+        "            if len(secret) >= SECRET_MIN_BYTES and secret in content:",
+        "            if False:",
         (EXTRACTOR_TESTS + "the_key_is_in_no_dead_letter",),
+    ),
+    Mutation(
+        "asking a model's own parameters are left out",
+        "service/llm/request.py",
+        " | extraction.model_parameters.get(model, {})",
+        "",
+        (ASKING_TESTS + "parameters_go_into_the_body_as_they_are",),
+    ),
+    Mutation(
+        "asking a parameter may be what is ours",
+        "service/settings/sections.py",
+        "        if name in _OURS:",
+        "        if False:",
+        (ASKING_TESTS + "what_is_ours_is_refused_by_name",),
+    ),
+    Mutation(
+        "asking another model's endpoint gets the main one's key",
+        "service/llm/extractor.py",
+        "connection = self._connections.get(model, self._connection_main)",
+        "connection = self._connection_main",
+        (ASKING_TESTS + "a_models_own_endpoint_gets_nothing_of_the_main_one",),
+    ),
+    Mutation(
+        "asking a refused key is not read anew",
+        "service/llm/connection.py",
+        "            if not await self.renewed(refused=sent):",
+        "            if True:",
+        (ASKING_TESTS + "a_key_is_read_anew_when_it_is_refused",),
+    ),
+    Mutation(
+        "asking a refused form is not left",
+        "service/llm/extractor.py",
+        "            return self._another_form(step, asked.form)",
+        "            return False",
+        (ASKING_TESTS + "auto_finds_what_the_endpoint_takes",),
+    ),
+    Mutation(
+        "asking a form that another call has left is left again",
+        "service/llm/extractor.py",
+        "        if step.request.form != refused:",
+        "        if False:",
+        (ASKING_TESTS + "auto_finds_what_the_endpoint_takes",),
+    ),
+    Mutation(
+        "asking the first of several models is asked",
+        "service/llm/endpoint.py",
+        "    if names is not None and len(names) == 1:",
+        "    if names:",
+        (ASKING_TESTS + "among_several_models_a_person_chooses",),
+    ),
+    Mutation(
+        "asking a null that stands for a default stays",
+        "service/llm/records.py",
+        "strict_json(self.answer)(self.strict.without_nulls(text))",
+        "strict_json(self.answer)(text)",
+        (ASKING_TESTS + "a_null_that_stands_for_a_default_is_the_default",),
+    ),
+    Mutation(
+        "asking how fast an answer is made is part of the prompt",
+        "service/llm/request.py",
+        "if name not in _DECIDES_NOTHING}",
+        "if True}",
+        ("tests/unit/test_cache.py::test_waits_are_not_in_the_identity",),
+    ),
+    Mutation(
+        "strict: a field's null that is no default is taken for one",
+        "service/llm/strictness.py",
+        'if one.get("default", name) is not None:',
+        "if False:",
+        ("tests/unit/test_strictness.py::test_what_would_be_lost_is_said",),
+    ),
+    Mutation(
+        "strict: null means two things",
+        "service/llm/strictness.py",
+        "if at != other and (both := optional & others):",
+        "if (both := set()):",
+        ("tests/unit/test_strictness.py::test_what_has_no_strict_meaning_is_lost",),
     ),
     Mutation(
         "answers: one of two objects is chosen",
