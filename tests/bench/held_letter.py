@@ -21,8 +21,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-from tests.bench.__main__ import LOADS, kafka
+from tests.bench.__main__ import LOADS
 from tests.bench.driver import Place, endpoint, environment_of, stats
+from tests.support.kafka import a_kafka
 from tests.support.service import Service, service
 from tests.support.topics import committed, create_topic, produce, producer, unique_name
 
@@ -169,7 +170,7 @@ def main() -> int:
         "--mode", choices=("at_least_once", "exactly_once"), default="at_least_once"
     )
     given = parser.parse_args()
-    with kafka() as servers:
+    with a_kafka() as servers:
         return 0 if asyncio.run(run(servers, given)) else 1
 
 
