@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
+from service.demo.broker import EmbeddedBroker
 from tests.conformance import GOOD, Case, Got, cases, is_right
 from tests.process.conftest import Scene
-from tests.support.endpoint import Asked, Step
+from tests.support.endpoint import Asked, Endpoint, Step
 from tests.support.service import service
+
+
+@pytest.fixture
+async def scene(mock_kafka: EmbeddedBroker) -> AsyncIterator[Scene]:
+    """On the embedded broker: nothing here is about Kafka."""
+    async with Endpoint() as endpoint:
+        made = Scene(mock_kafka.bootstrap_servers, endpoint)
+        for topic in (made.input, made.output, made.dead_letters):
+            mock_kafka.create_topic(topic, 1)
+        yield made
+
 
 GOOD_ONES = 200
 PASSES = ("transient", "overloaded", "wait", "told", "works")
