@@ -60,6 +60,7 @@ MEMBERSHIP = "service/kafka/client/private.py"
 TRANSACTIONS = "service/kafka/transactions/transactions.py"
 WRITERS = "service/kafka/transactions/writer.py"
 WATCHDOG = "service/kafka/group/watchdog.py"
+STORED = "service/kafka/client/stored.py"
 
 WAY = "tests/pipeline/test_way.py::test_"
 ADMISSION = "tests/pipeline/test_admission.py::test_"
@@ -922,7 +923,7 @@ MUTATIONS = (
     ),
     Mutation(
         "70 an older worker drops what a newer one has stored besides",
-        STARTS,
+        STORED,
         "for other in mark.others.true_of(progress.next_offset):",
         "for other in ():",
         (
@@ -932,14 +933,14 @@ MUTATIONS = (
     ),
     Mutation(
         "71 fields of others take the map's part",
-        STARTS,
+        STORED,
         "if len(metadata) + len(other) < FIELDS_CHARS_MAX:",
         "if len(metadata) + len(other) < METADATA_CHARS_MAX:",
         (UNIT_STARTS + "the_map_keeps_its_part_whatever_others_store",),
     ),
     Mutation(
         "72 what was true of one offset is stored beside the next",
-        STARTS,
+        STORED,
         "moved = next_offset != self.at",
         "moved = False",
         (UNIT_STARTS + "only_what_stays_true_is_kept_at_another_offset",),

@@ -11,14 +11,11 @@ from typing import TypeAlias
 from service.core.errors import CallFailure, CannotRun, ServiceFailure, Stop, WrongSettings
 from service.core.messages import Extracted, Reason, Rejected
 from service.kafka.client.connection import reach
+from service.kafka.client.groups_seen import look_at_group
+from service.kafka.client.topics_seen import Operation, look_at_topics
 from service.kafka.group.outlook import look_ahead
-from service.kafka.provisioning import (
-    DEAD_LETTER_ROOM_BYTES,
-    Operation,
-    look_at_group,
-    look_at_topics,
-    record_max_bytes,
-)
+from service.kafka.provisioning import DEAD_LETTER_ROOM_BYTES
+from service.kafka.sending.sizes import record_max_bytes
 from service.kafka.sink import DEADLINE_FACTOR
 from service.kafka.transactions.transactions import PREFIX, try_transactions
 from service.llm.extractor import OpenAIExtractor

@@ -32,7 +32,9 @@ from service.core.messages import (
     Rejected,
     Skipped,
 )
-from service.kafka.client.connection import client_options, reach, stop_for, within
+from service.kafka.client.connection import client_options, reach
+from service.kafka.client.deadlines import within
+from service.kafka.client.meaning import stop_for
 from service.kafka.decoding import (
     HeaderList,
     aborted_headers,

@@ -37,15 +37,11 @@ from service.core.errors import CannotRun, CommitFailed, WrongSettings
 from service.core.events import ClientReplaced, Committed, Observe, StopForced
 from service.core.messages import Batch, Message, Partition
 from service.core.status import GroupStatus
-from service.kafka.client.connection import (
-    client_options,
-    is_lasting,
-    reach,
-    stop_for,
-    within,
-)
+from service.kafka.client.connection import client_options, reach
+from service.kafka.client.deadlines import STOP_S, briefly, within
 from service.kafka.client.instances import NameTaken
-from service.kafka.client.private import STOP_S, FencedInstanceIdError, Membership, briefly
+from service.kafka.client.meaning import is_lasting, stop_for
+from service.kafka.client.private import FencedInstanceIdError, Membership
 from service.kafka.client.topics_seen import FoundTopic, find_topics
 from service.kafka.group.due import DueTimes
 from service.kafka.group.group_offsets import GroupOffsets

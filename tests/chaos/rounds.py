@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from service.core.completed import finished_ranges
-from service.kafka.group.starts import Stored, read
+from service.kafka.client.stored import Stored, read
 from tests.chaos.checker import Decode, Limits, Report, examine
 from tests.chaos.faults import schedule, strike
 from tests.chaos.scene import Pace, Say, Scene, scene

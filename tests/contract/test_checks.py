@@ -8,21 +8,21 @@ import socket
 from collections.abc import AsyncIterator
 
 import pytest
-from aiokafka.errors import TopicAuthorizationFailedError
+from aiokafka.errors import NoError, TopicAuthorizationFailedError
 
 from service.commands.check import check
 from service.core.errors import CannotRun
 from service.core.messages import Partition
 from service.demo.broker import EmbeddedBroker
-from service.kafka.provisioning import (
-    DEAD_LETTER_ROOM_BYTES,
-    Topic,
-    _topic,
-    create_topics,
-    look_at_group,
+from service.kafka.client.groups_seen import look_at_group
+from service.kafka.client.topics_seen import (
+    FoundTopic,
+    _found,
     look_at_topics,
-    record_max_bytes,
+    see_that_it_may_be_described,
 )
+from service.kafka.provisioning import DEAD_LETTER_ROOM_BYTES, create_topics
+from service.kafka.sending.sizes import record_max_bytes
 from service.settings import Settings
 from tests.support.endpoint import MODEL, Endpoint, Step
 from tests.support.sources import Kafka
@@ -299,7 +299,8 @@ async def test_real_kafka_tells_what_is_allowed(real_kafka: str) -> None:
     await create_topic(real_kafka, name, 3)
     topics = await look_at_topics(given.kafka, (name, f"{name}-none"))
     every = frozenset({"READ", "WRITE", "DESCRIBE"})
-    assert topics[name] == Topic(name, 3, 1, every)
+    found = topics[name]
+    assert (found.error, found.partitions, found.replicas, found.may) == (NoError, 3, 1, every)
     missing = topics[f"{name}-none"]
     assert (missing.partitions, missing.allows("READ")) == (0, True)
     group = await look_at_group(given.kafka)
@@ -319,18 +320,23 @@ async def test_real_kafka_tells_what_is_allowed(real_kafka: str) -> None:
 )
 def test_rights_are_read_from_their_bits(bits: int, reads: bool, writes: bool) -> None:
     """Bits are Kafka's codes of operations; where the broker does not tell, nothing is refused."""
-    partition = {"replicas": [1, 2, 3]}
-    found = {"error_code": 0, "partitions": [partition], "authorized_operations": bits}
-    topic = _topic("texts", found)
+    partition = {"partition": 0, "leader": 1, "replicas": [1, 2, 3]}
+    found = {
+        "topic": "texts",
+        "error_code": 0,
+        "partitions": [partition],
+        "authorized_operations": bits,
+    }
+    topic = _found(found)
     assert (topic.allows("READ"), topic.allows("WRITE")) == (reads, writes)
     assert (topic.partitions, topic.replicas) == (1, 3)
 
 
 def test_topic_that_may_not_be_described() -> None:
     """A refusal is not taken for a topic that is missing."""
-    found = {"error_code": TopicAuthorizationFailedError.errno, "partitions": []}
+    found = FoundTopic("texts", TopicAuthorizationFailedError)
     with pytest.raises(TopicAuthorizationFailedError, match="texts"):
-        _topic("texts", found)
+        see_that_it_may_be_described(found)
 
 
 # --- topics create ---

@@ -44,9 +44,9 @@ from service.core.messages import Batch, Partition
 from service.core.tracker import Progress
 from service.demo.broker import EmbeddedBroker
 from service.kafka.client.private import Membership
+from service.kafka.client.stored import Stored, read
 from service.kafka.client.topics_seen import topic_ids
 from service.kafka.group.group_offsets import GroupOffsets
-from service.kafka.group.starts import Stored, read
 from tests.support import topics
 from tests.support.kafka import SASL_PASSWORD, SASL_USER, RealKafka, free_ports
 from tests.support.sources import PATIENCE_S, Broker, Fake, HeldUp, Kafka, both, member, part

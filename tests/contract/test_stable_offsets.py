@@ -9,7 +9,7 @@ from service.core.messages import Partition
 from service.demo.broker import EmbeddedBroker
 from service.kafka.client import stable_offsets as module
 from service.kafka.client.stable_offsets import stable_offsets
-from service.kafka.group.starts import Stored
+from service.kafka.client.stored import Stored
 from tests.support.sources import Kafka
 from tests.support.topics import admin
 

@@ -31,9 +31,9 @@ from service.core.messages import Batch, Message, Outcome, Partition
 from service.core.status import GroupStatus
 from service.demo.broker import EmbeddedBroker
 from service.kafka.client.private import Membership
+from service.kafka.client.stored import Stored
 from service.kafka.client.topics_seen import find_topics, topic_ids
 from service.kafka.group.group_offsets import GroupOffsets
-from service.kafka.group.starts import Stored
 from service.kafka.group.supervision import Lookout
 from service.kafka.sink import KafkaSink
 from service.kafka.source import KafkaSource

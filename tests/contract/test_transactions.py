@@ -26,7 +26,7 @@ from aiokafka.protocol.transaction import (
 from service.core.errors import CannotRun, CommitFailed, OutputTooLarge, PublishFailed
 from service.core.messages import Partition
 from service.kafka.client.stable_offsets import UnstableOffset, stable_offsets
-from service.kafka.group.starts import Stored
+from service.kafka.client.stored import Stored
 from service.kafka.sending.producers import Output
 from service.kafka.transactions.transactions import PARTITIONS_MAX
 from tests.conftest import hanging

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from service.core.completed import finished_ranges
-from service.kafka.group.starts import Stored, read
+from service.kafka.client.stored import Stored, read
 from service.settings.reading import load
 from tests.process.conftest import PARTITIONS, Scene
 from tests.support.endpoint import Latency

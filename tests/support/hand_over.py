@@ -15,9 +15,10 @@ from service.core.errors import PublishFailed
 from service.core.messages import Partition
 from service.core.tracker import Progress
 from service.kafka.client.stable_offsets import UnstableOffset
+from service.kafka.client.stored import Stored
 from service.kafka.group.group_offsets import GroupOffsets
 from service.kafka.group.holdings import Holdings
-from service.kafka.group.starts import Bounds, Stored
+from service.kafka.group.starts import Bounds
 from service.kafka.transactions.producer import TransactionalProducer
 from service.kafka.transactions.transactions import Transactions
 from tests.support.sources import HeldUp, Kafka, Member, settings

@@ -45,7 +45,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 
 from service.core.completed import finished_ranges
 from service.core.tracker import Progress
-from service.kafka.group.starts import Mark, Stored, read, to_store
+from service.kafka.client.stored import Mark, Stored, read, to_store
 from service.kafka.transactions.writer import Became, became
 
 MESSAGES = 2

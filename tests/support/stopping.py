@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from service.kafka import sink, source
-from service.kafka.client import private
+from service.kafka.client import deadlines, private
 from service.kafka.sending import producers
 from service.pipeline import commits
 from service.settings import Settings
@@ -14,7 +14,7 @@ CLOSING_S = 30.0
 
 BOUNDS_S = (
     commits.FINAL_COMMITS_S + source.COMMIT_S,  # the last commits
-    private.STOP_S + private.ABANDON_S,  # leaving the group
+    deadlines.STOP_S + private.ABANDON_S,  # leaving the group
     sink.FLUSH_TIMEOUT_S,
     producers.CLOSE_TIMEOUT_S,
     probes.CLOSE_S,

@@ -21,7 +21,7 @@ from aiokafka.errors import KafkaError, NodeNotReadyError
 
 from service.core.errors import PublishFailed
 from service.core.messages import Partition
-from service.kafka.group.starts import Stored
+from service.kafka.client.stored import Stored
 from service.kafka.sending.producers import BATCH_MAX_BYTES, Output
 from service.kafka.sending.sizes import size_alone
 from service.kafka.transactions.transactions import Transactions, transactional_options

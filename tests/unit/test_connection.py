@@ -11,14 +11,10 @@ from aiokafka import errors
 from pydantic import SecretStr
 
 from service.core.errors import CannotRun, WrongSettings
-from service.kafka.client.connection import (
-    TokenFile,
-    client_options,
-    is_lasting,
-    reach,
-    stop_for,
-    within,
-)
+from service.kafka.client.connection import client_options, reach
+from service.kafka.client.credentials import TokenFile
+from service.kafka.client.deadlines import within
+from service.kafka.client.meaning import is_lasting, stop_for
 from service.settings import KafkaSettings, SecuritySettings
 from tests.support.kafka import free_ports
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.kafka.client.epochs import TRAIL_MAX, Trail, epochs_in
+from service.kafka.group.trail import TRAIL_MAX, Trail, epochs_in
 
 
 def batch(base: int, epoch: int, version: int = 2, size: int = 40) -> bytes:

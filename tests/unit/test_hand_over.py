@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable
 import pytest
 from aiokafka.errors import KafkaError
 
+from service.kafka.client.stored import Stored
 from service.kafka.group.holdings import STALE_S
-from service.kafka.group.starts import Stored
 from service.kafka.transactions.producer import Fenced
 from service.kafka.transactions.transactions import STUCK_S
 from tests.support import virtual_time

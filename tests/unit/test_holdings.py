@@ -19,10 +19,11 @@ from aiokafka.protocol.group import SyncGroupRequest, SyncGroupRequest_v3
 from service.core.messages import Partition
 from service.core.tracker import Progress
 from service.kafka.client.instances import NameTaken, began, this_process
+from service.kafka.client.stored import Mark, Stored, read, to_store
 from service.kafka.group import holdings as holdings_module
 from service.kafka.group.group_offsets import GroupOffsets
 from service.kafka.group.holdings import Holdings
-from service.kafka.group.starts import Bounds, Mark, Stored, read, to_store
+from service.kafka.group.starts import Bounds
 from service.settings import Start
 from tests.support.sources import Kafka, Member, settings
 

@@ -20,9 +20,9 @@ from service.core.errors import PublishFailed
 from service.core.messages import Message, Skipped
 from service.core.tracker import Given, Progress
 from service.core.window import Holding, Window
+from service.kafka.client import stored as stored_module
+from service.kafka.client.stored import read
 from service.kafka.group import holdings as holdings_module
-from service.kafka.group import starts as starts_module
-from service.kafka.group.starts import read
 from service.kafka.sink import KafkaSink
 from service.kafka.transactions import outbox as outgoing_module
 from service.kafka.transactions.writer import HELD_BACK_S
@@ -142,7 +142,7 @@ def small_map(stack: ExitStack, chars: int) -> None:
     patch.setattr(window_module, "RUNS_SURE", bits // 8 // 5)
     patch.setattr(holdings_module, "MAP_CHARS_MAX", chars)
     ours = len("sluice1:0123456789abcdef:g1:u1:m")
-    patch.setattr(starts_module, "METADATA_CHARS_MAX", ours + chars)
+    patch.setattr(stored_module, "METADATA_CHARS_MAX", ours + chars)
     patch.setattr(outgoing_module, "TRANSACTION_MESSAGES_MAX", 5)
 
 

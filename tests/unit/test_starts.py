@@ -12,27 +12,29 @@ from hypothesis import strategies as st
 from service.core.messages import Partition
 from service.core.tracker import Progress
 from service.core.window import MAP_CHARS_MAX
+from service.kafka.client import stored as module
 from service.kafka.client.instances import Bearer, began, this_process
-from service.kafka.group import starts as module
-from service.kafka.group.settling import SettlingClock
-from service.kafka.group.starts import (
+from service.kafka.client.stored import (
     FIELDS_CHARS_MAX,
     METADATA_CHARS_MAX,
     NO_OTHERS,
-    Bounds,
-    HeldOut,
     Mark,
     Others,
     Stored,
     held_out_for_good,
+    read,
+    to_store,
+)
+from service.kafka.group.settling import SettlingClock
+from service.kafka.group.starts import (
+    Bounds,
+    HeldOut,
     is_new,
     leader_epochs,
     others_to_keep,
-    read,
     started_over,
     starts,
     taken_over,
-    to_store,
     where_to_start,
 )
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.core.messages import Partition
-from service.kafka.group.starts import Stored
+from service.kafka.client.stored import Stored
 from service.kafka.sending.producers import Output
 from service.kafka.sending.queues import Handover, Waiting
 from service.kafka.transactions import outbox as module

@@ -15,7 +15,7 @@ from aiokafka import TopicPartition
 
 from service.core.completed import finished_ranges
 from service.core.messages import Partition
-from service.kafka.group.starts import Stored, read
+from service.kafka.client.stored import Stored, read
 from tests.walk.loop import Violation
 
 LETTER = "__dlq.errors.topic"

@@ -41,7 +41,7 @@ from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 
 from service.core.messages import Headers, Partition
 from service.kafka.client.stable_offsets import UNSTABLE_OFFSET_COMMIT
-from service.kafka.group.starts import Stored
+from service.kafka.client.stored import Stored
 from tests.walk.ledger import Ledger
 from tests.walk.loop import Violation
 

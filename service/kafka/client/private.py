@@ -1,8 +1,9 @@
-"""What aiokafka knows of a group member and does not say in public, all in one place.
+"""Every use of aiokafka's private parts: what it knows or can do without a public call for it.
 
 Each of these reads private state of aiokafka 0.14, which the requirement pins: positions that
 are read without a chance that they move, messages of one partition without a look at all others,
-one commit attempt that cannot outlive its generation, and an end for a consumer that doesn't stop.
+one commit attempt that cannot outlive its generation, requests that the client does not have, and
+an end for a client that doesn't stop. A test reads the other files of `kafka/` for such uses.
 """
 
 from __future__ import annotations
@@ -10,25 +11,30 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import chain
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka import errors as kafka_errors
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.conn import collect_hosts, create_conn
 from aiokafka.consumer.fetcher import FetchError, FetchResult
 from aiokafka.errors import BrokerResponseError, KafkaError, UnknownMemberIdError
+from aiokafka.producer.transaction_manager import TransactionState
 from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.protocol.group import SyncGroupRequest
+from aiokafka.protocol.metadata import MetadataRequest
+from aiokafka.record.default_records import DefaultRecordBatchBuilder
+from aiokafka.record.util import size_of_varint
 from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 
 from service.core.messages import Partition
-from service.kafka.group.starts import Stored
+from service.kafka.client.deadlines import STOP_S, briefly
+from service.kafka.client.stored import Stored
 
 log = logging.getLogger(__name__)
-
-STOP_S = 8.0
-"""Leaving the group and closing connections, in order."""
 
 ABANDON_S = 1.0
 """Each step of an end by force."""
@@ -254,20 +260,126 @@ def _tell_fetches(
                 hear(Partition(topic, number), offset, bytes(batches))
 
 
-async def briefly(step: Callable[[], Awaitable[None]], limit_s: float) -> bool:
-    """Whether a step of an end came to its own end in time; raises nothing of the client's.
+# --- the admin client ----------------------------------------------------------------------------
 
-    While no broker answers, the client's own `stop` raises the cancellation of a task of its own.
+
+async def send(admin: AIOKafkaAdminClient, request: Any, node: int | None = None) -> Any:
+    """The answer to a request, of the broker `node` or of any; raises `KafkaError`.
+
+    For requests that the client does not have a call for. May wait as long as a request may.
     """
+    return await admin._send_request(request, node)
+
+
+async def has_controller(admin: AIOKafkaAdminClient) -> bool:
+    """Whether the cluster has a broker that makes topics; others that look like Kafka have none."""
+    await admin._client.force_metadata_update()
+    return admin._client.cluster.controller is not None
+
+
+# --- one connection ------------------------------------------------------------------------------
+
+CONNECTION_OPTIONS = (
+    "client_id",
+    "request_timeout_ms",
+    "ssl_context",
+    "security_protocol",
+    "sasl_mechanism",
+    "sasl_plain_username",
+    "sasl_plain_password",
+    "sasl_oauth_token_provider",
+)
+"""Of all options those that concern one connection."""
+
+
+async def knock(host: str, port: int, options: dict[str, Any]) -> None:
+    """Returns where a broker answers there and lets us in; raises `KafkaError` or `OSError`."""
+    own = {name: options[name] for name in CONNECTION_OPTIONS}
+    connection = await create_conn(host, port, **own)
     try:
-        async with asyncio.timeout(limit_s):
-            await step()
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise  # it is we who are cancelled
-        return False
-    except (KafkaError, OSError, TimeoutError) as error:
-        log.warning("the Kafka client does not end in order: %s", type(error).__name__)
-        return False
-    return True
+        # A listener that wants credentials answers version requests without them, no others.
+        await connection.send(MetadataRequest([]))
+    finally:
+        connection.close()
+
+
+def hosts_of(bootstrap_servers: str) -> list[tuple[str, int]]:
+    """Host and port of each address, in the order in which the client tries them."""
+    return [(host, port) for host, port, _ in collect_hosts(bootstrap_servers)]
+
+
+# --- producers -----------------------------------------------------------------------------------
+
+record_size = DefaultRecordBatchBuilder.size_of
+"""Bytes of key, value and headers inside of a record, with the lengths before them."""
+
+varint_size = size_of_varint
+"""Bytes of a number as a varint."""
+
+
+def tasks_of(client: AIOKafkaProducer) -> list[asyncio.Task[Any]]:
+    """The sender's own task and those of its requests.
+
+    Cancelled alone, the first waits for the others one by one and forgets the rest when it is
+    cancelled again; some of them try for ever to find a coordinator.
+    """
+    return [
+        task
+        for task in asyncio.all_tasks()
+        if (frame := getattr(task.get_coro(), "cr_frame", None)) is not None
+        and frame.f_locals.get("self") is client._sender
+    ]
+
+
+def drop_connections(client: AIOKafkaProducer) -> None:
+    """A polite close waits until a hanging peer has read everything."""
+    for connection in client.client._conns.values():
+        if connection._writer is not None:
+            connection._writer.transport.abort()
+
+
+def fail_batches(client: AIOKafkaProducer) -> None:
+    """Whoever waits for a batch hears of it; where nobody does any more, nobody complains."""
+    accumulator = client._message_accumulator
+    queued = list(chain(*accumulator._batches.values()))
+    # A batch queued for another try stands in this set no more, but takes itself out of it.
+    accumulator._pending_batches.update(batch for batch in queued if batch.retry_count)
+    batches = [*accumulator._pending_batches, *queued]
+    accumulator.fail_all(KafkaError("the producer was replaced"))
+    for batch in batches:
+        for future in (batch.future, batch._drain_waiter):
+            if future.done() and not future.cancelled():
+                future.exception()
+
+
+def raise_what_ended(client: AIOKafkaProducer) -> None:
+    """Raises what the client's own task has died of, as a `KafkaError`."""
+    task = client._sender.sender_task
+    if task is not None and task.done():
+        error = None if task.cancelled() else task.exception()
+        raise error if isinstance(error, KafkaError) else KafkaError("the client has ended")
+
+
+async def end_transaction(client: AIOKafkaProducer) -> None:
+    """Abort the transaction that is open; one that ends already is waited for.
+
+    Raises what the client raises.
+    """
+    manager = client._txn_manager
+    match manager.state:
+        case TransactionState.IN_TRANSACTION:
+            await client.abort_transaction()
+        case TransactionState.COMMITTING_TRANSACTION | TransactionState.ABORTING_TRANSACTION:
+            await asyncio.shield(manager.wait_for_transaction_end())
+        case TransactionState.READY:
+            return
+        case _:
+            raise KafkaError("the client has failed")
+
+
+def forget_transaction(client: AIOKafkaProducer) -> None:
+    """Whoever waited for the transaction's end is gone: its failure is no unheard exception."""
+    waiter = client._txn_manager._transaction_waiter
+    if waiter is not None:
+        with suppress(asyncio.CancelledError, asyncio.InvalidStateError):
+            waiter.exception()

@@ -29,7 +29,8 @@ from aiokafka.protocol.types import (
 )
 
 from service.core.messages import Partition
-from service.kafka.group.starts import Stored
+from service.kafka.client.private import send
+from service.kafka.client.stored import Stored
 
 UNSTABLE_OFFSET_COMMIT = 88
 """Kafka's code, which the client does not have."""
@@ -50,7 +51,7 @@ async def stable_offsets(
     long as a request may.
     """
     coordinator = await admin.find_coordinator(group_id)
-    answer = (await admin._send_request(_Offsets(group_id, asked), coordinator)).to_object()
+    answer = (await send(admin, _Offsets(group_id, asked), coordinator)).to_object()
     found = {
         Partition(topic["topic"], each["partition"]): each
         for topic in answer["topics"]

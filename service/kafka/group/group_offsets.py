@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from datetime import datetime
-from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import (
-    IncompatibleBrokerVersion,
-    LeaderNotAvailableError,
-    NodeNotReadyError,
-    NoError,
-    TopicAuthorizationFailedError,
-    UnsupportedVersionError,
-    for_code,
-)
+from aiokafka.errors import NodeNotReadyError, NoError
 
 from service.core.messages import Partition
-from service.kafka.client.connection import describe_topics
-from service.kafka.client.epochs import EpochEnds
+from service.kafka.client.epoch_ends import epoch_ends
 from service.kafka.client.stable_offsets import stable_offsets
+from service.kafka.client.stored import Stored
 from service.kafka.client.topics_seen import find_topics, topic_ids
-from service.kafka.group.starts import Bounds, Stored
+from service.kafka.group.starts import Bounds
 from service.settings import Start
 
 
@@ -44,14 +34,12 @@ class GroupOffsets:
 
     async def partitions(self) -> frozenset[Partition]:
         """All partitions of the input topics."""
-        found = await describe_topics(self._admin, list(self._topics))
+        found = await find_topics(self._admin, list(self._topics))
         for topic in found.values():
-            if topic["error_code"]:
-                raise for_code(topic["error_code"])(topic["topic"])
+            if topic.error is not NoError:
+                raise topic.error(topic.name)
         return frozenset(
-            Partition(topic["topic"], partition["partition"])
-            for topic in found.values()
-            for partition in topic["partitions"]
+            Partition(topic.name, number) for topic in found.values() for number in topic.leaders
         )
 
     async def stored(self) -> dict[Partition, Stored | None]:
@@ -86,27 +74,8 @@ class GroupOffsets:
         return {topic: each for topic, each in found.items() if each is not None}
 
     async def epoch_ends(self, epochs: Mapping[Partition, int]) -> dict[Partition, int]:
-        """Where an epoch ends in each partition's log, in which later leaders may have written on.
-
-        Without those whose log knows nothing of it any more, and without all where brokers are too
-        old to tell or do not let us ask. Raises `KafkaError` where a partition has no leader now.
-        """
-        if not epochs:
-            return {}
-        found = await find_topics(self._admin, list({each.topic for each in epochs}))
-        by_leader: dict[int, dict[Partition, int]] = defaultdict(dict)
-        for each, epoch in epochs.items():
-            by_leader[found[each.topic].leaders.get(each.partition, -1)][each] = epoch
-        ends: dict[Partition, int] = {}
-        for leader, asked in by_leader.items():
-            if leader < 0:
-                raise LeaderNotAvailableError("a partition has no leader now")
-            try:
-                answer = await self._admin._send_request(EpochEnds(asked), leader)
-            except (IncompatibleBrokerVersion, NotImplementedError):
-                return {}  # the client's words for an API, and for a version, that is not there
-            ends |= _ends_in(answer)
-        return ends
+        """Where an epoch ends in each partition's log: see client/epoch_ends.py."""
+        return await epoch_ends(self._admin, epochs)
 
     async def bounds(self, partitions: AbstractSet[Partition]) -> dict[Partition, Bounds]:
         """First offset and last stable offset of each."""
@@ -137,15 +106,3 @@ class GroupOffsets:
         )
         later = {Partition(*each): at.offset for each, at in found.items() if at is not None}
         return ends | later
-
-
-def _ends_in(answer: Any) -> dict[Partition, int]:
-    found = {}
-    for topic in answer.to_object()["topics"]:
-        for each in topic["partitions"]:
-            error = for_code(each["error_code"])
-            if error not in (NoError, TopicAuthorizationFailedError, UnsupportedVersionError):
-                raise error(topic["topic"])
-            if error is NoError and each["end_offset"] >= 0:
-                found[Partition(topic["topic"], each["partition"])] = each["end_offset"]
-    return found

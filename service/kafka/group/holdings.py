@@ -29,33 +29,36 @@ from service.core.events import ForeignMetadata, Observe, OffsetsMissing, Rebala
 from service.core.messages import Partition
 from service.core.tracker import Given, Progress
 from service.core.window import MAP_CHARS_MAX
-from service.kafka.client.connection import is_lasting, stop_for, within
-from service.kafka.client.epochs import Trail
+from service.kafka.client.deadlines import within
 from service.kafka.client.instances import NameTaken, in_use, put_out, this_process
+from service.kafka.client.meaning import is_lasting, stop_for
 from service.kafka.client.private import Membership
 from service.kafka.client.stable_offsets import UnstableOffset
-from service.kafka.group.group_offsets import GroupOffsets
-from service.kafka.group.starts import (
+from service.kafka.client.stored import (
     NO_OTHERS,
-    Bounds,
-    HeldOut,
     Mark,
     Others,
     Stored,
-    all_gone,
     held_out_for_good,
+    reached,
+    read,
+    to_store,
+)
+from service.kafka.group.group_offsets import GroupOffsets
+from service.kafka.group.starts import (
+    Bounds,
+    HeldOut,
+    all_gone,
     is_new,
     leader_epochs,
     log_was_cut,
     others_to_keep,
-    reached,
-    read,
     started_over,
     starts,
     taken_over,
-    to_store,
     without_offsets,
 )
+from service.kafka.group.trail import Trail
 from service.kafka.transactions.transactions import Transactions
 from service.ports import Assignment
 from service.settings import Settings

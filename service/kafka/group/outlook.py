@@ -8,8 +8,9 @@ from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
-from service.kafka.client.connection import client_options, stop_for, within
-from service.kafka.client.private import STOP_S, briefly
+from service.kafka.client.connection import client_options
+from service.kafka.client.deadlines import STOP_S, briefly, within
+from service.kafka.client.meaning import stop_for
 from service.kafka.group.group_offsets import GroupOffsets
 from service.kafka.group.starts import HeldOut, leader_epochs, starts
 from service.settings import Settings

@@ -19,13 +19,13 @@ from typing import Protocol
 
 from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import KafkaError, NoError, UnknownTopicOrPartitionError, for_code
-from aiokafka.protocol.offset import OffsetRequest, OffsetResetStrategy
+from aiokafka.errors import KafkaError, NoError, UnknownTopicOrPartitionError
 
 from service.core.errors import CannotRun, WrongSettings
 from service.core.messages import Partition
-from service.kafka.client.connection import METADATA_MAX_AGE_MS, client_options, within
-from service.kafka.client.private import STOP_S, briefly
+from service.kafka.client.connection import METADATA_MAX_AGE_MS, client_options
+from service.kafka.client.deadlines import STOP_S, briefly, within
+from service.kafka.client.log_ends import ends_at
 from service.kafka.client.topics_seen import FoundTopic, find_topics
 from service.kafka.group.watchdog import SILENT_S, SilenceWatch, Standing, TopicSeen, TopicsWatch
 from service.settings import KafkaSettings
@@ -37,14 +37,6 @@ LOOK_EVERY_S = 10.0
 
 LOOK_S = 10.0
 """One look, the way to the brokers included."""
-
-ENDS_S = 4.0
-"""One leader's answer; the others are judged without it."""
-
-READ_COMMITTED = 1
-"""As the consumer reads: the end is that of settled transactions."""
-
-NOT_A_REPLICA = -1
 
 
 class Supervised(Protocol):
@@ -83,7 +75,7 @@ class Supervision:
             {topic: each.id for topic, each in found.items()},
             behind_s=2 * METADATA_MAX_AGE_MS / 1000,
         )
-        self.partitions = {topic: len(each.leaders) for topic, each in found.items()}
+        self.partitions = {topic: each.partitions for topic, each in found.items()}
         self._asked: set[Partition] = set()
         self._excused: set[Partition] = set()
         self._looked_at_s: float | None = None
@@ -188,7 +180,7 @@ class Supervision:
 
 
 def _seen(found: FoundTopic, known: int) -> TopicSeen | None:
-    return TopicSeen(found.id, len(found.leaders), known) if found.error is NoError else None
+    return TopicSeen(found.id, found.partitions, known) if found.error is NoError else None
 
 
 # --- the other connection ------------------------------------------------------------------------
@@ -257,7 +249,7 @@ class Lookout:
     ) -> dict[Partition, int]:
         async with asyncio.TaskGroup() as tasks:
             told = [
-                tasks.create_task(_ends_at(admin, leader, partitions))
+                tasks.create_task(ends_at(admin, leader, partitions))
                 for leader, partitions in by_leader.items()
             ]
         return {partition: end for each in told for partition, end in each.result().items()}
@@ -278,27 +270,6 @@ def _by_leader(
         if leader >= 0:
             by_leader[leader][topic].append(number)
     return by_leader
-
-
-async def _ends_at(
-    admin: AIOKafkaAdminClient, leader: int, partitions: Mapping[str, list[int]]
-) -> dict[Partition, int]:
-    """What one leader tells; nothing where it does not answer."""
-    asked = [
-        (topic, [(number, OffsetResetStrategy.LATEST) for number in numbers])
-        for topic, numbers in partitions.items()
-    ]
-    request = OffsetRequest(NOT_A_REPLICA, READ_COMMITTED, asked)
-    try:
-        answer = await within(ENDS_S, admin._send_request(request, leader))
-    except (KafkaError, TimeoutError):
-        return {}
-    return {
-        Partition(topic["topic"], each["partition"]): each["offset"]
-        for topic in answer.to_object()["topics"]
-        for each in topic["partitions"]
-        if for_code(each["error_code"]) is NoError
-    }
 
 
 def _now_s() -> float:

@@ -29,9 +29,11 @@ from service.core.history import (
     own_part,
 )
 from service.core.messages import Coordinates, Headers
-from service.kafka.client.connection import client_options, stop_for, within
+from service.kafka.client.connection import client_options
+from service.kafka.client.deadlines import within
+from service.kafka.client.meaning import stop_for
+from service.kafka.client.topics_seen import look_at_topics
 from service.kafka.letters.written import MARKER, original_headers
-from service.kafka.provisioning import look_at_topics
 from service.settings import Settings
 
 REDRIVEN = "sluice.redriven"

@@ -22,11 +22,13 @@ from aiokafka.errors import KafkaError
 from aiokafka.partitioner import DefaultPartitioner
 
 from service.core.errors import CannotRun
-from service.kafka.client.connection import client_options, stop_for, within
+from service.kafka.client.connection import client_options
+from service.kafka.client.deadlines import within
+from service.kafka.client.meaning import stop_for
+from service.kafka.client.topics_seen import look_at_topics
 from service.kafka.letters.reader import Letter, Reader, Redriven, Selection, mark, opened
-from service.kafka.provisioning import look_at_topics, record_max_bytes
 from service.kafka.sending.producers import BATCH_MAX_BYTES, Output
-from service.kafka.sending.sizes import UNKNOWN, size_alone
+from service.kafka.sending.sizes import UNKNOWN, record_max_bytes, size_alone
 from service.kafka.transactions.producer import Fenced, TransactionalProducer
 from service.kafka.transactions.transactions import PREFIX, transactional_options
 from service.settings import Settings

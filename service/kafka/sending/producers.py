@@ -11,7 +11,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from itertools import chain
 from typing import Any, NamedTuple
 
 from aiokafka import AIOKafkaProducer, TopicPartition
@@ -19,6 +18,7 @@ from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
 
 from service.core.errors import PublishFailed, WrongSettings
 from service.core.events import ClientReplaced, Observe, StopForced
+from service.kafka.client.private import drop_connections, fail_batches, tasks_of
 
 CLOSE_TIMEOUT_S = 5.0
 """Closing a producer: longer only if the connection hangs, and then waiting does not help."""
@@ -114,53 +114,18 @@ class Producer:
         send them have ended breaks the client's own bookkeeping.
         """
         client = self._client
-        _drop_connections(client)
+        drop_connections(client)
         with suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                while tasks := _tasks_of(client):
+                while tasks := tasks_of(client):
                     for task in tasks:
                         task.cancel()
                     await asyncio.wait(tasks, timeout=0.5)
                 await client.client.close()
-        _fail_batches(client)
+        fail_batches(client)
         with suppress(TimeoutError, KafkaError):
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await client.stop()
-
-
-def _tasks_of(client: AIOKafkaProducer) -> list[asyncio.Task[Any]]:
-    """The sender's own task and those of its requests.
-
-    Cancelled alone, the first waits for the others one by one and forgets the rest when it is
-    cancelled again; some of them try for ever to find a coordinator.
-    """
-    return [
-        task
-        for task in asyncio.all_tasks()
-        if (frame := getattr(task.get_coro(), "cr_frame", None)) is not None
-        and frame.f_locals.get("self") is client._sender
-    ]
-
-
-def _drop_connections(client: AIOKafkaProducer) -> None:
-    """A polite close waits until a hanging peer has read everything."""
-    for connection in client.client._conns.values():
-        if connection._writer is not None:
-            connection._writer.transport.abort()
-
-
-def _fail_batches(client: AIOKafkaProducer) -> None:
-    """Whoever waits for a batch hears of it; where nobody does any more, nobody complains."""
-    accumulator = client._message_accumulator
-    queued = list(chain(*accumulator._batches.values()))
-    # A batch queued for another try stands in this set no more, but takes itself out of it.
-    accumulator._pending_batches.update(batch for batch in queued if batch.retry_count)
-    batches = [*accumulator._pending_batches, *queued]
-    accumulator.fail_all(KafkaError("the producer was replaced"))
-    for batch in batches:
-        for future in (batch.future, batch._drain_waiter):
-            if future.done() and not future.cancelled():
-                future.exception()
 
 
 class Producers:

@@ -8,10 +8,11 @@ from collections.abc import Awaitable, Callable
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaError
-from aiokafka.record.default_records import DefaultRecordBatchBuilder
-from aiokafka.record.util import size_of_varint
 
 from service.core.errors import WrongSettings
+from service.kafka.client.connection import client_options
+from service.kafka.client.private import record_size, varint_size
+from service.settings import KafkaSettings
 
 UNKNOWN = sys.maxsize
 """Nobody told: the broker's refusal decides."""
@@ -33,8 +34,8 @@ def size_alone(
     The record: attributes, timestamp and offset difference (one byte each, as the first of its
     batch), then key, value, headers; before it its length as a varint.
     """
-    body: int = 3 + DefaultRecordBatchBuilder.size_of(key, value, headers)
-    length_bytes: int = size_of_varint(body)
+    body: int = 3 + record_size(key, value, headers)
+    length_bytes: int = varint_size(body)
     return BATCH_HEADER_BYTES + length_bytes + body
 
 
@@ -62,6 +63,11 @@ class TopicSizes:
         """A batch of at most this size was too large: the limit lies below."""
         self._asked_s[topic] = asyncio.get_running_loop().time()
         self._limits[topic] = min(self.known(topic), size - 1)
+
+
+async def record_max_bytes(kafka: KafkaSettings, topic: str) -> int | None:
+    """The topic's `max.message.bytes`; None where brokers don't tell."""
+    return await ask_broker(topic, lambda: AIOKafkaAdminClient(**client_options(kafka)))
 
 
 async def ask_broker(topic: str, create: Callable[[], AIOKafkaAdminClient]) -> int | None:

@@ -18,12 +18,12 @@ from aiokafka.errors import (
     KafkaError,
     ProducerFenced,
 )
-from aiokafka.producer.transaction_manager import TransactionState
 from aiokafka.structs import OffsetAndMetadata
 
 from service.core.events import Observe
 from service.core.messages import Partition
-from service.kafka.group.starts import Stored
+from service.kafka.client.private import end_transaction, forget_transaction, raise_what_ended
+from service.kafka.client.stored import Stored
 from service.kafka.sending.producers import Output, Producer
 
 END_S = 2.0
@@ -92,7 +92,7 @@ class TransactionalProducer:
             for failure in refused.values():
                 if isinstance(failure, FENCED):
                     raise failure
-            self._raise_what_ended()
+            raise_what_ended(self._client)
         return refused
 
     async def store(self, group_id: str, partition: Partition, stored: Stored) -> None:
@@ -126,28 +126,17 @@ class TransactionalProducer:
     async def cut_off(self) -> None:
         """Close at once; what already left this process may still arrive, under this epoch."""
         await self._producer.cut_off()
-        waiter = self._client._txn_manager._transaction_waiter
-        if waiter is not None:
-            _hear(waiter)
+        forget_transaction(self._client)
 
     async def _end_transaction(self) -> None:
-        manager = self._client._txn_manager
-        match manager.state:
-            case TransactionState.IN_TRANSACTION:
-                await self.abort()
-            case TransactionState.COMMITTING_TRANSACTION | TransactionState.ABORTING_TRANSACTION:
-                with self._errors():
-                    await asyncio.shield(manager.wait_for_transaction_end())
-            case TransactionState.READY:
-                return
-            case _:
-                raise KafkaError("the client has failed")
+        with self._errors():
+            await end_transaction(self._client)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
         """The client's errors, by what is to be done about them."""
         try:
-            self._raise_what_ended()
+            raise_what_ended(self._client)
             yield
         except FENCED as error:
             raise Fenced from error
@@ -157,13 +146,6 @@ class TransactionalProducer:
             raise
         except IllegalOperation as error:  # an error meanwhile has ended the transaction
             raise KafkaError("no transaction is open") from error
-
-    def _raise_what_ended(self) -> None:
-        """Raises what the client's own task has died of."""
-        task = self._client._sender.sender_task
-        if task is not None and task.done():
-            error = None if task.cancelled() else task.exception()
-            raise error if isinstance(error, KafkaError) else KafkaError("the client has ended")
 
 
 def _hear(future: asyncio.Future[object]) -> None:

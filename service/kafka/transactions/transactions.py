@@ -38,8 +38,9 @@ from aiokafka.errors import KafkaError
 from service.core.errors import CannotRun, CommitFailed, PublishFailed, WrongSettings
 from service.core.events import Observe
 from service.core.messages import Partition
-from service.kafka.client.connection import client_options, stop_for, within
-from service.kafka.client.private import briefly
+from service.kafka.client.connection import client_options
+from service.kafka.client.deadlines import briefly, within
+from service.kafka.client.meaning import stop_for
 from service.kafka.sending.producers import Output
 from service.kafka.transactions.producer import TransactionalProducer, transactional_id
 from service.kafka.transactions.writer import Ledger, Means, Writer

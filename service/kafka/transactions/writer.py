@@ -21,8 +21,8 @@ from aiokafka.errors import KafkaError
 from service.core.errors import PublishFailed, SluiceError
 from service.core.events import ClientReplaced, Observe
 from service.core.messages import Partition
-from service.kafka.client.connection import within
-from service.kafka.group.starts import Stored
+from service.kafka.client.deadlines import within
+from service.kafka.client.stored import Stored
 from service.kafka.sending.producers import Output
 from service.kafka.sending.queues import TOO_LARGE, Handover, OutputQueue, Waiting, after_refusal
 from service.kafka.transactions.outbox import Outbox, Outgoing, by_output_partition, fail

@@ -1,22 +1,15 @@
-"""Leader epochs (KIP-320): under which leader each message was written, so that a cut is found.
+"""Under which leaders the fetched messages were written (KIP-320), so that a cut is found.
 
-A log's leaders are numbered, and each batch names the one that wrote it. Where a log was cut and
-has grown again, what stands there was written under a later one: the last offset of the epoch that
-we have read is then smaller than what we have read. Pure but for the request at the end, which the
-client does not have: it is version 3, of brokers since 2.3.
+A log's leaders are numbered (leader epochs), and each batch names the one that wrote it. Where a
+log was cut and has grown again, what stands there was written under a later one: the last offset
+of the epoch that we have read is then smaller than what we have read. Pure.
 """
 
 from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Iterator, Mapping
-from typing import Any
-
-from aiokafka.protocol.api import Request, RequestStruct, Response
-from aiokafka.protocol.types import Array, Int16, Int32, Int64, Schema, String
-
-from service.core.messages import Partition
+from collections.abc import Iterator
 
 TRAIL_MAX = 64
 """Changes of leader between the next offset and the last message that are remembered; of more
@@ -86,65 +79,3 @@ class Trail:
             if begin < offset:
                 return epoch
         return None
-
-
-# --- a request that the client does not have ----------------------------------------------------
-
-
-class _EpochEndsAnswer(Response):  # type: ignore[misc]
-    API_KEY = 23
-    API_VERSION = 3
-    SCHEMA = Schema(
-        ("throttle_time_ms", Int32),
-        (
-            "topics",
-            Array(
-                ("topic", String("utf-8")),
-                (
-                    "partitions",
-                    Array(
-                        ("error_code", Int16),
-                        ("partition", Int32),
-                        ("leader_epoch", Int32),
-                        ("end_offset", Int64),
-                    ),
-                ),
-            ),
-        ),
-    )
-
-
-class _EpochEndsRequest(RequestStruct):  # type: ignore[misc]
-    API_KEY = 23
-    API_VERSION = 3
-    RESPONSE_TYPE = _EpochEndsAnswer
-    SCHEMA = Schema(
-        ("replica_id", Int32),
-        (
-            "topics",
-            Array(
-                ("topic", String("utf-8")),
-                (
-                    "partitions",
-                    Array(("partition", Int32), ("current_leader_epoch", Int32), ("epoch", Int32)),
-                ),
-            ),
-        ),
-    )
-
-
-_NOT_A_REPLICA = _ANY_LEADER = -1
-
-
-class EpochEnds(Request[_EpochEndsRequest]):  # type: ignore[misc]
-    """Where each partition's given epoch ends in its leader's log."""
-
-    API_KEY = 23
-
-    def __init__(self, epochs: Mapping[Partition, int]) -> None:
-        self._topics: dict[str, list[tuple[int, int, int]]] = {}
-        for (topic, number), epoch in epochs.items():
-            self._topics.setdefault(topic, []).append((number, _ANY_LEADER, epoch))
-
-    def build(self, version: Any) -> Any:
-        return version(_NOT_A_REPLICA, list(self._topics.items()))
