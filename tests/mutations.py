@@ -61,6 +61,7 @@ TRANSACTIONS = "service/kafka/transactions/transactions.py"
 WRITERS = "service/kafka/transactions/writer.py"
 WATCHDOG = "service/kafka/group/watchdog.py"
 STORED = "service/kafka/client/stored.py"
+HEADERS = "service/kafka/headers.py"
 
 WAY = "tests/pipeline/test_way.py::test_"
 ADMISSION = "tests/pipeline/test_admission.py::test_"
@@ -1031,7 +1032,7 @@ MUTATIONS = (
     ),
     Mutation(
         "76 outputs do not name the id of their topic",
-        "service/kafka/decoding.py",
+        HEADERS,
         "*(((TOPIC_ID_HEADER, topic_id),) if topic_id else ()),",
         "",
         ("tests/unit/test_codecs.py::test_outputs_name_the_topics_id_where_it_is_known",),

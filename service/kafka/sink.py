@@ -35,7 +35,7 @@ from service.core.messages import (
 from service.kafka.client.connection import client_options, reach
 from service.kafka.client.deadlines import within
 from service.kafka.client.meaning import stop_for
-from service.kafka.decoding import (
+from service.kafka.headers import (
     HeaderList,
     aborted_headers,
     part_headers,

@@ -9,15 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from pydantic_core import from_json
 
+from service.core.messages import Extracted, Provenance
 from service.llm.answer_text import AnswerText, Mode, content_of, read_message
 from service.llm.prices import Tokens
-
-if TYPE_CHECKING:
-    from service.llm.streaming import StreamedAnswer
 
 Finish: TypeAlias = Literal["stop", "truncated", "filtered", "refused", "failed", "malformed"]
 """How an answer ended: by itself, at a limit, by a filter, declined, by a failure of the provider
@@ -81,6 +79,13 @@ class BrokenAnswer(Exception):
         self.error = error
 
 
+class StreamedRecords(Protocol):
+    """The records of an answer that was read while it was written."""
+
+    def ended(self, answer: AnswerText, spent: Provenance) -> Extracted:
+        """Those that have not gone out yet; raises what validation raises."""
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One answer. `answer` is the JSON that we asked for. `said` is its message as it came."""
@@ -90,7 +95,7 @@ class Completion:
     refusal: str | None = field(repr=False)
     finish: Finish
     tokens: Tokens
-    streamed: StreamedAnswer | None = None
+    streamed: StreamedRecords | None = None
     """Where it was read while it was written: what has become of its records."""
 
     @property

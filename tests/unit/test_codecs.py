@@ -22,9 +22,9 @@ from service.core.messages import (
     Skipped,
     TextCut,
 )
-from service.kafka.decoding import (
+from service.kafka.decoding import decoder
+from service.kafka.headers import (
     aborted_headers,
-    decoder,
     provenance_headers,
     record_headers,
     tombstone_headers,

@@ -31,8 +31,6 @@ async def epoch_ends(
     Without those whose log knows nothing of it any more, and without all where brokers are too
     old to tell or do not let us ask. Raises `KafkaError` where a partition has no leader now.
     """
-    if not epochs:
-        return {}
     found = await find_topics(admin, list({each.topic for each in epochs}))
     by_leader: dict[int, dict[Partition, int]] = defaultdict(dict)
     for each, epoch in epochs.items():

@@ -75,7 +75,7 @@ class GroupOffsets:
 
     async def epoch_ends(self, epochs: Mapping[Partition, int]) -> dict[Partition, int]:
         """Where an epoch ends in each partition's log: see client/epoch_ends.py."""
-        return await epoch_ends(self._admin, epochs)
+        return await epoch_ends(self._admin, epochs) if epochs else {}
 
     async def bounds(self, partitions: AbstractSet[Partition]) -> dict[Partition, Bounds]:
         """First offset and last stable offset of each."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from service.core.history import ID_HEADER, TOPIC_ID_HEADER, lived_on
 from service.core.messages import Headers, Message, Reason, Rejected
-from service.kafka.decoding import HeaderList, provenance_headers
+from service.kafka.headers import HeaderList, provenance_headers
 
 ANSWER_MAX_BYTES = 32_768
 """The longest answer kept: enough to see what the model did, far below a topic's limit."""
