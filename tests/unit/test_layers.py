@@ -312,9 +312,9 @@ def test_private_parts_of_aiohttp_are_used_in_one_file(file: Path) -> None:
 def test_files_and_classes_fit_a_head(file: Path) -> None:
     """Whatever grows past these bounds is two things by then."""
     source = file.read_text(encoding="utf-8")
-    assert len(source.splitlines()) <= FILE_LINES_MAX
     if module_of(file) in TO_SPLIT:
         return
+    assert len(source.splitlines()) <= FILE_LINES_MAX
     in_pipeline = module_of(file).startswith("service.pipeline")
     assert too_large(source, PIPELINE_METHODS_MAX if in_pipeline else CLASS_METHODS_MAX) == []
 
