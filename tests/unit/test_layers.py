@@ -72,8 +72,9 @@ REQUESTS = "service/kafka/client"
 
 PRIVATE_OF_AIOHTTP = "service/llm/lean.py"
 
-NAMED_TUPLES = {"_replace", "_asdict", "_fields", "_make"}
-"""Public names of named tuples, which begin with an underscore so as not to be fields."""
+HARMLESS = {"_replace", "_asdict", "_fields", "_make", "_Hash"}
+"""Public names of named tuples, which begin with an underscore so as not to be fields; and the
+name that types have for what hashlib makes."""
 
 PURE = {"service", "service.clock", "service.core", "service.ports", "service.pipeline"}
 """Parts that stand on the standard library alone."""
@@ -228,7 +229,7 @@ def reads_of_private_names(source: str) -> list[str]:
         if isinstance(node, ast.Attribute)
         and node.attr.startswith("_")
         and not node.attr.startswith("__")
-        and node.attr not in NAMED_TUPLES
+        and node.attr not in HARMLESS
         and not (isinstance(node.value, ast.Name) and node.value.id in {"self", "cls"})
     ]
 
