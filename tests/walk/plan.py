@@ -193,11 +193,11 @@ def _messages(rng: random.Random, knobs: Knobs, theme: str) -> list[Message]:
     keys = rng.choice([KEYS, KEYS[:2], (*KEYS, None, None)])
     poison = rng.random()
     found = []
-    latencies_s = _latencies_s(theme)
-    for uid in range(1, rng.choice([8, 20, 40, 60]) + 1):
+    latencies_s, evenly = _latencies_s(theme), theme == "doubt"
+    for uid in range(1, rng.choice([8, 16, 30, 50]) + 1):
         found.append(
             Message(
-                at_s=rng.choice([0.0, 0.0, 0.0, round(rng.uniform(0, 12), 2)]),
+                at_s=round(rng.uniform(0, 13), 2) if evenly or rng.random() < 0.25 else 0.0,
                 uid=uid,
                 partition=rng.randrange(knobs.partitions),
                 key=rng.choice(keys),
@@ -267,7 +267,8 @@ def _of_the_theme(rng: random.Random, knobs: Knobs, theme: str) -> list[Action]:
             ]
         case "doubt":
             missing = Action(at_s, "topic_missing", 0, 12.0)
-            return [missing, Action(max(at_s, 10.1), rng.choice(DOUBTED), 0, 3.0)]
+            fails_at_s = rng.choice([10.0, 10.1, 10.2, 10.5])
+            return [missing, Action(fails_at_s, rng.choice(DOUBTED), 0, rng.choice([0.3, 3.0]))]
         case "order":
             return [
                 Action(round(at_s * n, 2), "sends_refused", 0, 1.0, rng.choice([0.2, 0.5]))

@@ -114,7 +114,7 @@ def _leave(loop: WalkLoop) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if left:
-            loop.clock.at_jump = lambda: None
+            loop.clock.at_jump, loop.clock.turns = (lambda: None), -1_000_000
             for task in left:
                 task.cancel()
             for _ in range(50):
@@ -192,6 +192,7 @@ class Walk:
         self.next_uid = 1_000
         self.regrowing: list[asyncio.Task[None]] = []
         self.held_back: dict[Partition, list[Message]] = {}  # until a cut can be known of
+        self.wall_offset_max_s = 0.0
         self.ending = False
         self.failure: asyncio.Future[None]
 
@@ -338,6 +339,7 @@ class Walk:
                 self.provider.down_until_s = self.loop.time() + action.amount
             case "clock":
                 self.wire.wall_offset_s += action.amount
+                self.wall_offset_max_s = max(self.wall_offset_max_s, self.wire.wall_offset_s)
             case "replace":
                 if worker is not None and worker.up and not worker.stopping:
                     with suppress(Stop):  # too often: it says so itself
@@ -382,6 +384,8 @@ class Walk:
         """Nothing goes wrong any more: whatever is there must be finished in time."""
         self.wire.faults.clear()
         self.provider.calm = True
+        # What was postponed before a clock was set back is due that much later.
+        self.wire.wall_offset_s = self.wall_offset_max_s
         self.provider.down_until_s = 0.0
         long = takes_long(self.plan.knobs, self.plan.events)
         until_s = self.loop.time() + (LONG_CALM_S if long else CALM_S)
