@@ -4,7 +4,7 @@ The text is one field of the commit metadata: printable ASCII without `:`, `"` a
 is an empty map. Otherwise its first character says version and kind, and the rest is unpadded
 URL-safe base64 (base85 would save 6 %, and takes thirty times as long):
 
-    r  run-lengths: each length as a varint, low seven bits first, the top bit says "more"
+    r  run-lengths: each length as a varint, low seven bits first; the top bit says that more follow
     R  the same, as a raw deflate stream
     b  bitmap: bit n of a little-endian number is 1 where next offset + n is finished
     B  the same, as a raw deflate stream
@@ -29,38 +29,42 @@ nothing is finished beyond the next offset.
 """
 
 SPAN_MAX = 2**31
-"""Offsets that one map may reach over: far beyond any window, holes of compaction included."""
+"""How many offsets one map may reach over. No window comes near it, not even with the holes that
+compaction leaves."""
 
 RUNS_MAX = 2**16
-"""Runs in one map: five times as many as 4,096 characters hold, unless they repeat a pattern."""
+"""How many runs one map may have. It is five times what 4,096 characters hold, except where the
+runs repeat a pattern and compress well."""
 
 PACKED_BYTES_MAX = 2**18
-"""Bytes of one map before base64 and compression, which can turn 4 kB into 4 MB: the run-lengths
-that SPAN_MAX and RUNS_MAX allow (at most four bytes each, nearly all of them three) and no more."""
+"""How many bytes one map may have once it is decompressed. 4 kB of text can decompress to 4 MB, so
+the bound is what SPAN_MAX and RUNS_MAX allow: at most four bytes a run, nearly always three."""
 
 TEXT_CHARS_MAX = 2**19
-"""Characters that are looked at: more than PACKED_BYTES_MAX become in base64."""
+"""A longer text is refused unread. PACKED_BYTES_MAX bytes are fewer characters in base64."""
 
 _BITMAP_GROWTH_MAX = 8
-"""A bitmap this many times as long as the run-lengths is not tried: it does not win compressed."""
+"""A bitmap that is this many times as long as the run-lengths is not tried: even compressed it is
+not the shorter text."""
 
 _VARINT_SHIFT_MAX = 28
-"""Where the last byte of a varint may start: five bytes hold more than SPAN_MAX."""
+"""The bit at which the last byte of a varint may start. It allows five bytes, which hold more than
+SPAN_MAX."""
 
 _ONE_BYTE = [bytes([length]) for length in range(128)]
 
 
 class Damaged(ValueError):
-    """The text is no map of ours. The message does not repeat it."""
+    """The text is not a completed map of ours. The error's message does not quote the text."""
 
 
 def encode(runs: Runs, chars_max: int) -> str:
     """The shortest text for `runs`, or for the longest prefix of them that `chars_max` holds.
 
-    What is left out is repeated after a crash, never lost. Longest means that one pair of runs
-    more does not fit; compressed sizes are not quite monotonic. Over RUNS_MAX and SPAN_MAX the
-    rest is left out too. The whole is tried first, then halves: at most some fifteen tries, most
-    of them of about the length that fits.
+    Messages whose offsets are left out are repeated after a crash, never lost. "Longest" means
+    that with one more pair of runs the text would not fit (compressed sizes are not quite
+    monotonic). Runs beyond RUNS_MAX or SPAN_MAX are left out too. All runs are tried first, then
+    a binary search follows: about fifteen tries at most, most of them near the length that fits.
     """
     assert len(runs) % 2 == 0, "the last run is not a finished one"
     assert min(runs, default=1) >= 1, "a run is empty"
@@ -77,9 +81,9 @@ def encode(runs: Runs, chars_max: int) -> str:
 
 
 def fullness(runs: Runs, text: str, chars_max: int) -> float:
-    """How near `text`, the map of `runs`, is to its limits. Near 1 something may be left out.
+    """How near `text`, the map of `runs`, is to its limits. Near 1 some runs may be left out.
 
-    The length of the text alone does not say it: a pattern that repeats becomes short text.
+    The length of the text alone does not tell it: runs that repeat a pattern become short text.
     """
     return max(len(text) / max(chars_max, 1), len(runs) / RUNS_MAX, sum(runs) / SPAN_MAX)
 
@@ -87,9 +91,9 @@ def fullness(runs: Runs, text: str, chars_max: int) -> float:
 def fits_for_sure(runs: Runs, chars_max: int) -> bool:
     """Whether `encode` holds all of these runs, even where nothing can be compressed.
 
-    It stays so while the lowest unfinished offsets finish: the first run then becomes shorter or
-    goes, and with it bytes and bits of the text. Compressed sizes promise no such thing: a map
-    that just fits might not fit any more once its first message has finished.
+    The answer stays true while the lowest unfinished offsets finish: the first run then becomes
+    shorter or disappears, and the text with it. A compressed size gives no such promise: a map
+    that just fits compressed may no longer fit once its first message has finished.
     """
     bytes_max = (chars_max - 1) * 6 // 8
     span = sum(runs)
@@ -189,15 +193,16 @@ def _varint(length: int) -> bytes:
 
 
 def _bitmap(runs: Runs) -> bytes:
-    """Through the binary digits of one number, which Python reads in linear time."""
+    """Writes the bits as the binary digits of one number, which Python reads in linear time."""
     digits = "".join(["1" * n if index % 2 else "0" * n for index, n in enumerate(runs)])
     return int(digits[::-1], 2).to_bytes((len(digits) + 7) // 8, "little")
 
 
 def _deflate(packed: bytes) -> bytes:
-    """Raw, without zlib's header and checksum: six bytes less.
+    """A raw deflate stream: it saves the six bytes of zlib's header and checksum.
 
-    Filtered is zlib's strategy for small, random values: a tenth less than the default here.
+    Z_FILTERED is zlib's strategy for small, random values. Here its output is a tenth shorter
+    than that of the default strategy.
     """
     stream = zlib.compressobj(level=6, wbits=-zlib.MAX_WBITS, strategy=zlib.Z_FILTERED)
     return stream.compress(packed) + stream.flush()
@@ -217,9 +222,9 @@ def _from_base64(text: str) -> bytes:
         body = urlsafe_b64decode(text + "=" * (-len(text) % 4))
     except ValueError as error:
         raise Damaged("the completed map is not base64") from error
-    # Python's decoder skips what is not of its alphabet, and bits that stand for nothing.
+    # Python's decoder skips characters outside its alphabet and ignores unused last bits.
     if _to_base64(body) != text:
-        raise Damaged("the completed map is not base64 as it is written")
+        raise Damaged("the completed map is not base64 in the form that we write")
     return body
 
 
@@ -230,12 +235,12 @@ def _inflate(body: bytes) -> bytes:
     except zlib.error as error:
         raise Damaged("the completed map does not decompress") from error
     if not stream.eof or stream.unused_data:
-        raise Damaged("the completed map is cut off, goes on behind its end or is too large")
+        raise Damaged("the completed map is cut off, has bytes behind its end or is too large")
     return packed
 
 
 def _runs_of_varints(packed: bytes) -> Runs:
-    if packed.isascii():  # a byte a run, as nearly always
+    if packed.isascii():  # every run has one byte, as in nearly all maps
         return tuple(packed)
     runs = []
     length = shift = 0

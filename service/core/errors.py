@@ -4,7 +4,7 @@
     ├── Retry                 wait, then try the same thing again
     │   ├── TransientFailure    a call: connection, timeout, 408, 409, 425, 429, 5xx, overloaded
     │   ├── ServiceFailure      a call: no call can succeed until somebody mends something
-    │   │   └── Unclear           or only this message's never will: evidence has to tell
+    │   │   └── Unclear           a refusal that does not say which of the two it is
     │   ├── NoRoom              a further call of a message: the budgets have no room for it now
     │   ├── PublishFailed       a send: not acknowledged, or not known to be
     │   └── CommitFailed        a commit: refused (a rebalance) or not answered in time
@@ -37,11 +37,11 @@ class Retry(SluiceError):
 class CallFailure(Retry):
     """A call that failed for a reason that lies outside the message.
 
-    `reason` is a short word for logs and a metric's label. `retry_after_s` is what the provider
-    asked for, capped (`asked_to_wait_s`), None where it asked for nothing. `progress` is what the
-    extractor wants back at the next attempt (answers already paid for); `provenance` what was
-    spent so far. `shared`: another message has told of this very call, so it says nothing new of
-    the provider.
+    `reason` is a short word for logs and a metric's label. `retry_after_s` is how long the provider
+    asked us to wait, capped by `asked_to_wait_s`; None where it asked for nothing. `progress` is
+    what the extractor wants to get back at the next attempt (answers already paid for).
+    `provenance` says what was spent so far. `shared` is true where several messages waited for one
+    call and another of them has reported its failure: it must not count a second time.
     """
 
     shared = False
@@ -81,10 +81,10 @@ class ServiceFailure(CallFailure):
 
 
 class Unclear(ServiceFailure):
-    """A refusal whose words say nothing: everybody's (a setting, a right) or this message's alone.
+    """A refusal that does not say whether every call fails (a setting, a right) or only this one.
 
-    It counts as everybody's until the route has answered others in between and then refused this
-    message again (see `service/llm/evidence.py`).
+    It counts as a failure of the service until the route has answered other messages and then
+    refused this message again (see `service/llm/evidence.py`).
     """
 
 
@@ -108,7 +108,7 @@ class CommitFailed(Retry):
 
 
 class Reject(SluiceError):
-    """Concerns one message only."""
+    """A failure that concerns one message only."""
 
 
 class OutputTooLarge(Reject):

@@ -1,8 +1,9 @@
 """What happened, told once and heard by metrics and by the demo's view.
 
-Rules of this file: past tense, frozen, no text of a message or an answer in them, labels from
-closed sets. Whoever does a thing tells it through the `Observe` it was built with. What every
-message tells is a named tuple, which costs a third of a frozen dataclass.
+Rules of this file: an event is named in the past tense and frozen, holds no text of a message or
+an answer, and takes its labels from closed sets. The part that does something reports it through
+the `Observe` that it was built with. Events that occur for every message are named tuples: one
+costs a third of what a frozen dataclass costs.
 """
 
 from collections.abc import Callable
@@ -40,19 +41,21 @@ CallResult: TypeAlias = Literal[
 ]
 
 Purpose: TypeAlias = Literal["first", "reask", "repeat", "longer", "shorter", "next_model", "probe"]
-"""What a call is made for: the message itself, an answer that did not validate, one that may have
-been charged and never came, one cut off at its limit, a text over the context, a stronger model; a
-probe is for nobody: whether the provider is there again."""
+"""Why a call is made: `first` is a message's first call. `reask` follows an answer that did not
+validate, `repeat` an answer that may have been charged but never arrived, `longer` one that was
+truncated at its token limit, `shorter` a text that exceeded the context. `next_model` asks a
+stronger model. `probe` belongs to no message: it looks whether the provider is back."""
 
 Repair: TypeAlias = Literal[
     "bom", "thoughts", "fence", "prose", "parts", "content", "tool_call", "calls", "object"
 ]
-"""What was passed over in an answer: a byte order mark, thoughts before it, a code fence, prose
-around it, content as a list of parts, content where a call of the tool was asked for, a call where
-content was, several calls, an object where JSON as text belongs."""
+"""What was unusual in an answer and was read all the same: `bom` a byte order mark, `thoughts`
+reasoning before the JSON, `fence` a code fence, `prose` text around the JSON, `parts` content as a
+list of parts, `content` JSON in the content although a tool call was asked for, `tool_call` the
+reverse, `calls` several tool calls, `object` an object in the place of JSON text."""
 
 OutcomeWord: TypeAlias = Literal["extracted", "rejected", "passed", "skipped", "postponed"]
-"""An outcome as it is counted; the metrics and traces have no other words for it."""
+"""The word for an outcome in metrics and traces; they use no other words for it."""
 
 Client: TypeAlias = Literal["consumer", "producer"]
 CacheLookup: TypeAlias = Literal["hit", "miss", "shared", "error", "damaged"]
@@ -69,14 +72,16 @@ class Taken:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A fetched message was not taken: an older epoch, or known already (in flight, finished)."""
+    """Fetched messages were not taken: they were fetched under an older epoch, or the tracker
+    knows them already (in flight or finished)."""
 
     messages: int
 
 
 @dataclass(frozen=True, slots=True)
 class Spared:
-    """Fetched messages that an earlier holder had finished, as the completed map said."""
+    """Fetched messages were not called: the completed map says that an earlier holder finished
+    them."""
 
     messages: int
 
@@ -91,8 +96,8 @@ class Admitted:
 class Called(NamedTuple):
     """One call ended (re-asks are calls too).
 
-    Cached tokens are part of the input's, those of reasoning of the output's. `cost_usd` is None
-    where nobody knows it, 0 where nothing was charged as far as the endpoint says.
+    `tokens_input` includes the cached tokens, `tokens_output` those of reasoning. `cost_usd` is
+    None where the cost is not known, 0 where the endpoint reports nothing that is charged.
     """
 
     model: str
@@ -109,14 +114,14 @@ class Called(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Repaired:
-    """An answer was not written as it was asked for, and read all the same."""
+    """An answer had another form than we asked for, and was read all the same."""
 
     how: Repair
 
 
 @dataclass(frozen=True, slots=True)
 class Retried:
-    """A message waits for another attempt; `reason` as in the call's failure."""
+    """A message waits for another attempt; `reason` is that of the call's failure."""
 
     reason: str
 
@@ -158,7 +163,7 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class Rebalanced:
-    """Partitions were assigned; `kept` of them with their running calls."""
+    """Partitions were assigned; `kept` of them were held before and keep their running calls."""
 
     assigned: int
     kept: int
@@ -167,7 +172,7 @@ class Rebalanced:
 
 @dataclass(frozen=True, slots=True)
 class ForeignMetadata:
-    """Metadata stored with an offset that is damaged, or not ours: the offset alone counted."""
+    """The metadata stored with an offset is damaged or not ours; only the offset was used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,35 +184,36 @@ class OffsetsMissing:
 
 @dataclass(frozen=True, slots=True)
 class ClientReplaced:
-    """A client of Kafka's was given up for a new one; the log says why."""
+    """A Kafka client was replaced by a new one; the log says why."""
 
     client: Client
 
 
 @dataclass(frozen=True, slots=True)
 class StopForced:
-    """A client of Kafka's did not close in order and was cut off."""
+    """A Kafka client did not close in time and was cut off."""
 
     client: Client
 
 
 @dataclass(frozen=True, slots=True)
 class CacheLooked:
-    """A message looked for an answer to its text; shared: it waits for another's call."""
+    """The cache was asked for a text's answer; `shared`: a call for the same text is running, and
+    the message waits for that call."""
 
     result: CacheLookup
 
 
 @dataclass(frozen=True, slots=True)
 class CacheWritten:
-    """An answer was given to the result cache."""
+    """The result cache was asked to store an answer."""
 
     result: CacheWrite
 
 
 @dataclass(frozen=True, slots=True)
 class CacheSized:
-    """What the cache in this process holds now."""
+    """The cache in this process holds this much now."""
 
     entries: int
     size_bytes: int
@@ -215,9 +221,9 @@ class CacheSized:
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """Kafka has acknowledged `records` of an answer that had not ended, or its last ones.
+    """Kafka has acknowledged `records` records of a streamed answer.
 
-    `first_after_s`: seconds from the call's beginning, where these are the first of the call.
+    `first_after_s` is set where they are the first of the call: seconds from the call's beginning.
     """
 
     records: int
@@ -226,8 +232,8 @@ class Streamed:
 
 @dataclass(frozen=True, slots=True)
 class Hedged:
-    """A second call was made for a message whose first one took long; `won`: whose answer came
-    first, or that neither answered."""
+    """A second call was made for a message whose first call took long. `won` says which of the two
+    answered first; `none`: neither did."""
 
     won: Literal["first", "second", "none"]
 

@@ -1,8 +1,8 @@
-"""What a message that is sent again (redrive, retry) carries of what happened to it before.
+"""A message that is sent again (redrive, retry) carries its history in a block of headers.
 
-Rules of this file: pure. The block stands behind the message's own headers, complete and in one
-order, so that taking it off gives these back byte for byte, even where they hold headers of these
-names. Whatever is not exactly such a block is the message's own.
+Rules of this file: pure. The block stands behind the message's own headers, complete and always in
+the same order. Taking it off therefore gives the own headers back byte for byte, even where some
+of them have the block's names. Anything that is not exactly such a block belongs to the message.
 """
 
 import re
@@ -12,10 +12,12 @@ from typing import Self
 from service.core.messages import Headers, Message
 
 ID_HEADER = "sluice.id"
-"""On an output `topic:partition:offset:index`, on a message sent again `topic:partition:offset`."""
+"""The header is `topic:partition:offset:index` on an output, `topic:partition:offset` on a message
+that is sent again."""
 
 TOPIC_ID_HEADER = "sluice.source.topic.id"
-"""The id of the topic that `sluice.id` names: a topic that is made again repeats its offsets."""
+"""The header holds the id of the topic that `sluice.id` names. It is needed because a topic that is
+deleted and made again repeats its offsets."""
 
 _ORIGIN = re.compile(rb"[a-zA-Z0-9._-]{1,249}:[0-9]{1,10}:[0-9]{1,19}")
 
@@ -31,7 +33,7 @@ _NUMBERS = (
     "sluice.retry.count",
     "sluice.retry.due.at",
 )
-"""The rest of the block, in the order of the fields below."""
+"""The block's other headers, in the order of the fields of `History`."""
 
 _BLOCKS = ((ID_HEADER, TOPIC_ID_HEADER, *_NUMBERS), (ID_HEADER, *_NUMBERS))
 """The names in a block, with and without a known topic id."""
@@ -39,11 +41,11 @@ _BLOCKS = ((ID_HEADER, TOPIC_ID_HEADER, *_NUMBERS), (ID_HEADER, *_NUMBERS))
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """Where a message first came in and what it has been through; times in epoch milliseconds.
+    """Where a message was first read and what happened to it since; times in epoch milliseconds.
 
-    `timestamp_ms` is the one it first had. `attempts` and `first_failed_at_ms` are of all its
-    lives. `due_ms`: not before this; 0: at once. `topic_id` is that of the topic in `origin`, empty
-    where it is not known.
+    `timestamp_ms` is its first timestamp. `attempts` and `first_failed_at_ms` count from its first
+    call, over all the times that it was sent again. `due_ms` is the earliest time for its next
+    attempt; 0: at once. `topic_id` is the id of the topic in `origin`, empty where it is not known.
     """
 
     origin: bytes
@@ -57,7 +59,7 @@ class History:
 
     @property
     def headers(self) -> Headers:
-        """The block."""
+        """The history as a block of headers."""
         numbers = (
             *(self.timestamp_ms, self.attempts, self.first_failed_at_ms),
             *(self.redrives, self.retries, self.due_ms),
@@ -71,7 +73,7 @@ class History:
 
     @classmethod
     def of(cls, headers: Headers) -> Self | None:
-        """What the block at the end says; None where there is none."""
+        """Reads the block at the end of the headers; None where there is none."""
         block = dict(_block(headers))
         origin, numbers = block.get(ID_HEADER), [block.get(name) or b"" for name in _NUMBERS]
         if origin is None or not is_origin(origin) or not all(map(_NUMBER.fullmatch, numbers)):
@@ -88,7 +90,7 @@ def own_part(headers: Headers) -> Headers:
 
 
 def _block(headers: Headers) -> Headers:
-    """The headers at the end whose names are those of a block; none where they are not."""
+    """The last headers where their names are exactly those of a block; else empty."""
     for names in _BLOCKS:
         block = headers[-len(names) :]
         if tuple(name for name, _ in block) == names:
@@ -97,22 +99,23 @@ def _block(headers: Headers) -> Headers:
 
 
 def is_topic_id(value: bytes | None) -> bool:
-    """Whether it has the form in which Kafka's tools print a topic's id."""
+    """Whether `value` has the form in which Kafka's tools print a topic's id."""
     return value is not None and _TOPIC_ID.fullmatch(value) is not None
 
 
 def is_origin(value: bytes | None) -> bool:
-    """Whether it has the form `topic:partition:offset`."""
+    """Whether `value` has the form `topic:partition:offset`."""
     return value is not None and _ORIGIN.fullmatch(value) is not None
 
 
 def origin(message: Message) -> bytes:
-    """`topic:partition:offset` under which a message first came in.
+    """The `topic:partition:offset` at which a message was first read.
 
     A message that is sent again carries it as `sluice.id`, so that its outputs keep their ids.
-    Only that well-formed shape is taken over: an output of another Sluice has four parts, and two
-    records of one message there must not end under one id here. Whoever may write the input topic
-    can claim an origin; that is no more than they can do anyway.
+    Only a value of exactly this form is taken over. The outputs of another Sluice, read as input
+    here, have a fourth part (the index): without this rule two records of one message there would
+    get the same id here. Anyone who may write to the input topic can claim an origin, which gives
+    them no more power than they have anyway.
     """
     if (claimed := _claimed_origin(message)) is not None:
         return claimed
@@ -126,7 +129,8 @@ def _claimed_origin(message: Message) -> bytes | None:
 
 
 def origin_topic_id(message: Message) -> bytes:
-    """The id of the topic that `origin` names, claimed in the same way; empty: not known."""
+    """The id of the topic that `origin` names, from the headers in the same way; empty: not
+    known."""
     if _claimed_origin(message) is None:
         return message.topic_id.encode()
     claimed = _last(message, TOPIC_ID_HEADER)
@@ -138,13 +142,13 @@ def _last(message: Message, wanted: str) -> bytes | None:
 
 
 def first_timestamp_ms(message: Message) -> int:
-    """The timestamp that it first came in with."""
+    """The timestamp that the message had when it was first read."""
     before = History.of(message.headers)
     return message.timestamp_ms if before is None else before.timestamp_ms
 
 
 def lived_on(message: Message, attempts: int, first_failed_at_ms: int) -> History:
-    """Its history with these attempts, failed ones, added."""
+    """The message's history with `attempts` more failed attempts."""
     before = History.of(message.headers)
     if before is None:
         return History(

@@ -2,7 +2,7 @@
 
 Rules of this file: a lane hands out its offsets in input order, each once it is answered,
 without waiting for acknowledgements. After a failed hand-over it stops until everything it had
-handed out is settled; what failed then comes first again, in order.
+handed out is settled; then the outcomes that failed come first again, in order.
 """
 
 from collections import deque
@@ -15,7 +15,8 @@ Ordering = Literal["key", "partition", "none"]
 
 
 def lane_id(ordering: Ordering, message: Message) -> Hashable:
-    """Which lane of its partition a message belongs to; without a key, one of its own."""
+    """Which lane of its partition a message belongs to. With `ordering: key` a message without a
+    key has a lane of its own."""
     if ordering == "partition":
         return None
     if ordering == "key" and message.key is not None:
@@ -24,7 +25,7 @@ def lane_id(ordering: Ordering, message: Message) -> Hashable:
 
 
 class Lane:
-    """The offsets of one lane, from entering to acknowledgement."""
+    """The offsets of one lane, from the moment they are taken until they are acknowledged."""
 
     __slots__ = ("_answered", "_failed", "_handed", "_waiting")
 
@@ -40,11 +41,12 @@ class Lane:
         self._waiting.append(offset)
 
     def answer(self, offset: int) -> None:
-        """It has its outcome."""
+        """The message at this offset has its outcome."""
         self._answered.add(offset)
 
     def hand_over(self) -> int | None:
-        """The offset to publish now, which counts as handed over; None: nothing may go yet."""
+        """The offset to publish now, which counts as handed over from here on; None: nothing may
+        be published yet."""
         if self._failed or not self._waiting or self._waiting[0] not in self._answered:
             return None
         offset = self._waiting.popleft()
@@ -53,12 +55,13 @@ class Lane:
         return offset
 
     def acknowledge(self, offset: int) -> bool:
-        """Settled well. True: the lane had stopped, and may now be tried again."""
+        """The outcome is acknowledged. True: the lane had stopped, and may now be tried again."""
         self._handed.remove(offset)
         return self._reopen()
 
     def fail(self, offset: int) -> bool:
-        """Settled badly or unknown: the lane stops. True: it may be tried again at once."""
+        """The outcome is not acknowledged, or it is not known whether it is: the lane stops. True:
+        it may be tried again at once."""
         self._handed.remove(offset)
         self._failed.append(offset)
         return self._reopen()
@@ -74,10 +77,10 @@ class Lane:
 
     @property
     def ready(self) -> bool:
-        """`hand_over` would give an offset."""
+        """Whether `hand_over` would return an offset."""
         return not self._failed and bool(self._waiting) and self._waiting[0] in self._answered
 
     @property
     def empty(self) -> bool:
-        """Nothing waits, nothing is unsettled: the lane can be forgotten."""
+        """Whether nothing waits and nothing is unsettled, so that the lane can be forgotten."""
         return not (self._waiting or self._handed or self._failed)

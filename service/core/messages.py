@@ -49,9 +49,10 @@ class Message:
     headers: Headers
     timestamp_ms: int
     trace: Headers = ()
-    """The headers of the trace that its outputs belong to; none: they carry the message's own."""
+    """The headers of the trace that the outputs belong to. Empty: the outputs carry the trace
+    headers of the message itself."""
     topic_id: str = ""
-    """The id of its topic, which one made again under its name has not; empty: not known."""
+    """The id of its topic; a topic that is deleted and made again has another. Empty: not known."""
 
     @property
     def coordinates(self) -> Coordinates:
@@ -107,10 +108,10 @@ class Provenance:
 
     `model` is the one that answered, or the last one asked.
 
-    Of the input tokens `tokens_cached` were read from the provider's own cache, of the output
-    tokens `tokens_reasoning` were thought and not said. `cost_usd` counts what has a known price,
-    `calls_unpriced` the calls whose cost is not in it. `cached`: the answer is one that was paid
-    for before. `text_cut` is set where the model was not shown the whole text.
+    `tokens_cached` is the part of the input tokens that the provider read from its own cache,
+    `tokens_reasoning` the part of the output tokens that was reasoning. `cost_usd` is the cost of
+    the calls whose price is known, `calls_unpriced` the number of the others. `cached`: the answer
+    comes from our result cache. `text_cut` is set where the model was not shown the whole text.
     """
 
     model: str
@@ -134,8 +135,8 @@ class Provenance:
         tokens_reasoning: int,
         cost_usd: float | None,
     ) -> Self:
-        """With one call more; in full, as `replace` would cost as much as all else of a call's
-        account."""
+        """This provenance with one more call in it. All fields are written out because `replace`
+        would take as long as the rest of a call's accounting."""
         return type(self)(
             self.model,
             self.prompt_version,
@@ -170,10 +171,10 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Extracted:
-    """The records of one message; an empty tuple is an answer too.
+    """The records of one message; no records is a valid answer too.
 
-    `earlier` is how many records of the same answer went out while it was being written, as
-    `Part`s: these are the ones behind them.
+    `earlier` counts the records of the same answer that were published as `Part`s while the model
+    was writing it. `records` holds only those behind them.
     """
 
     records: tuple[Record, ...]
@@ -184,10 +185,10 @@ class Extracted:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """Failed for good: becomes a dead letter that explains itself.
+    """The message failed for good; it becomes a dead letter that says why.
 
-    `detail` and `answer` may hold text of the message or of the model: they go into the dead
-    letter, never into a log, a metric or an exception.
+    `detail` and `answer` may hold text of the message or of the model. They go into the dead
+    letter and never into a log, a metric or an exception.
     """
 
     reason: Reason
@@ -197,23 +198,23 @@ class Rejected:
     first_failed_at_ms: int | None = None
     answer: str | None = None
     records_out: int = 0
-    """How many records of its unfinished answers stand in the output, which readers drop."""
+    """How many records of its unfinished answers are in the output topic; readers drop them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Passed:
-    """A tombstone handed on to the output."""
+    """The message is a tombstone and is handed on to the output."""
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A deliberate nothing: finished without a publish."""
+    """The message is finished on purpose without a publish."""
 
 
 @dataclass(frozen=True, slots=True)
 class Postponed:
-    """Finished here, to be tried again later: goes to the retry topic with these headers behind
-    its own (core/history.py)."""
+    """The message is finished here and goes to the retry topic, to be tried again later. `carries`
+    are the headers that are put behind its own (core/history.py)."""
 
     carries: Headers
 
@@ -223,9 +224,9 @@ Outcome: TypeAlias = Extracted | Rejected | Passed | Skipped | Postponed
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One record of an answer that is still being written, and that is not its last one.
+    """One record of an answer that the model is still writing; never the answer's last record.
 
-    Of the provenance it is known what the answer comes from, not yet what it costs.
+    The provenance names the model and the versions already; tokens and cost are not known yet.
     """
 
     record: Record
@@ -236,7 +237,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Aborted:
-    """An answer of which `records` went out, and which will never be completed."""
+    """An answer that will never be completed, although `records` of its records are published."""
 
     answer_id: str
     records: int

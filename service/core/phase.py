@@ -1,7 +1,8 @@
 """Where a run stands: two states, and what each of them allows.
 
 Rules of this file: pure. `Life` is the run's own way to its end, `Tenure` is what the group says
-of the partitions; neither changes the other. Whoever asks "may I?" asks here.
+of the partitions; neither changes the other. Every part of the pipeline that has to know whether
+it may take, call or publish asks here.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ class Life(IntEnum):
 
     WORKING = 0
     STOPPING = 1  # nothing more is taken
-    DRAINING = 2  # what was let go is gone, the rest comes to its end under a deadline
-    ENDING = 3  # the last commits
+    DRAINING = 2  # messages without a call or an answer were let go; the others finish, bounded
+    ENDING = 3  # the last commits are made
 
 
 class Tenure(Enum):
@@ -23,12 +24,12 @@ class Tenure(Enum):
 
     NONE_YET = "none yet"  # before the first assignment
     HELD = "held"
-    FINISHING = "finishing"  # in question: what is in flight may come to its end
-    LET_GO = "let go"  # in question, and nothing is published any more
+    FINISHING = "finishing"  # a rebalance has begun; what is in flight may still finish
+    LET_GO = "let go"  # a rebalance has begun, and nothing is published any more
 
 
 class Phase:
-    """Both states of a run. `forced`: nobody waits for what is in flight."""
+    """Both states of a run. `forced`: the stop does not wait for what is in flight."""
 
     __slots__ = ("forced", "life", "tenure")
 
@@ -55,7 +56,7 @@ class Phase:
 
     @property
     def stopping(self) -> bool:
-        """Nothing more is taken; true to the end."""
+        """Nothing more is taken; it stays true until the run ends."""
         return self.life is not Life.WORKING
 
     @property
@@ -65,7 +66,7 @@ class Phase:
     # --- the partitions --------------------------------------------------------------------------
 
     def revoke(self) -> None:
-        """All partitions are in question; what was let go before stays so."""
+        """A rebalance has begun: all partitions may go to others. LET_GO stays LET_GO."""
         if self.tenure is Tenure.HELD:
             self.tenure = Tenure.FINISHING
 
@@ -90,7 +91,7 @@ class Phase:
 
     @property
     def may_call(self) -> bool:
-        """Calls may start. A drain ends them by itself: it lets go of what waits."""
+        """Calls may start. A drain needs no rule here: it lets go of the messages that wait."""
         return self.tenure is Tenure.HELD
 
     @property
@@ -100,10 +101,10 @@ class Phase:
 
     @property
     def finishing(self) -> bool:
-        """Messages are to come to their end: their further calls wait for no budget."""
+        """Messages have to finish soon, so their further calls wait for no budget."""
         return self.draining or self.tenure in (Tenure.FINISHING, Tenure.LET_GO)
 
     @property
     def clean(self) -> bool:
-        """What is committed now is the last word of a holder that lets go in order."""
+        """A commit made now is the last one of a holder that lets go of its partitions in order."""
         return self.life is Life.ENDING or self.tenure in (Tenure.NONE_YET, Tenure.LET_GO)

@@ -1,4 +1,4 @@
-"""What the process says of itself; read by probes and by gauges when they are scraped."""
+"""The process's status, read by probes and, at a scrape, by gauges."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,12 +36,12 @@ class PartitionStatus:
 
 @dataclass(frozen=True, slots=True)
 class GroupStatus:
-    """Membership as the source sees it.
+    """Membership of the consumer group as the source sees it.
 
     `unsettled_s` counts only time in which a broker answered: an outage is no reason to restart.
-    `problem` is a sentence for a person: what holds intake up and what to do. `look_age_s` is the
-    age of the watchdog's last look, 0 while there is no watchdog. `topic_partitions` counts the
-    partitions of each input topic, as brokers tell.
+    `problem` is a sentence for a person: what holds intake up and what to do. `look_age_s` is how
+    long ago the watchdog last looked, 0 where there is no watchdog. `topic_partitions` is the
+    number of partitions of each input topic, as the brokers report it.
     """
 
     settled: bool = False
@@ -57,7 +57,7 @@ class Status:
     """A snapshot; counts are messages unless named otherwise."""
 
     state: State
-    slots: int  # calls that may be in flight now; fewer than the setting under overload
+    slots: int  # calls that may be in flight now; under overload fewer than limits.concurrency
     slots_busy: int
     window: int
     window_messages: int
@@ -65,18 +65,18 @@ class Status:
     window_full: bool  # so full that nothing is polled
     queued: int  # waiting for a slot
     retrying: int  # waiting for another attempt
-    waiting_in_lane: int  # answered, an earlier one of the lane is not
+    waiting_in_lane: int  # answered, while an earlier message of the lane is not
     publishing: int  # handed over, not acknowledged
-    poll_turn_age_s: float  # since the poll loop last turned; 0 while a reassignment is going on
-    call_overdue_s: float  # the oldest call in flight beyond its own deadline; 0 if none is
+    poll_turn_age_s: float  # since the poll loop last turned; 0 during a rebalance
+    call_overdue_s: float  # by how much the oldest call exceeds its deadline; 0: none does
     not_ready: tuple[str, ...]  # sentences; empty means ready
     group: GroupStatus = field(default_factory=GroupStatus)
     partitions: Mapping[Partition, PartitionStatus] = field(default_factory=dict)
     reject_guard_tripped: bool = False
     admission_waits: Mapping[Cause, float] = field(default_factory=dict)
-    """Seconds until the next call may start, by each cause that holds it up; slots apart."""
-    budget_share: float = 1.0  # ours of the budgets that all workers have together
-    pace_per_s: float | None = None  # calls, where the provider's hidden rate had to be found
+    """Seconds until the next call may start, by cause; slots are not among the causes."""
+    budget_share: float = 1.0  # our part of the budgets that all workers share
+    pace_per_s: float | None = None  # calls a second; None: no hidden limit was met
     spent_last_hour_usd: float = 0.0
     oldest_message_age_s: float = 0.0  # since it came into the window; 0 if there is none
-    lanes_waiting: int = 0  # with an answer that waits for an earlier message
+    lanes_waiting: int = 0  # lanes in which an answer waits for an earlier message

@@ -4,7 +4,8 @@ Rules of this file: only offsets that were *delivered* are tracked, never their 
 neighbours (compaction, transaction markers and aborted messages leave holes). What may be
 committed is the smallest delivered offset that is not finished, else the position, which steps
 over markers. What is finished beyond it travels with it, as the completed map. Only unfinished
-offsets are remembered: behind one that never finishes, any number may finish.
+offsets are remembered, so that memory stays bounded however many messages finish behind one that
+does not.
 """
 
 from collections import deque
@@ -14,7 +15,8 @@ from enum import Enum
 from service.core.completed import Runs, runs_of
 
 UNCLEAN_ENDS_MAX = 3
-"""So many deaths at one next offset may be anybody's fault; after them it is the messages'."""
+"""How often holders may die at one next offset before the messages in flight there become suspects.
+Up to this number the cause may as well lie elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +24,10 @@ class Progress:
     """How far a partition is, as Kafka keeps it for whoever has the partition next.
 
     `runs` is the completed map: what is finished beyond `next_offset`. `unclean_ends` counts the
-    times that its holder has come to no clean end at this very next offset, the present holder's
-    included for as long as it has finished nothing. `alone` is the offset of the message that runs
-    by itself because of these: at the next death it is the one to blame.
+    holders that have ended without a clean stop while this was the next offset. The present holder
+    is counted in advance, until the next offset has moved or it lets go in order. `alone` is
+    the offset of the suspect that runs by itself: if the process dies now, that message is to
+    blame.
     """
 
     next_offset: int
@@ -35,10 +38,10 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A partition as a source gives it: under which epoch, and from where it goes on.
+    """A partition as a source gives it: its epoch, and where to go on.
 
-    `progress` is what Kafka holds of it now; `unclean_ends` has this holder's own in it, in
-    advance. Of a partition that keeps its epoch it says nothing new.
+    `progress` is what Kafka holds of it now; its `unclean_ends` counts the new holder already.
+    Where the partition keeps its epoch, `progress` is not used.
     """
 
     epoch: int
@@ -46,7 +49,7 @@ class Given:
 
 
 class Delivery(Enum):
-    """What a delivered message is to a tracker."""
+    """What a tracker knows of a message when it is delivered."""
 
     NEW = "new"
     KNOWN = "known"  # fetched again after a rebalance
@@ -56,8 +59,8 @@ class Delivery(Enum):
 class PartitionTracker:
     """The delivered offsets of one partition under one epoch.
 
-    Memory, and the time of `progress`, are bounded by the unfinished offsets and the finished
-    ranges that others have left, however many offsets have finished between them.
+    Memory and the time that `progress` takes grow only with the unfinished offsets and with the
+    finished ranges that earlier holders have left, not with the offsets that have finished.
     """
 
     __slots__ = (
@@ -72,16 +75,17 @@ class PartitionTracker:
     def __init__(self, next_offset: int, finished_before: tuple[range, ...] = ()) -> None:
         # Offset to timestamp_ms. A dict keeps the order of insertion, which is that of offsets.
         self._unfinished: dict[int, int] = {}
-        self._finished_before = deque(finished_before)  # by others; what is not delivered yet
+        # Ranges that earlier holders have finished and that are not delivered yet.
+        self._finished_before = deque(finished_before)
         self._position = next_offset
         self.last_delivered = next_offset - 1
-        # The largest finished offset, by whomever: beyond it there is nothing for the map.
+        # The largest offset that we or others have finished: the map ends there.
         self._last_finished = finished_before[-1].stop - 1 if finished_before else next_offset - 1
-        # What `progress` has said last, and of which `finishing`; None once something has changed.
+        # The last answer of `progress`, and for which `finishing`; None after any change.
         self._looked_at: tuple[frozenset[int], tuple[int, Runs]] | None = None
 
     def deliver(self, offset: int, timestamp_ms: int) -> Delivery:
-        """Track a message, unless it is known already; what others have finished is finished."""
+        """Track a message, unless it is known already or an earlier holder has finished it."""
         if offset <= self.last_delivered:
             return Delivery.KNOWN
         self.last_delivered = offset
@@ -117,20 +121,20 @@ class PartitionTracker:
 
     @property
     def next_offset(self) -> int:
-        """What may be committed: everything delivered below it is finished."""
+        """The offset that may be committed: everything delivered below it is finished."""
         return next(iter(self._unfinished), self._beyond)
 
     @property
     def _beyond(self) -> int:
-        """The offset behind everything that was delivered, or never will be."""
+        """The first offset that may still be delivered."""
         return max(self._position, self.last_delivered + 1)
 
     def progress(self, finishing: frozenset[int] = frozenset()) -> tuple[int, Runs]:
         """Next offset and completed map, as they are once `finishing` has finished too.
 
-        Between two delivered offsets everything else is a hole, never to be delivered: it counts
-        as finished, which keeps the map short. The map ends with the last finished offset, so
-        that it grows only by what finishes. A second question in a row costs nothing.
+        An offset between two delivered ones that was not delivered is a hole and never will be: it
+        counts as finished, which keeps the map short. The map ends with the last finished offset,
+        so that it grows only when messages finish. Asking twice in a row costs nothing.
         """
         if self._looked_at is None or self._looked_at[0] != finishing:
             self._looked_at = finishing, self._look(finishing)
@@ -164,13 +168,13 @@ class PartitionTracker:
 
     @property
     def span(self) -> int:
-        """How many offsets the map reaches over at most, whatever finishes of those delivered."""
+        """How many offsets the map may reach over, whichever delivered messages finish next."""
         return max(self._last_finished, self.last_delivered) + 1 - self.next_offset
 
     @property
     def runs_max(self) -> int:
-        """How many runs the map has at most, whatever finishes of those delivered: each finished
-        one stands behind an unfinished one, or is of others."""
+        """How many runs the map may have, whichever delivered messages finish next: each finished
+        run stands behind an unfinished offset or was left by an earlier holder."""
         return 2 * (len(self._unfinished) + len(self._finished_before))
 
     @property

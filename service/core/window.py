@@ -1,7 +1,7 @@
-"""The window: every message that was taken and is not finished, and where it stands.
+"""The window: every message that was taken and is not finished, and its stage.
 
 Rules of this file: pure state, changed only by the pipeline between two of its awaits. An entry
-belongs to one holding; a holding that is lost is lost for good, and so are its entries.
+belongs to one holding. A holding that is lost never comes back, and its entries are lost with it.
 """
 
 from __future__ import annotations
@@ -26,30 +26,31 @@ from service.core.tracker import (
 )
 
 MAP_CHARS_MAX = 3_700
-"""Characters that a completed map has for certain: what brokers take as metadata (4,096 by
-default), less what may ever stand before the map."""
+"""How many characters a completed map may always use: what brokers accept as metadata (4,096 by
+default), less the most that our other fields can take."""
 
 MAP_FULL = 0.75
-"""A partition takes no more when its map, with a bit for each unfinished message, is so full: in
-whatever order these finish, the map then needs about that much at most. The rest is for what one
-poll brings beyond it, and for what the codec's forms need more than a bit."""
+"""A partition takes no more messages when its map, plus one bit for each unfinished message, fills
+this share of its room. In whatever order those messages finish, the map then needs about this much
+at most. The last quarter is for the messages of one more poll, and for the forms of the codec that
+need more than a bit a message."""
 
 MAP_BITS = 6 * MAP_CHARS_MAX
-"""Bits in the map's room: base64 has six in a character."""
+"""How many bits the map has room for: one character of base64 holds six."""
 
 SPAN_SURE = MAP_BITS - 16
-"""Offsets that a map surely reaches over, in whatever order they finish: as a bitmap, whose first
-character and last byte cost something."""
+"""How many offsets a map surely reaches over, in whatever order they finish. The map is then a
+bitmap; 16 bits are set aside for its first character and its last byte."""
 
 RUNS_SURE = SPAN_SURE // 8 // 5
-"""Runs that a map surely holds, whatever their lengths: five bytes are the longest."""
+"""How many runs a map surely holds, whatever their lengths: no run takes more than five bytes."""
 
 MEASURE_AGAIN = 1_000
-"""Offsets that are taken, or messages that finish, between two measures of a map: 5 % of what it
-holds. Measuring takes up to two milliseconds, where the map is full."""
+"""The map is measured again after this many offsets were taken or messages finished: 5 % of what it
+holds. To measure a full map takes up to two milliseconds."""
 
 FIRST_MAX = 3
-"""Attempts after which a retry does not go before the others any more."""
+"""A message with this many failed attempts no longer goes to the front of the queue."""
 
 
 class Stage(Enum):
@@ -99,24 +100,25 @@ class Entry:
         self.since_s = now_s  # when it came to this stage
         self.taken_s = now_s
         self.first_called_s: float | None = None
-        self.not_before_s = now_s  # the provider asked to wait so long
-        self.spent: Provenance | None = None  # for it, as far as it is known
-        self.calls_beside = 0  # that `spent` does not know of: a hedge's other one, one cut off
-        self.beside_usd = 0.0  # what these have cost, as far as it is known
+        self.not_before_s = now_s  # the provider asked us to wait until then
+        self.spent: Provenance | None = None  # calls and cost until now, as far as they are known
+        # Calls that `spent` does not count: the slower one of a hedged pair, one that was cut off.
+        self.calls_beside = 0
+        self.beside_usd = 0.0  # the cost of `calls_beside`, as far as it is known
         self.text = ""
         self.outcome: Outcome | None = None
-        self.attempts = 0  # failed ones
-        self.attempts_that_count = 0  # of these, those that the message may be the cause of
-        self.progress: object | None = None  # what the extractor wants back
+        self.attempts = 0  # failed attempts
+        self.attempts_that_count = 0  # failed attempts that the message itself may have caused
+        self.progress: object | None = None  # the extractor gets it back at the next attempt
         self.first_failed_at_ms: int | None = None
         self.lane_wait_s = 0.0  # from its outcome to the hand-over
-        self.publish_attempts = 0  # failed ones
-        self.records_out = 0  # acknowledged while the model wrote; none of its sets is complete
-        self.alone = holding.next_is_suspect()  # it runs by itself
+        self.publish_attempts = 0  # failed attempts to publish
+        self.records_out = 0  # records acknowledged while the model was writing
+        self.alone = holding.next_is_suspect()  # it is a suspect and runs by itself
 
     @property
     def gone(self) -> bool:
-        """It has left the window: finished, let go of or lost."""
+        """The message has left the window: it is finished, was let go or was lost."""
         return self.message.offset not in self.holding.entries
 
 
@@ -147,42 +149,45 @@ class Holding:
         self.committed = given.progress  # what Kafka is known to hold
         self.end: int | None = None
         self.lost = False
-        self.map_fullness = 0.0  # of the completed map, as it was when it was last measured
-        self.measured_at = (next_offset - 1, 0)  # the last delivered offset, how many unfinished
+        self.map_fullness = 0.0  # of the completed map, when it was last measured
+        self.measured_at = (next_offset - 1, 0)  # last delivered offset and number unfinished, then
         self.alone: int | None = given.progress.alone
-        """The offset of the message that runs by itself, or that did when somebody died."""
-        # The holder's own end is in the count in advance.
+        """The offset of the message that runs by itself, or that did when an earlier holder
+        died."""
+        # The count includes this holder in advance, hence > and not >=.
         died = given.progress.unclean_ends > UNCLEAN_ENDS_MAX and self.alone is None
-        self.suspects = suspects if died else 0  # so many of the next ones run by themselves
+        self.suspects = suspects if died else 0  # how many of the next messages are suspects
 
     def next_is_suspect(self) -> bool:
-        """Whether the message that comes now may be what the process died of; counts it."""
+        """Whether the message taken now is a suspect; if so, one suspect fewer is left."""
         if not self.suspects:
             return False
         self.suspects -= 1
         return True
 
     def progress(self, *, clean: bool, finishing: frozenset[int] = frozenset()) -> Progress:
-        """What Kafka should hold of it; `clean` where we let go of it in order."""
+        """What Kafka should hold of the partition; `clean` where we let go of it in order."""
         next_offset, runs = self.tracker.progress(finishing)
         unclean_ends = 0
         if next_offset == self.given.next_offset:
             unclean_ends = max(0, self.given.unclean_ends - clean)
         alone = self.alone
         if alone is not None and (alone < next_offset or (clean and alone != self.given.alone)):
-            alone = None  # it was passed over, or has not died but was called off
+            alone = None  # it is finished, or it was cancelled and the process did not die of it
         return Progress(next_offset, runs, unclean_ends, alone)
 
     def measure(self) -> None:
-        """See how large the completed map is."""
+        """Measure how full the completed map is."""
         _, runs = self.tracker.progress()
         self.map_fullness = fullness(runs, encode(runs, MAP_CHARS_MAX), MAP_CHARS_MAX)
         self.measured_at = self.tracker.last_delivered, self.tracker.unfinished
 
     def is_crowded(self) -> bool:
-        """Whether it takes no more: its map might not hold what then finishes.
+        """Whether the partition takes no more messages, because its map might not hold what then
+        finishes.
 
-        With nothing unfinished it is never crowded: who else would make the map shorter?
+        With nothing unfinished it is never crowded: only further messages can then make the map
+        shorter.
         """
         last_delivered, unfinished = self.measured_at
         taken = self.tracker.last_delivered - last_delivered
@@ -192,7 +197,8 @@ class Holding:
         return unfinished > 0 and self.map_fullness + unfinished / MAP_BITS >= MAP_FULL
 
     def has_room(self) -> bool:
-        """Whether the map surely holds whatever finishes of what was taken until now; quick."""
+        """Whether the map surely has room, whichever of the messages taken until now finish. It
+        takes no time: nothing is encoded."""
         return self.tracker.runs_max <= RUNS_SURE or self.tracker.span <= SPAN_SURE
 
     def lane(self, identity: Hashable) -> Lane:
@@ -216,7 +222,8 @@ class Window:
     """All holdings, and their entries by stage."""
 
     def __init__(self, ordering: Ordering, suspects: int) -> None:
-        """After a partition's holders have died at one offset, so many of it are `suspects`."""
+        """`suspects` is how many messages of a partition become suspects after its holders have
+        died at one next offset too often."""
         self._ordering, self._suspects = ordering, suspects
         self.held: dict[Partition, Holding] = {}
         self.messages = 0
@@ -230,7 +237,7 @@ class Window:
     # --- partitions ----------------------------------------------------------------------------
 
     def assign(self, given: Mapping[Partition, Given]) -> list[Holding]:
-        """Hold these and no others; returns the holdings that are lost by it."""
+        """Hold exactly these partitions; returns the holdings that are lost."""
         lost = [
             self._lose(partition)
             for partition, holding in tuple(self.held.items())
@@ -244,7 +251,8 @@ class Window:
         return lost
 
     def _forget_gone(self) -> None:
-        """Behind a live one at the front, lost entries would pile up with each rebalance."""
+        """Lost entries leave queue and heap now. Else they would wait behind a live entry at the
+        front and pile up with each rebalance."""
         self._queue = deque(each for each in self._queue if not self._gone(each, Stage.QUEUED))
         self._retries = [each for each in self._retries if not self._gone(each[2], Stage.RETRYING)]
         heapq.heapify(self._retries)
@@ -259,7 +267,8 @@ class Window:
     # --- one message's way -----------------------------------------------------------------------
 
     def take(self, message: Message, now_s: float) -> Entry | Literal["stale", "finished"]:
-        """Enter a message, unless it is stale (known, of an older epoch) or finished by others."""
+        """Enter a message, unless it is stale (known already, or fetched under an older epoch) or
+        an earlier holder has finished it."""
         holding = self.held.get(message.partition)
         if holding is None or holding.epoch != message.epoch:
             return "stale"
@@ -285,7 +294,7 @@ class Window:
         self._queue.append(entry)
 
     def next_queued(self) -> Entry | None:
-        """The entry to call next, without taking it."""
+        """The entry to call next; it stays in the queue."""
         while self._queue and self._gone(self._queue[0], Stage.QUEUED):
             self._queue.popleft()
         return self._queue[0] if self._queue else None
@@ -312,11 +321,11 @@ class Window:
         heapq.heappush(self._retries, (due_s, next(self._sequence), entry))
 
     def requeue_due(self, now_s: float, most: int) -> int:
-        """Queue retries whose time has come, and say how many.
+        """Queue at most `most` retries that are due; returns how many.
 
-        They go first: what stands behind them in their lanes waits. One that has been turned away
-        again and again goes last: where there is room for one call at a time, it would have them
-        all.
+        They go to the front of the queue, because later messages of their lanes wait for them. A
+        message that has failed `FIRST_MAX` times goes to the end: where there is room for only one
+        call at a time, it would take every one of them.
         """
         due: list[Entry] = []
         while len(due) < most and self._retries and self._retries[0][0] <= now_s:
@@ -329,13 +338,13 @@ class Window:
         return len(due)
 
     def queue_first(self, entry: Entry, now_s: float) -> None:
-        """A message whose call was begun goes before everything else."""
+        """Queue a message whose attempt has begun before all others."""
         self._move(entry, Stage.QUEUED, now_s)
         self._queue.appendleft(entry)
 
     def wake_retries(self, now_s: float) -> None:
-        """No retry waits any longer, but for what the provider has asked for itself; and none
-        waits longer than it did."""
+        """Make all retries due now, except where the provider asked us to wait. No retry becomes
+        due later than before."""
         woken = [
             (min(due_s, max(now_s, entry.not_before_s)), number, entry)
             for due_s, number, entry in self._retries
@@ -356,7 +365,7 @@ class Window:
         entry.lane.answer(entry.message.offset)
 
     def hand_over(self, holding: Holding, lane: Lane, now_s: float) -> Entry | None:
-        """The lane's next outcome to publish, counted as handed over."""
+        """The lane's next outcome to publish, which counts as handed over from here on."""
         offset = lane.hand_over()
         if offset is None:
             return None
@@ -368,7 +377,7 @@ class Window:
         return entry
 
     def finish(self, entry: Entry) -> None:
-        """Its outcome is acknowledged."""
+        """The entry's outcome is acknowledged."""
         assert entry.stage is Stage.HANDED, f"finished while {entry.stage}"
         entry.holding.tracker.finish(entry.message.offset)
         if entry.holding.alone == entry.message.offset:
@@ -378,10 +387,11 @@ class Window:
             entry.holding.lanes.pop(entry.lane_id, None)
 
     def let_go(self) -> None:
-        """Forget messages that cost nothing to forget: they stay unfinished.
+        """Forget messages for which nothing has to be paid again: they stay unfinished.
 
-        These wait for a slot or for another attempt, and nothing that stands behind them in their
-        lane has been paid for: it could not be published without them.
+        These are the messages that wait for a slot or for another attempt and have no message
+        behind them in their lane that is called or answered. Such an answer is paid for, and it
+        could not be published without the messages before it.
         """
         for holding in self.held.values():
             needed: set[Lane] = set()
@@ -409,12 +419,12 @@ class Window:
         )
 
     def measure(self) -> None:
-        """See how large the completed maps are, where nobody has for a while."""
+        """Measure all completed maps, also those that `is_crowded` has not measured lately."""
         for holding in self.held.values():
             holding.measure()
 
     def crowded(self) -> frozenset[Partition]:
-        """Partitions that take no new messages: what finishes there might not fit into the map."""
+        """Partitions that take no new messages, because their maps might not hold what finishes."""
         return frozenset(
             partition for partition, holding in self.held.items() if holding.is_crowded()
         )
@@ -425,7 +435,8 @@ class Window:
         entry.stage, entry.since_s = stage, now_s
 
     def _gone(self, entry: Entry, stage: Stage) -> bool:
-        """Queue and heap keep entries that were let go until they come to the front."""
+        """Whether an entry no longer belongs there. Queue and heap keep entries that were let go
+        until they come to the front."""
         return entry.stage is not stage or entry.gone
 
     def _remove(self, entry: Entry) -> None:

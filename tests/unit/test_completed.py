@@ -226,10 +226,10 @@ def test_a_changed_map_is_read_or_refused(runs: Runs, data: st.DataObject) -> No
         ("unknown", "é"),
         ("ASCII", "rAQÉ"),
         ("not base64$", "rAQEBA"),
-        ("as it is written", "rAQE="),
-        ("as it is written", "rAQ EA"),
-        ("as it is written", "rAQF"),  # bits behind the last byte
-        ("as it is written", "r+/+/"),
+        ("the form that we write", "rAQE="),
+        ("the form that we write", "rAQ EA"),
+        ("the form that we write", "rAQF"),  # bits behind the last byte
+        ("the form that we write", "r+/+/"),
         ("empty run", "r"),
         ("empty run", packed_text("r", b"\x01")),
         ("empty run", packed_text("r", b"\x01\x00")),
@@ -244,7 +244,7 @@ def test_a_changed_map_is_read_or_refused(runs: Runs, data: st.DataObject) -> No
         ("finished offset", packed_text("b", b"\x02\x00")),
         ("decompress", packed_text("R", b"\xff\xff")),
         ("cut off", packed_text("R", deflated(b"\x01\x01")[:-1])),
-        ("goes on", packed_text("R", deflated(b"\x01\x01") + b"\x00")),
+        ("has bytes behind its end", packed_text("R", deflated(b"\x01\x01") + b"\x00")),
         ("too large", packed_text("R", deflated(b"\x01" * (PACKED_BYTES_MAX + 1)))),
         ("too many runs", packed_text("B", deflated(b"\xaa" * (RUNS_MAX // 8 + 1)))),
         ("too far", packed_text("R", deflated(b"\x01" * (RUNS_MAX + 2)))),

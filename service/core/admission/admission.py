@@ -1,12 +1,12 @@
 """Admission: whether one more call may start now, and if not, why and when to ask again.
 
-What a call needs: a slot, room in the budgets of requests, tokens and money, its turn in the
-pace, no cooldown, a closed circuit. Each of these is a file of its own; here they are one answer.
+A call needs a slot, room in the budgets of requests, tokens and money, its turn in the pace, no
+cooldown and a closed circuit. Each of these has a file of its own; this file joins their answers.
 
-Every call is charged here before it is sent. The first one of an attempt with its slot; a further
-one (a re-ask, another model) by the extractor through `again`, which gives the slot back and
-waits like any other where there is no room. Rules of this file: time comes in as seconds of a
-monotonic clock; nothing waits here, callers do.
+Every call is charged here before it is sent. The first call of an attempt is charged when it gets
+its slot. For a further call (a re-ask, another model) the extractor asks `again`; where there is no
+room, the message gives its slot back and waits in the queue. Rules of this file: time comes in as
+seconds of a monotonic clock; nothing waits here, callers do.
 """
 
 from __future__ import annotations
@@ -24,34 +24,37 @@ from service.core.admission.slots import Slots
 from service.core.admission.spend import Spend
 
 RESTART_SLOTS = 4
-"""With so many calls more than are running it goes on after a cooldown or an outage: enough to
-be at full speed after a few round trips, too few to be a blow."""
+"""After a cooldown or an outage, this many calls may run beside those that still do. It is enough
+to be at full speed after a few round trips, and too few to overload the provider at once."""
 
 RESTART_GROWTH = 2
-"""Slots more for each answer, and the one that the answer frees: threefold for a round trip."""
+"""By how many slots each answer raises the limit after a restart. With the slot that the answer
+itself frees, the number of calls triples in a round trip."""
 
 RATE_LIMITED = "rate_limited"
-"""The reason of a failure that came with a 429."""
+"""The `reason` of a call's failure with status 429."""
 
 
 class Cause(StrEnum):
-    """What keeps the next call from starting, slots apart; in the order of `Admission.waits`."""
+    """What keeps the next call from starting, other than slots; in the order of the tuple in
+    `Admission.waits`."""
 
     REQUESTS = "requests"  # the budget of requests, ours or the provider's
-    TOKENS = "tokens"  # of tokens
+    TOKENS = "tokens"  # the budget of tokens, ours or the provider's
     SPEND = "spend"  # the spend limit of the hour
-    PACE = "pace"  # the provider's hidden rate, as far as it is known
-    COOLDOWN = "cooldown"  # the provider asked everybody to wait
-    CIRCUIT = "circuit"  # nothing is answered
+    PACE = "pace"  # the provider's hidden limit of the rate, as far as it is known
+    COOLDOWN = "cooldown"  # the provider asked us to wait (Retry-After)
+    CIRCUIT = "circuit"  # the circuit is not closed: calls are not answered
 
 
 BUDGETS = frozenset({Cause.REQUESTS, Cause.TOKENS, Cause.SPEND})
-"""Causes for which nothing is fetched either: nothing is wrong, and nothing can be done now."""
+"""Causes for which no messages are fetched either: they could not be called now, although nothing
+is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Settings of admission; None: off."""
+    """The settings of admission; None: no such limit."""
 
     slots: int
     requests_per_minute: int | None = None
@@ -61,8 +64,8 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Why no call may start. `wait_s`: ask again after it; None: when a call has ended.
-    `cause` is None where it is the slots."""
+    """Why no call may start. Ask again after `wait_s` seconds; None: after a call has ended.
+    `cause` is None where all slots are in use."""
 
     wait_s: float | None
     cause: Cause | None
@@ -73,7 +76,8 @@ NO_SLOT = Hold(None, None)
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The right to one call: when it began, with how many in flight (itself included)."""
+    """The right to one call: when it began, how many calls were in flight then (itself included),
+    and what it was charged with."""
 
     started_s: float
     in_flight: int
@@ -81,20 +85,22 @@ class Turn:
 
 
 class Meter(Protocol):
-    """What an extractor tells of the calls that it makes, and asks before a further one."""
+    """The part of admission that an extractor uses: it reports its calls and asks before a further
+    one."""
 
     def again(self, now_s: float, estimate: Estimate) -> bool:
-        """Charge a further call of a message that has a slot; False: no room, give it back."""
+        """Charge a further call of a message that has a slot. False: there is no room, and the
+        message has to give its slot back."""
 
     def used(self, now_s: float, estimate: Estimate, tokens: int) -> None:
-        """What a call that was charged with an estimate came to."""
+        """A call that was charged with `estimate` has used `tokens`."""
 
     def told(self, now_s: float, allowance: Allowance) -> None:
-        """An answer's headers spoke of the provider's limits."""
+        """An answer's headers have told the provider's limits."""
 
 
 class Admission:
-    """The smallest of all limits; for one event loop."""
+    """All limits in one; for one event loop."""
 
     def __init__(self, limits: Limits, circuit: Circuit) -> None:
         self._circuit = circuit
@@ -108,10 +114,11 @@ class Admission:
         self._cooldown_until_s = 0.0
         self.share = 1.0
         self.last_success_s: float | None = None
-        """When a call, or a probe, was last answered: the provider is there."""
+        """When a call or a probe was last answered; None: never. It shows that the provider was
+        reachable then."""
         self._finishing = False
-        self._restarting = False  # from a cooldown or an outage to the first call after it
-        self._restart_slots: int | None = None  # until the slots are all in use again
+        self._restarting = False  # True from a cooldown or an outage to the first call after it
+        self._restart_slots: int | None = None  # the limit after a restart, while it is the smaller
 
     @property
     def limit(self) -> int:
@@ -121,23 +128,23 @@ class Admission:
 
     @property
     def closed(self) -> bool:
-        """Calls go through: the circuit is closed."""
+        """Whether the circuit is closed, so that calls may go out."""
         return self._circuit.state is CircuitState.CLOSED
 
     @property
     def outage(self) -> str | None:
-        """Why the circuit is not closed: a sentence for a person."""
+        """A sentence for a person: why the circuit is not closed. None: it is closed."""
         return self._circuit.reason
 
     @property
     def pace_per_s(self) -> float | None:
-        """Calls a second, where the provider's hidden rate had to be found."""
+        """Calls a second; None: the provider has no hidden limit of the rate that we met."""
         return self._pace.rate_per_s
 
     @property
     def finishing(self) -> bool:
-        """Messages are to come to their end: a further call of one that has a slot is charged,
-        but waits for nothing."""
+        """Messages have to finish soon (a stop, a rebalance): a further call of a message that has
+        a slot is charged, but does not wait."""
         return self._finishing
 
     def finish(self, *, finishing: bool) -> None:
@@ -153,7 +160,7 @@ class Admission:
     # --- asking ----------------------------------------------------------------------------------
 
     def hold(self, now_s: float, estimate: Estimate = NO_TOKENS) -> Hold | None:
-        """None: a call may start. Asking changes nothing that matters to others."""
+        """Why no call may start now; None: one may. Asking charges nothing."""
         if self.full(now_s):
             return NO_SLOT
         if self._circuit.state is CircuitState.PROBING:
@@ -165,12 +172,12 @@ class Admission:
         return Hold(waits[cause], cause)
 
     def full(self, now_s: float) -> bool:
-        """All slots that may be in use now are."""
+        """Whether all slots that may be in use now are in use."""
         self._restart_now(now_s)
         return self.busy >= self.limit
 
     def waits(self, now_s: float, estimate: Estimate = NO_TOKENS) -> Mapping[Cause, float]:
-        """Seconds to wait by each cause that holds the next call up; slots apart."""
+        """Seconds until the next call may start, by cause; slots are not among the causes."""
         waits = (
             self._requests.wait_s(now_s, 1.0, 1.0),
             self._tokens.wait_s(now_s, estimate.tokens, estimate.tokens_max),
@@ -179,12 +186,13 @@ class Admission:
             self._cooldown_until_s - now_s,
             self._circuit_s(now_s),
         )
-        if max(waits) <= 0.0:  # as a rule, and asked for each call
+        if max(waits) <= 0.0:  # nearly always so; asked before each call, so this has to be quick
             return {}
         return {cause: wait_s for cause, wait_s in zip(Cause, waits, strict=True) if wait_s > 0.0}
 
     def _circuit_s(self, now_s: float) -> float:
-        """While it is not closed only a probe may go, so that a call never may."""
+        """Seconds until the circuit lets a call start. It is never 0 while the circuit is not
+        closed, even where a probe is due: only a probe may go then."""
         if self._circuit.state is CircuitState.CLOSED:
             return 0.0
         return max(self._circuit.wait_s(now_s) or 0.0, 1e-3)
@@ -197,7 +205,7 @@ class Admission:
     # --- one call --------------------------------------------------------------------------------
 
     def admit(self, now_s: float, estimate: Estimate = NO_TOKENS) -> Turn:
-        """Take a slot and what the call needs; only after `hold` gave None."""
+        """Take a slot and charge the call; allowed only after `hold` returned None."""
         assert self.busy < self._slots.most, "no free slot"
         self.busy += 1
         self.charge(now_s, estimate)
@@ -209,29 +217,30 @@ class Admission:
         self.busy -= 1
 
     def again(self, now_s: float, estimate: Estimate) -> bool:
-        """Charge a further call of a message that has a slot; False: no room, give it back."""
+        """Charge a further call of a message that has a slot. False: there is no room, and the
+        message has to give its slot back."""
         if not self._finishing and self.waits(now_s, estimate):
             return False
         self.charge(now_s, estimate)
         return True
 
     def charge(self, now_s: float, estimate: Estimate) -> None:
-        """A call goes out, room or not."""
+        """Charge a call that goes out, whether there is room or not."""
         self._requests.take(now_s, 1.0, 1.0)
         self._tokens.take(now_s, estimate.tokens, estimate.tokens_max)
         self._pace.started(now_s)
 
     def unused(self, now_s: float, estimate: Estimate) -> None:
-        """What was charged for a call that nobody made (an answer from the cache)."""
+        """Give back what was charged for a call that was not made (an answer from the cache)."""
         self._requests.correct(now_s, 1.0, 0.0)
         self._tokens.correct(now_s, estimate.tokens, 0.0)
 
     def used(self, now_s: float, estimate: Estimate, tokens: int) -> None:
-        """What a call that was charged with an estimate came to."""
+        """A call that was charged with `estimate` has used `tokens`."""
         self._tokens.correct(now_s, estimate.tokens, tokens)
 
     def told(self, now_s: float, allowance: Allowance) -> None:
-        """An answer's headers spoke of the provider's limits."""
+        """An answer's headers have told the provider's limits."""
         if allowance.requests is not None:
             self._requests.heard(now_s, allowance.requests, allowance.asked_at_s)
         if allowance.tokens is not None:
@@ -252,7 +261,7 @@ class Admission:
         return self._answered(now_s)
 
     def _answered(self, now_s: float) -> bool:
-        """The provider is there. True: the circuit was not closed until now."""
+        """The provider is reachable. True: the circuit was not closed until now."""
         self.last_success_s = now_s
         reopened = self._circuit.succeeded()
         if reopened:
@@ -263,17 +272,18 @@ class Admission:
     def overloaded(
         self, now_s: float, turn: Turn, reason: str, retry_after_s: float | None
     ) -> None:
-        """A call was turned away, or not answered in time."""
+        """A call was refused for overload, or not answered in time."""
         self.cool_down(now_s, retry_after_s)
         if self._circuit.state is not CircuitState.CLOSED:
-            return  # a leftover of the outage, not of our being too many
+            return  # it failed because of the outage, not because of too many calls
         limited = reason == RATE_LIMITED
         by_slots = self._slots.overloaded(now_s, turn.started_s, turn.in_flight, limited=limited)
         if limited and not by_slots:
             self._pace.refused(now_s, turn.started_s)
 
     def cool_down(self, now_s: float, retry_after_s: float | None) -> None:
-        """Nobody starts until then; afterwards slowly, where no pace sees to that."""
+        """No call starts for this time; afterwards they start slowly, unless a pace is in force and
+        sees to that."""
         if retry_after_s is None:
             return
         self._cooldown_until_s = max(self._cooldown_until_s, now_s + retry_after_s)
@@ -289,11 +299,11 @@ class Admission:
             self._pace.outage()
 
     def spent(self, now_s: float, usd: float) -> None:
-        """What an answer has cost, nothing included."""
+        """An answer has cost this much, which may be 0."""
         self._spend.spent(now_s, usd)
 
     def doubt(self, now_s: float) -> None:
-        """Nobody knows whether the provider is there: a probe goes out at once."""
+        """Nothing shows whether the provider is reachable: a probe goes out at once."""
         self._circuit.doubt(now_s)
 
     # --- probes ----------------------------------------------------------------------------------
@@ -303,20 +313,21 @@ class Admission:
         return self._circuit.state is CircuitState.PROBING
 
     def probe_wait_s(self, now_s: float) -> float | None:
-        """0: a probe may start; a number: ask again then; None: only an answer changes it."""
+        """Seconds until a probe may start; None: a probe is out, and only its answer changes
+        that."""
         return self._circuit.wait_s(now_s)
 
     def probing(self, now_s: float) -> None:
-        """A probe goes out, which takes no slot; only after `probe_wait_s` gave 0."""
+        """A probe goes out, which takes no slot; allowed only after `probe_wait_s` returned 0."""
         self._circuit.probing()
         self.charge(now_s, NO_TOKENS)
 
     def probe_succeeded(self, now_s: float) -> bool:
-        """The provider is there. True: the circuit was not closed until now."""
+        """A probe was answered. True: the circuit was not closed until now."""
         return self._answered(now_s)
 
     def probe_cancelled(self) -> None:
-        """It was called off without an answer: another may go."""
+        """The probe was cancelled without an answer: another may go out."""
         self._circuit.cancelled()
 
     # --- retries ---------------------------------------------------------------------------------
@@ -329,13 +340,13 @@ class Admission:
         self._retries.take(retries)
 
     def retry_wait_s(self, now_s: float) -> float:
-        """Until one more may be queued; 0: now."""
+        """Seconds until one more retry may be queued; 0: now."""
         return self._retries.wait_s(now_s)
 
     # --- shares ----------------------------------------------------------------------------------
 
     def set_share(self, now_s: float, share: float) -> None:
-        """Our part of the budgets that all workers have together, 0 to 1."""
+        """Our part of the budgets that all workers share, 0 to 1."""
         self.share = share
         for budget in (self._requests, self._tokens):
             budget.set_share(now_s, share)

@@ -1,8 +1,8 @@
-"""Budgets of requests and of tokens: our own by setting, the provider's by its headers.
+"""Budgets of requests and of tokens: our own from settings, the provider's from its headers.
 
-Every call is charged once, before it is sent: with an estimate of its tokens, which is corrected
-when the provider has told what it used. Rules of this file: pure; time comes in as seconds of a
-monotonic clock.
+Every call is charged once, before it is sent, with an estimate of its tokens. The estimate is
+corrected when the provider tells what the call used. Rules of this file: pure; time comes in as
+seconds of a monotonic clock.
 """
 
 from __future__ import annotations
@@ -14,41 +14,46 @@ from dataclasses import dataclass, field
 from service.core.admission.buckets import ROUNDING, WAIT_MAX_S, Bucket
 
 BURST_S = 2.0
-"""Seconds' worth of a budget that may go at once. Providers cut a minute's limit into pieces of
-one to ten seconds, so that more would be refused there and exceed the minute by more than a
-thirtieth; with less, what a late event loop has not used would be lost."""
+"""How many seconds' worth of a budget may be used at once. Providers divide a minute's limit into
+pieces of one to ten seconds: a longer burst would be refused there, and would exceed the minute's
+limit by more than a thirtieth. With a shorter one, room that a late event loop has not used would
+be lost."""
 
 HEARD_MAX_S = 60.0
-"""What a provider said of its limits holds so long: a minute's limit is full again by then, and
-what lasts longer comes with a Retry-After."""
+"""For how many seconds the limits in a provider's headers are believed. A limit by the minute has
+room again by then, and for a longer wait the provider sends a Retry-After."""
 
 CHARGE_MAX = 8.0
-"""A refusal with more room than for so many such calls has another cause than the count."""
+"""The most that the provider may count for one unit of ours. Where a call is refused although there
+was room for more than this many calls of its size, the refusal has another cause."""
 
 CHARGE_MORE = 1.05
-"""Beyond what a refusal proves, so that a few of them find what the provider counts."""
+"""A refusal raises `charge` by this factor beyond what it proves, so that a few refusals are enough
+to find what the provider counts."""
 
 CONTINUOUS_SHARE = 0.1
-"""A reset within a tenth (and a second) of what a bucket that fills evenly would need means that
-it is one; else the limit comes back all at once, at the reset."""
+"""How far the reset that a provider names may differ from the time in which an evenly filling
+bucket is full: a tenth of it, or a second. Where it differs by more, the limit comes back all at
+once, at the reset."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Tokens of a call that is not sent yet: what is expected, and what the provider may count
-    against its limit at once (many count the whole `output_tokens_max`)."""
+    """The tokens of a call that is not sent yet. `tokens` is the number expected, `tokens_max` what
+    the provider may count when the call arrives (many count the whole `output_tokens_max`)."""
 
     tokens: int = 0
     tokens_max: int = 0
 
 
 NO_TOKENS = Estimate()
-"""Of a call whose tokens nobody counts."""
+"""The estimate of a call whose tokens are not counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """One kind of a provider's limit, as an answer's headers tell it; `reset_s` until full."""
+    """One limit of a provider (requests or tokens), as an answer's headers tell it. `reset_s`:
+    seconds until the limit is full again."""
 
     limit: float
     remaining: float
@@ -57,22 +62,23 @@ class Quota:
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """What one answer's headers say of the limits; `asked_at_s` is when its call was sent."""
+    """The limits in one answer's headers; `asked_at_s` is when its call was sent."""
 
     asked_at_s: float
     requests: Quota | None = None
     tokens: Quota | None = None
     refused: Estimate | None = None
-    """What its call was charged with, where it was refused for a limit."""
+    """The estimate that the call was charged with, where it was refused for a limit; else None."""
 
 
 @dataclass(slots=True)
 class ProviderQuota:
-    """What the provider will still take, from what it said last and what was sent since.
+    """How much the provider will still accept, from its last headers and from what was sent since.
 
-    It said it when the call arrived; what we have sent after that call is taken off, what has
-    filled up since is added only from the moment on in which we heard of it. So we err on the
-    safe side by a round trip's worth, which the provider's bucket (a minute's worth) has room for.
+    The headers tell the state at the moment the call arrived at the provider. Everything that we
+    sent after that call is subtracted. What has filled up since is added only from the moment in
+    which the headers reached us. We therefore assume too little by what fills up in one round
+    trip, which is small beside the provider's bucket of a minute.
     """
 
     share: float = 1.0
@@ -80,7 +86,7 @@ class ProviderQuota:
     level: float = 0.0
     rate_per_s: float = 0.0
     full_at_s: float = 0.0
-    charge: float = 1.0  # what the provider counts for one that we count
+    charge: float = 1.0  # how much the provider counts for one unit that we count
     asked_at_s: float = float("-inf")
     heard_at_s: float = float("-inf")
     at_s: float = float("-inf")
@@ -90,9 +96,9 @@ class ProviderQuota:
     def heard(
         self, now_s: float, quota: Quota, asked_at_s: float, refused: float | None = None
     ) -> None:
-        """An answer told; one of an older call than the last is old news.
+        """Take over an answer's `quota`, unless its call was sent before that of the last one.
 
-        `refused` is the amount of the call where it was turned away.
+        `refused` is the amount of the call where it was refused for a limit.
         """
         if refused:
             self._learn_charge(quota.remaining / refused)
@@ -107,7 +113,8 @@ class ProviderQuota:
         self._judge_reset(now_s, quota)
 
     def _learn_charge(self, room: float) -> None:
-        """A call was refused for which there was room, by our count: the provider counts more."""
+        """Where a call was refused although there was room by our count, the provider counts more
+        for it than we do."""
         if self.charge <= room <= CHARGE_MAX:
             self.charge = min(CHARGE_MAX, room * CHARGE_MORE)
 
@@ -119,7 +126,8 @@ class ProviderQuota:
         self.full_at_s = now_s + reset_s if not even else float("inf")
 
     def wait_s(self, now_s: float, amount: float) -> float:
-        """Seconds until the provider should take so much; 0 where it has said nothing lately."""
+        """Seconds until the provider should accept `amount`; 0 where it has told no limits
+        lately."""
         if now_s - self.heard_at_s >= HEARD_MAX_S:
             return 0.0
         self._fill(now_s)
@@ -153,10 +161,10 @@ class ProviderQuota:
 
 
 class Budget:
-    """Requests, or tokens: the smaller of our own share and of what the provider takes."""
+    """A budget of requests or of tokens: the smaller of our share and of the provider's limit."""
 
     def __init__(self, per_minute: int | None, smallest_burst: float = 0.0) -> None:
-        """`per_minute` for all workers together; None: only what the provider says counts."""
+        """`per_minute` is for all workers together; None: only the provider's limit counts."""
         self._per_minute, self._smallest_burst = per_minute, smallest_burst
         self._provider = ProviderQuota()
         self._own: Bucket | None = None
@@ -169,7 +177,7 @@ class Budget:
         return rate_per_s, max(self._smallest_burst, rate_per_s * BURST_S)
 
     def set_share(self, now_s: float, share: float) -> None:
-        """Our part of it, from now on."""
+        """Sets our part of the budget, 0 to 1, from now on."""
         self._provider.share = share
         if self._own is not None:
             self._own.change(now_s, *self._rate_and_burst(share))
@@ -184,7 +192,8 @@ class Budget:
         self._provider.take(now_s, amount_max)
 
     def correct(self, now_s: float, estimated: float, used: float) -> None:
-        """What was used is known now; the provider's own count comes with its headers."""
+        """Replace an estimate by what was used. The provider's quota needs no correction: its
+        headers tell its own count."""
         if self._own is not None:
             self._own.take(now_s, used - estimated)
 

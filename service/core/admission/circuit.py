@@ -9,29 +9,30 @@ from enum import StrEnum
 from service.core.admission.retry import Backoff, Uniform
 
 CIRCUIT_FAILURES = 10
-"""Failures in a row, with no success between, that open the circuit: fewer happen by chance
-among concurrent calls, more only cost calls."""
+"""How many failures in a row, with no success between them, open the circuit. Fewer may happen by
+chance among concurrent calls; waiting for more only costs calls."""
 
 PROBE_CAP_S = 12.0
-"""The longest wait before the next probe, where the provider asks for none. A probe is one tiny
-call, and what a longer wait saves in them it costs in time after the provider is back."""
+"""The longest wait before the next probe, where the provider asks for none. A longer wait would
+save a few tiny calls, but calls would start that much later once the provider is back."""
 
 PROBE_JITTER_S = 2.0
-"""At most so long after a Retry-After is over does the probe go out."""
+"""The most that is added at random to a Retry-After before the probe goes out, so that not all
+workers send theirs at once."""
 
 
 class CircuitState(StrEnum):
     CLOSED = "closed"  # calls go through
-    OPEN = "open"  # none do, until a moment
-    PROBING = "probing"  # one call is out to see
+    OPEN = "open"  # no call goes out; a probe does at `reopen_at_s`
+    PROBING = "probing"  # a probe is out
 
 
 @dataclass(slots=True)
 class Circuit:
-    """Opens when everything fails; then one probe at a time goes out to see.
+    """Opens when everything fails; then one probe at a time looks whether the provider is back.
 
-    One success closes it. Each failed probe doubles the wait, up to the backoff's cap; what the
-    provider asked for (Retry-After) is waited instead where it asks.
+    One success closes it. Each failed probe doubles the wait, up to the backoff's cap. Where the
+    provider sends a Retry-After, that is waited instead.
     """
 
     uniform: Uniform
@@ -52,9 +53,10 @@ class Circuit:
     def failed(
         self, now_s: float, sentence: str, *, service: bool, retry_after_s: float | None = None
     ) -> bool:
-        """A call failed; a service failure opens at once, others after a row of them.
+        """A call failed. A service failure opens the circuit at once, other failures after
+        `CIRCUIT_FAILURES` in a row.
 
-        True: this has opened the circuit, which was closed.
+        True: the circuit was closed, and this failure has opened it.
         """
         self.failures += 1
         before = self.state
@@ -68,25 +70,25 @@ class Circuit:
         return before is CircuitState.CLOSED
 
     def doubt(self, now_s: float) -> None:
-        """Nobody knows whether the provider is there: a probe goes out at once."""
+        """Nothing shows whether the provider is reachable: a probe goes out at once."""
         if self.state is CircuitState.CLOSED:
             self.state, self.reopen_at_s = CircuitState.OPEN, now_s
 
     def _wait_s(self, retry_after_s: float | None) -> float:
         if retry_after_s is not None:
             return retry_after_s + self.uniform(0.0, min(PROBE_JITTER_S, retry_after_s))
-        # Half of the ceiling at least: full jitter could ask again at once.
+        # At least half of the ceiling is waited: with full jitter the wait could be near 0.
         half_s = min(self.backoff.cap_s, self.backoff.base_s * 2.0 ** min(self.openings, 32)) / 2
         return half_s + self.uniform(0.0, half_s)
 
     def cancelled(self) -> None:
-        """The probe was called off without an answer: another may go."""
+        """The probe was cancelled without an answer: another may go out."""
         if self.state is CircuitState.PROBING:
             self.state = CircuitState.OPEN
 
     def wait_s(self, now_s: float) -> float | None:
-        """0: a probe may start, or any call where it is closed; a number: ask again then; None:
-        only an answer changes it."""
+        """Seconds until a probe may start, or any call where the circuit is closed. None: a probe
+        is out, and only its answer changes that."""
         match self.state:
             case CircuitState.CLOSED:
                 return 0.0
@@ -96,6 +98,6 @@ class Circuit:
                 return None
 
     def probing(self) -> None:
-        """The probe is out; only after `wait_s` gave 0."""
+        """A probe goes out; allowed only after `wait_s` returned 0."""
         assert self.state is CircuitState.OPEN, f"a probe while {self.state}"
         self.state = CircuitState.PROBING

@@ -1,9 +1,9 @@
-"""The reject guard: when suddenly everything is rejected, it is hardly the messages' fault.
+"""The reject guard stops intake when too much is rejected: the messages are hardly the cause then.
 
-Rules of this file: pure; time comes in as seconds of a monotonic clock. The pipeline tells each
-outcome and asks before each call and each poll. A guard that has tripped lets a few messages
-through now and then to see, as a circuit does: whoever mends a prompt, a schema or a model need
-not restart anything, and until then little goes into the dead letters.
+Rules of this file: pure; time comes in as seconds of a monotonic clock. The pipeline tells the
+guard each outcome and asks it before each call and each poll. A guard that has tripped lets a few
+messages through now and then, as a circuit does with probes. Once the prompt, the schema or the
+model is mended, work goes on without a restart, and until then few messages are rejected.
 """
 
 from collections import Counter, deque
@@ -14,24 +14,25 @@ from enum import StrEnum
 from service.core.messages import Reason
 
 TRY_EVERY_S = 60.0
-"""Between two looks whether it is over: what is rejected meanwhile is `TRIES` a minute."""
+"""Seconds between two rounds of tries: a tripped guard lets `TRIES` messages a minute through."""
 
 TRIES = 5
-"""Messages of one look: one or two good ones happen by chance where half are rejected."""
+"""How many messages are tried in a round. With fewer, one or two good ones among many bad ones
+could close the guard by chance."""
 
 
 class GuardState(StrEnum):
     CLOSED = "closed"  # messages go through
-    TRIPPED = "tripped"  # none do, until a moment
-    TRYING = "trying"  # a few are out to see
+    TRIPPED = "tripped"  # none do, until the next round of tries
+    TRYING = "trying"  # a round of tries is under way
 
 
 @dataclass(frozen=True, slots=True)
 class GuardBounds:
-    """Rejections that are too many; None: this rule is off.
+    """How many rejections are too many; None: this rule is off.
 
-    More than `share_max` of the last `window` outcomes, once there are `outcomes_min`; or
-    `in_a_row_max` with nothing else between them.
+    Either more than the share `share_max` of the last `window` outcomes, once there are
+    `outcomes_min`; or `in_a_row_max` rejections without another outcome between them.
     """
 
     share_max: float | None = None
@@ -41,12 +42,12 @@ class GuardBounds:
 
 
 NEVER = GuardBounds()
-"""It never trips."""
+"""The bounds of a guard that never trips."""
 
 
 @dataclass(slots=True)
 class Guard:
-    """Counts outcomes that say something: records or a rejection."""
+    """Counts the outcomes that tell something about the setup: records and rejections."""
 
     bounds: GuardBounds
     state: GuardState = GuardState.CLOSED
@@ -55,7 +56,7 @@ class Guard:
     _in_a_row: int = 0
     _why: str = ""
     _try_at_s: float = 0.0
-    _tries_left: int = 0  # that may still begin
+    _tries_left: int = 0  # messages of this round that may still begin
     _tried: list[Reason | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -71,15 +72,16 @@ class Guard:
         if not self.tripped:
             return None
         return (
-            f"too many messages are rejected ({self._why}): nothing more is taken, so that the "
-            "topic is not emptied into the dead letters. See `sluice dead-letters list` for why; "
-            f"mend it, and restart, or wait: {TRIES} messages a minute are tried, and it goes on "
-            "by itself once they are not rejected. To go on all the same, raise or null "
-            "dead_letters.guard.share_max and in_a_row_max"
+            f"too many messages are rejected ({self._why}): no more messages are taken, so that "
+            "the topic is not emptied into the dead letters. `sluice dead-letters list` shows the "
+            "reasons. Mend the cause; then restart, or wait: "
+            f"{TRIES} messages a minute are tried, and work goes on by itself once they are not "
+            "rejected. To go on in spite of the rejections, raise dead_letters.guard.share_max and "
+            "in_a_row_max or set them to null"
         )
 
     def finished(self, reason: Reason | None, now_s: float) -> None:
-        """An outcome: why it was rejected, None for records."""
+        """A message finished; `reason` is why it was rejected, None where it has records."""
         match self.state:
             case GuardState.CLOSED:
                 self._count(reason)
@@ -89,10 +91,10 @@ class Guard:
                 self._tried.append(reason)
                 self._judge(now_s)
             case GuardState.TRIPPED:
-                pass  # what was under way when it tripped
+                pass  # the message was under way when the guard tripped
 
     def wait_s(self, now_s: float) -> float:
-        """0: a message may begin; else ask again after so long, or after an outcome."""
+        """0: a message may begin. Else ask again after this many seconds, or after an outcome."""
         if self.state is GuardState.CLOSED:
             return 0.0
         if self.state is GuardState.TRIPPED:
@@ -103,21 +105,21 @@ class Guard:
         return 0.0 if self._tries_left else self._out_s(now_s)
 
     def room(self, queued: int, now_s: float) -> int | None:
-        """How many messages may be taken beside those that wait for a call; None: any number."""
+        """How many messages may be taken while `queued` wait for a call; None: any number."""
         if self.state is GuardState.CLOSED:
             return None
         return max(0, self._tries_left - queued) if self.wait_s(now_s) == 0.0 else 0
 
     def began(self, now_s: float) -> None:
-        """A message has begun; only after `wait_s` gave 0."""
+        """A message has begun; allowed only after `wait_s` returned 0."""
         if self.state is GuardState.TRYING:
             self._tries_left -= 1
             if not self._tries_left:
                 self._try_at_s = now_s + TRY_EVERY_S
 
     def _out_s(self, now_s: float) -> float:
-        """All tries are out. One whose outcome never comes (its partition was lost) is not waited
-        for: after a while others go."""
+        """All tries of the round are under way. After `TRY_EVERY_S` others replace those without an
+        outcome: theirs may never come, because the partition was lost."""
         if now_s < self._try_at_s:
             return self._try_at_s - now_s
         self._tries_left = TRIES - len(self._tried)
@@ -148,8 +150,8 @@ class Guard:
         self._try_at_s = now_s + TRY_EVERY_S
 
     def _judge(self, now_s: float) -> None:
-        """As soon as it is certain what the share of all tries will be; without a share, a single
-        good one ends the row."""
+        """Decide as soon as the tries that are still out cannot change the result. Where only
+        `in_a_row_max` is set, one message that is not rejected closes the guard."""
         share_max = self.bounds.share_max
         bearable = TRIES - 1 if share_max is None else int(share_max * TRIES)
         rejected = sum(reason is not None for reason in self._tried)

@@ -1,4 +1,4 @@
-"""When a second call for the same message may be made, because the first one takes so long.
+"""When a second call for the same message may be made because the first one is slow.
 
 Rules of this file: pure; time comes in as seconds of a monotonic clock.
 """
@@ -8,16 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 HEDGED_SHARE = 0.05
-"""Of all calls at most: where more of them are slow, the provider is, and a second call for each
-would make it slower (J. Dean and L. Barroso, "The Tail at Scale", 2013)."""
+"""The largest share of all calls that may be hedges. Where more calls than this are slow, the whole
+provider is slow, and a second call for each would make it slower still (J. Dean and L. Barroso,
+"The Tail at Scale", 2013)."""
 
 HEDGES_SAVED = 5.0
-"""That many may come together: slow calls do."""
+"""How many hedges may be saved up and then made at once: slow calls come in groups."""
 
 
 @dataclass(slots=True)
 class Hedges:
-    """At most one for a message, and in the long run one for each twenty calls."""
+    """The budget of hedges: in the long run one for each twenty calls."""
 
     after_s: float | None
     saved: float = 1.0
@@ -27,7 +28,7 @@ class Hedges:
         self.saved = min(HEDGES_SAVED, self.saved + HEDGED_SHARE)
 
     def due_s(self, began_s: float) -> float | None:
-        """When a call that began then is slow; None: never."""
+        """The moment from which a call that began at `began_s` counts as slow; None: never."""
         return None if self.after_s is None else began_s + self.after_s
 
     def may(self) -> bool:

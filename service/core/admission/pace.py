@@ -1,4 +1,4 @@
-"""A pace for calls where the provider has a limit of the rate and does not tell it.
+"""The pace: calls a second where the provider limits the rate and does not tell its limit.
 
 Rules of this file: pure; time comes in as seconds of a monotonic clock.
 """
@@ -9,55 +9,62 @@ from collections import deque
 from dataclasses import dataclass, field
 
 HOLD_BELOW = 0.96
-"""After a refusal the rate starts here, against what was found: low enough for the provider's
-bucket to recover, high enough to give little away."""
+"""After a refusal the rate starts at this share of the limit that was found. It is low enough for
+the provider's bucket to refill, and high enough to lose little."""
 
 PLATEAU = 0.985
-"""There the growth is slowest: just below what was refused."""
+"""The share of the found limit around which the rate grows slowest: just below what was refused."""
 
 PLATEAU_S = 30.0
-"""Until the plateau is reached; about twice as long until the limit is tried again."""
+"""Seconds of growth until the plateau is reached. The rate reaches the found limit again after
+about twice as long."""
 
 AGAIN_S = 5.0
-"""Refused again so soon, the rate was far too high and is cut by more."""
+"""A refusal within this many seconds of the last one shows that the rate is still far too high: it
+is cut by more."""
 
 CUTS = (0.93, 0.85, 0.7)
-"""For the first, second and each further refusal of a row of these."""
+"""The factors by which the rate is cut for the first, the second and each further refusal in such a
+row."""
 
 SEARCH_PER_S = 0.05
-"""After such a row the limit is not known at all: the rate grows so fast until a refusal."""
+"""By which share the rate grows each second after such a row, until the next refusal: the limit is
+not known at all then."""
 
 LATE_S = 0.1
-"""What a late event loop has not started may be made up for."""
+"""Calls that a late event loop has not started may be made up for, up to this many seconds'
+worth."""
 
 RATE_MIN_PER_S = 1 / 60
 """One call a minute: the smallest limit that anybody sells."""
 
 _KNOWN = 8
-"""Starts from which a rate can be read."""
+"""How many starts are needed to compute a rate from them."""
 
 
 @dataclass(slots=True)
 class Pace:
     """Starts one call after the other at a rate that stays just below the hidden limit.
 
-    Off until the first refusal. Then, as TCP Cubic does with its window (RFC 9438; the AWS SDKs
-    limit their rate by the same curve), the rate grows quickly towards the rate at which the last
-    refusal came, slowly around it, and quickly beyond. That rate is taken as the mean of the one
-    that was refused and the one that was accepted since the refusal before: a provider's bucket
-    is empty at both, so that what went through between them is its own rate, unless the bucket is
-    so small that it ran over meanwhile; then the refused rate is.
+    It is off until the first refusal. From then on it works as TCP Cubic does with its window (RFC
+    9438; the AWS SDKs limit their rate by the same curve): the rate grows quickly towards the limit
+    that was found at the last refusal, slowly around it, and quickly beyond it.
+
+    The limit that a refusal shows lies between two rates. One is the rate that was refused. The
+    other is the rate of the calls accepted since the refusal before: the provider's bucket is empty
+    at both refusals, so these calls used exactly what filled up in between, unless the bucket is so
+    small that it overflowed meanwhile; then the refused rate is nearer. We take the mean of both.
     """
 
     rate_per_s: float | None = None
-    _found: float = 0.0  # the rate at which it was refused
+    _found: float = 0.0  # the limit as the last refusal showed it
     _low: float = 0.0  # where the growth began
-    _grown_s: float = 0.0  # of growth: only while the pace is what holds calls up
+    _grown_s: float = 0.0  # seconds of growth; they pass only while calls use the pace
     _searching: bool = False
     _row: int = 0
     _cut_at_s: float = float("-inf")
     _next_s: float = float("-inf")
-    _accepted: int = 0  # since the cut
+    _accepted: int = 0  # calls answered that began since the cut
     _starts: deque[float] = field(default_factory=lambda: deque(maxlen=64))
     _fitted: float | None = None  # the rate at the last answer
     _cut_since_answer: bool = False
@@ -81,7 +88,7 @@ class Pace:
             self._accepted += 1
 
     def refused(self, now_s: float, started_s: float) -> None:
-        """A call was refused; one that began before the last cut says nothing new."""
+        """A call was refused with a 429. One that began before the last cut is ignored."""
         if started_s < self._cut_at_s:
             return
         rate = self._sent_per_s(now_s)
@@ -97,7 +104,8 @@ class Pace:
         self._next_s = now_s + 1.0 / self.rate_per_s
 
     def outage(self) -> None:
-        """Nothing was answered at all: what that seemed to say of the rate is taken back."""
+        """The circuit has opened: cuts since the last answer came from the outage, not from a
+        limit, and are taken back."""
         if self._cut_since_answer:
             self.rate_per_s, self._cut_at_s = self._fitted, float("-inf")
             self._low = self._found = self._fitted or 0.0
@@ -129,7 +137,8 @@ class Pace:
         self.rate_per_s = plateau + steepness * (self._grown_s - PLATEAU_S) ** 3
 
     def _sent_per_s(self, now_s: float) -> float | None:
-        """The rate that was refused: the pace, or less where calls did not come so fast."""
+        """The rate that was refused: the pace, or the rate of the last starts where it was less
+        than half of it; None: not known."""
         sent = None
         if len(self._starts) >= _KNOWN:
             sent = (len(self._starts) - 1) / max(now_s - self._starts[0], 1e-3)

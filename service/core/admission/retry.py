@@ -1,4 +1,4 @@
-"""Attempts and backoff: when the next one is due, and when there is none."""
+"""Attempts and backoff: when a message's next attempt is due, and when it gets none."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,23 +6,23 @@ from dataclasses import dataclass
 Uniform = Callable[[float, float], float]
 
 RETRY_AFTER_MAX_S = 900.0
-"""A provider's Retry-After is honoured up to this many seconds: beyond it we ask again to see.
-The cap is applied once, by `asked_to_wait_s`, where a failure is made."""
+"""A provider's Retry-After is honoured up to this many seconds; after them we try again anyway. The
+cap is applied in one place, `asked_to_wait_s`, when a failure is created."""
 
 OTHERS_SUCCEED_WITHIN_S = 60.0
 """A success of another message within this time shows that the provider is not the cause."""
 
 OVERLOAD = frozenset({"rate_limited", "overloaded", "timeout"})
-"""Failures that say that we ask for too much at once."""
+"""Reasons of failures that show that we send too much at once."""
 
 NEVER_THE_MESSAGE = frozenset({"rate_limited", "overloaded"})
-"""Failures that no message can be the cause of: they don't count towards its attempts."""
+"""Reasons of failures that a message cannot cause: they don't count towards its `attempts_max`."""
 
 
 def asked_to_wait_s(retry_after_s: float | None) -> float | None:
-    """What a provider's Retry-After means, in seconds above 0 and up to `RETRY_AFTER_MAX_S`.
+    """How long to wait for a provider's Retry-After: above 0 and up to `RETRY_AFTER_MAX_S` seconds.
 
-    None where it asks for nothing, or for what is no time to wait (0, negative, not a number).
+    None where it asked for nothing, or for no usable time (0, negative, not a number).
     """
     if retry_after_s is None or not retry_after_s > 0.0:  # `not >` is true for NaN as well
         return None
@@ -34,8 +34,8 @@ class Backoff:
     """Exponential backoff with full jitter.
 
     delay = uniform(0, min(cap, base * 2^(attempt - 1))), after M. Brooker, "Exponential Backoff
-    and Jitter" (2015). What a provider asked for is waited in full, and then a jitter of at most
-    as much again: it knows better than our doubling when there is room.
+    and Jitter" (2015). Where the provider asked us to wait, that time is waited in full, then a
+    random time of at most as much again: the provider knows better when there is room.
     """
 
     base_s: float = 0.5
@@ -52,34 +52,36 @@ class Backoff:
 def exhausted(
     attempts: int, attempts_max: int, began_s: float, other_success_s: float | None
 ) -> bool:
-    """Whether a message is poison rather than hit by an outage.
+    """Whether a message fails because of itself and not because of an outage.
 
-    It failed `attempts_max` times, and another message, or a probe, succeeded within the minute
-    before the last attempt began, or later (`other_success_s` is that moment on the clock of
-    `began_s`; None: never). An attempt may last longer than a minute, and a probe come before it.
+    It does where it failed `attempts_max` times although another message or a probe succeeded: not
+    earlier than a minute before the last attempt began (an attempt may last longer than a minute).
+    `other_success_s` is the moment of that success, on the same clock as `began_s`; None: never.
     """
     return attempts >= attempts_max and others_succeed(began_s, other_success_s)
 
 
 def others_succeed(since_s: float, other_success_s: float | None) -> bool:
-    """Whether the provider is there, as others have seen."""
+    """Whether calls of others show that the provider is reachable."""
     return other_success_s is not None and since_s - other_success_s <= OTHERS_SUCCEED_WITHIN_S
 
 
 RETRIES_SAVED = 100.0
-"""Retries that may follow one upon the other before successes must pay for them."""
+"""How many retries may start in a row before successes have to pay for them."""
 
 RETRIES_PER_S = 1.0
-"""That come back by themselves, so that retries alone get through in the end."""
+"""How many retries a second are added without any success, so that in the end even a queue of
+nothing but retries is worked off."""
 
 
 @dataclass(slots=True)
 class RetryQuota:
     """How many retries may start: in the long run one for each success, and one a second.
 
-    A token bucket as in botocore's standard mode, where a success pays for what it took; there a
-    retry that finds none is given up, here it waits. Below half of all calls failing nothing
-    waits; above, retries can't multiply the load on a provider that is going down.
+    It is a token bucket, as in botocore's standard mode, where each success pays for a retry. There
+    a retry that finds the bucket empty is given up; here it waits. As long as fewer than half of
+    all calls fail, no retry waits. Above that, retries can't multiply the load on a provider that
+    is going down.
     """
 
     saved: float = RETRIES_SAVED
@@ -90,7 +92,7 @@ class RetryQuota:
         return int(self.saved + 1e-6)
 
     def wait_s(self, now_s: float) -> float:
-        """Until the next one; 0: now."""
+        """Seconds until the next retry may start; 0: now."""
         self._fill(now_s)
         return max(0.0, (1.0 - self.saved - 1e-6) / RETRIES_PER_S)
 
@@ -102,7 +104,7 @@ class RetryQuota:
         self.saved = min(RETRIES_SAVED, self.saved + 1.0)
 
     def forgive(self) -> None:
-        """The provider is back."""
+        """The provider is back: the bucket is full again."""
         self.saved = RETRIES_SAVED
 
     def _fill(self, now_s: float) -> None:

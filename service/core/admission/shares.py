@@ -1,9 +1,9 @@
-"""One budget for all workers, without a place where they could meet.
+"""Shares: all workers divide one budget among them without talking to each other.
 
-Each worker takes the part of it that its partitions have in all partitions of the input topics,
-weighted by their lag where that is known. All of them see the same lags in Kafka, a few seconds
-apart, so that the parts come to one. Budgets are drawn in proportion to the lags, which keeps the
-proportion between the lags as it is, and so the parts.
+Each worker takes the share that its partitions have among all partitions of the input topics,
+weighted by their lag where that is known. All workers see the same lags in Kafka, at most a few
+seconds apart, so their shares add up to 1. Each backlog shrinks in proportion to its lag, so the
+proportions between the lags, and with them the shares, stay nearly the same.
 """
 
 from collections.abc import Mapping
@@ -12,16 +12,17 @@ from collections.abc import Set as AbstractSet
 from service.core.messages import Partition
 
 EVEN_SHARE = 0.05
-"""Of the budget, spread over all partitions alike: so a worker whose partitions are empty can
-start on what arrives before its next look, and a lone backlog still gets 95 %."""
+"""The part of the budget that is spread evenly over all partitions. With it a worker whose
+partitions are empty can call for new messages before it reads the lags again, and a single
+partition with a backlog still gets 95 %."""
 
 
 def share(held: AbstractSet[Partition], lags: Mapping[Partition, int | None]) -> float:
-    """Our part of a budget, 0 to 1. `lags` names every partition of the input topics.
+    """Our share of a budget, 0 to 1. `lags` names every partition of the input topics.
 
-    Without it (nothing was heard of them yet) all of it is ours. A partition whose lag is not
-    known counts as the mean of the others. The parts of workers that hold every partition once
-    add up to 1.
+    While `lags` is empty (not read yet) the whole budget is ours. A partition whose lag is not
+    known counts as the mean of the others. Where each partition is held by one worker, the shares
+    of all workers add up to 1.
     """
     if not lags:
         return 1.0

@@ -1,4 +1,4 @@
-"""What calls may cost in an hour, in US dollars: a rolling hour, in minutes.
+"""The spend limit: what calls may cost in a rolling hour, in US dollars, counted by the minute.
 
 Rules of this file: pure; time comes in as seconds of a monotonic clock.
 """
@@ -11,16 +11,16 @@ HOUR_S = 3600.0
 MINUTE_S = 60.0
 
 FIRST_ANSWER_S = 1.0
-"""Until one call was answered nobody knows what a call costs, and they go one at a time; whoever
-waits asks again after this, or when it has ended."""
+"""Before the first answer it is not known what a call costs, so calls go out one at a time. The
+next one asks again after this many seconds, or when the running call has ended."""
 
 
 class Spend:
-    """Spent in the last hour, against our part of the limit.
+    """Compares what was spent in the last hour with our part of the limit.
 
-    Calls that are under way count with the mean of what calls have cost, so that the limit is
-    not passed by all of them at once. The part is the mean of our share over the hour (or since
-    the start): shares of all workers come to one at each moment, so their means do too.
+    Each call in flight counts with the mean cost of a call, so that all of them together do not
+    exceed the limit. Our part is the mean of our share over the hour (or since the start): the
+    shares of all workers add up to 1 at each moment, so their means do too.
     """
 
     def __init__(self, usd_per_hour: float | None) -> None:
@@ -34,7 +34,7 @@ class Spend:
         self._shares.append((now_s, share))
 
     def spent(self, now_s: float, usd: float) -> None:
-        """What an answer has cost, nothing included."""
+        """An answer has cost this much, which may be 0."""
         self._knows_cost = True
         if usd <= 0:
             return
@@ -52,7 +52,7 @@ class Spend:
         return self._spent_usd
 
     def wait_s(self, now_s: float, in_flight: int) -> float:
-        """Seconds until some of it leaves the hour; 0: there is room for one more call."""
+        """Seconds until the oldest minute leaves the hour; 0: there is room for one more call."""
         if self._limit_usd is None:
             return 0.0
         if not self._knows_cost and in_flight:
@@ -73,12 +73,13 @@ class Spend:
             return None
         return (
             f"limits.spend_usd_per_hour is reached: calls of the last hour cost "
-            f"{self.last_hour_usd(now_s):.2f} USD; it goes on when they are an hour old, or with "
-            "a higher limit"
+            f"{self.last_hour_usd(now_s):.2f} USD; calls start again when the oldest of them are "
+            "an hour old, or with a higher limit"
         )
 
     def _mean_share(self, now_s: float) -> float:
-        """Over the last hour, or since the first share was told; 1 without one."""
+        """The mean of our share over the last hour, or since the first share was set; 1 where none
+        was set."""
         begin_s = now_s - HOUR_S
         while len(self._shares) > 1 and self._shares[1][0] <= begin_s:
             self._shares.popleft()
