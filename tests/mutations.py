@@ -1388,6 +1388,37 @@ TAKEN_AWAY = (
         ("tests/unit/test_cache.py::test_waits_are_not_in_the_identity",),
     ),
     Mutation(
+        "asking a limit of dollars without a price stops nothing",
+        "service/llm/extractor.py",
+        "if model and cost is None and self._settings.limits.spend_usd_per_hour is not None:",
+        "if False:",
+        (ASKING_TESTS + "a_limit_of_dollars_needs_a_price",),
+    ),
+    Mutation(
+        "asking an odd usage is more than the whole",
+        "service/llm/prices.py",
+        "written = min(tokens.cache_write, tokens.input - cached)",
+        "written = tokens.cache_write",
+        ("tests/unit/test_prices.py::test_no_usage_is_too_odd_for_a_bill",),
+    ),
+    Mutation(
+        "asking flex costs what is usual",
+        "service/llm/prices.py",
+        'context = None if tier is None else {"service_tier": tier}',
+        "context = None",
+        ("tests/unit/test_prices.py::test_the_tier_that_answered_is_priced",),
+    ),
+    Mutation(
+        "asking a call is corrected by another estimate than it was charged with",
+        "service/llm/extractor.py",
+        "            del self._said[next(iter(self._said))]\n        return estimate",
+        "            del self._said[next(iter(self._said))]\n"
+        "        return self._estimator.estimate(\n"
+        "            self._cascade.first.model,\n"
+        "            self._cascade.first.request.size_bytes + _bytes(text),\n        )",
+        ("tests/contract/test_budget_of_tokens.py::test_the_budget_is_not_overdrawn",),
+    ),
+    Mutation(
         "strict: a field's null that is no default is taken for one",
         "service/llm/strictness.py",
         'if one.get("default", name) is not None:',

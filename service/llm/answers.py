@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeAlias
 
 from pydantic_core import from_json
 
 from service.core.messages import Extracted, Provenance
 from service.llm.answer_text import AnswerText, Mode, content_of, read_message
-from service.llm.prices import Tokens
+from service.llm.prices import Tokens, told_cost
 
 Finish: TypeAlias = Literal["stop", "truncated", "filtered", "refused", "failed", "malformed"]
 """How an answer ended: by itself, at a limit, by a filter, declined, by a failure of the provider
@@ -95,6 +95,10 @@ class Completion:
     refusal: str | None = field(repr=False)
     finish: Finish
     tokens: Tokens
+    tier: str | None = None
+    """The `service_tier` that has answered, where it says so."""
+    told_usd: float | None = None
+    """What the call has cost, where the endpoint says so."""
     streamed: StreamedRecords | None = None
     """Where it was read while it was written: what has become of its records."""
 
@@ -146,7 +150,19 @@ def read_completion(body: bytes, mode: Mode, *, many: bool) -> Completion:
         refusal=_text_or_none(message.get("refusal")) or _refused_part(message.get("content")),
         finish=finish,
         tokens=read_usage(completion.get("usage")),
+        tier=_text_or_none(completion.get("service_tier")),
+        told_usd=_cost(completion.get("usage")),
     )
+
+
+def _cost(usage: object) -> float | None:
+    return told_cost(usage.get("cost")) if isinstance(usage, dict) else None
+
+
+def with_headers(completion: Completion, headers: Mapping[str, str]) -> Completion:
+    """The same, with the cost that a gateway tells beside it."""
+    told_usd = told_cost(headers.get("x-litellm-response-cost"))
+    return completion if told_usd is None else replace(completion, told_usd=told_usd)
 
 
 def _finish(choice: Mapping[str, Any]) -> Finish:
@@ -197,14 +213,27 @@ def read_usage(usage: object) -> Tokens:
     prompt, completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
     beside = max(0, _count(usage, "total_tokens") - prompt - completion)
     told = _count(usage.get("completion_tokens_details"), "reasoning_tokens")
-    cached = _count(usage.get("prompt_tokens_details"), "cached_tokens")
+    details = usage.get("prompt_tokens_details")
+    # DeepSeek has its own name for it, and Anthropic's go through gateways.
+    cached = _first_count(
+        *((details, "cached_tokens"), (usage, "prompt_cache_hit_tokens")),
+        (usage, "cache_read_input_tokens"),
+    )
+    written = _first_count(
+        *((details, "cache_write_tokens"), (details, "cache_creation_tokens")),
+        (usage, "cache_creation_input_tokens"),
+    )
     return Tokens(
         input=prompt,
         output=completion + beside,
-        # DeepSeek has its own name for it.
-        cached=min(prompt, cached or _count(usage, "prompt_cache_hit_tokens")),
+        cached=min(prompt, cached),
         reasoning=min(completion + beside, max(told, beside)),
+        cache_write=min(prompt - min(prompt, cached), written),
     )
+
+
+def _first_count(*places: tuple[object, str]) -> int:
+    return next(filter(None, (_count(usage, name) for usage, name in places)), 0)
 
 
 def _count(usage: object, name: str) -> int:

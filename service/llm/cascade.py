@@ -113,7 +113,9 @@ class Step:
 
     def bill(self, answer: Completion | Failure) -> Bill:
         """What a call cost: only answers are charged, as far as endpoints tell."""
-        return bill(answer.tokens, self.cost) if isinstance(answer, Completion) else Bill()
+        if not isinstance(answer, Completion):
+            return Bill()
+        return bill(answer.tokens, self.cost, answer.tier, answer.told_usd)
 
 
 Next: TypeAlias = Extracted | Rejected | Conversation | CallFailure

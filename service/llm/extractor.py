@@ -22,12 +22,12 @@ from pydantic_core import from_json
 from service.core.admission.admission import Admission, Limits, Meter
 from service.core.admission.budgets import NO_TOKENS, Estimate
 from service.core.admission.circuit import Circuit
-from service.core.errors import CallFailure, NoRoom
+from service.core.errors import CallFailure, NoRoom, WrongSettings
 from service.core.events import Called, CallResult, Observe, Repaired
 from service.core.messages import Extracted, Reason, Rejected
 from service.llm.allowance import read_allowance
 from service.llm.answer_text import Mode
-from service.llm.answers import BrokenAnswer, Completion, read_completion
+from service.llm.answers import BrokenAnswer, Completion, read_completion, with_headers
 from service.llm.bounded import ERROR_MAX_BYTES, TooLarge, Undecodable
 from service.llm.cascade import LONGER_FACTOR, OTHER_NAME, Cascade, Next, Step
 from service.llm.connection import Connection
@@ -68,6 +68,15 @@ CUT_BYTES_PER_TOKEN = 4.4
 was cut. By chance one large request in a thousand counts so, and it is said once."""
 ADAPTATIONS_MAX = 8
 """Parameters and forms that one call finds out about; more than there are to be learned."""
+NO_PRICE = (
+    "limits.spend_usd_per_hour: no price is known for the model {model!r} at {url}, so that "
+    "nothing would ever be counted: set prices: {{{model}: {{input: …, output: …}}}} (US dollars "
+    "for a million tokens), or prices: {{{model}: gateway}} where answers tell their cost "
+    "(x-litellm-response-cost, usage.cost), or leave the limit out."
+)
+ESTIMATES_MAX = 10_000
+"""What was estimated for messages whose call has not begun; more than ever wait for one. One that
+is forgotten is estimated anew."""
 BOM = b"\xef\xbb\xbf"
 DECIDES_ANSWERS = frozenset(
     {
@@ -99,6 +108,8 @@ class OpenAIExtractor:
         extraction = settings.extraction
         self._meter = meter or Admission(Limits(settings.limits.concurrency), Circuit(_no_jitter))
         self._estimator = Estimator(extraction.output_tokens_max)
+        self._said: dict[int, Estimate] = {}  # by the text's hash, until its call begins
+        self._sized: tuple[str | None, int] = (None, 0)
         self._extraction = extraction
         self._observe = observe
         self._settings = settings
@@ -135,13 +146,16 @@ class OpenAIExtractor:
     def _step(self, model: str) -> Step:
         connection = self._connections.get(model, self._connection_main)
         base_url = connection.endpoint.base_url
+        cost = cost_of(model, self._settings.prices, base_url)
+        if model and cost is None and self._settings.limits.spend_usd_per_hour is not None:
+            raise WrongSettings(NO_PRICE.format(model=model, url=base_url))
         return Step(
             model,
             connection,
             forms=self._question.forms,
             ask_in=partial(self._question.template, model, base_url),
             longer_max=LONGER_FACTOR * self._extraction.output_tokens_max,
-            cost=cost_of(model, self._settings.prices, base_url),
+            cost=cost,
         )
 
     @property
@@ -223,13 +237,15 @@ class OpenAIExtractor:
         texts hold nothing of the message. Cancellation cuts the call in flight, and no more.
         """
         then = progress if isinstance(progress, Conversation) else self._begin(text)
-        charged = True  # the first call, by the pipeline that gave the slot
+        # The first call was charged by the pipeline, which gave the slot.
+        charged = self._said.pop(hash(text), None)
+        first = True
         while True:
             match then:
                 case Conversation():
-                    if not charged:
-                        self._ask_for_room(then)
-                    then, charged = await self._turn(then, publish), False
+                    if charged is None:
+                        charged = self._estimate(then) if first else self._room_for(then)
+                    then, charged, first = await self._turn(then, publish, charged), None, False
                 case CallFailure():
                     raise then
                 case _:
@@ -243,21 +259,34 @@ class OpenAIExtractor:
             return Rejected(Reason.UNDECODABLE, detail, self._cascade.unspent)
 
     def estimate(self, text: str, progress: object | None) -> Estimate:
-        """The tokens of the next call for it, as far as calls before have taught."""
-        if isinstance(progress, Conversation):
-            return self._estimate(progress)
-        step = self._cascade.first
-        return self._estimator.estimate(step.model, step.request.size_bytes + _bytes(text))
+        """The tokens of the next call for it, as far as calls before have taught. What was said
+        here is what that call is charged with, so that it is corrected by what it has used."""
+        talk = progress if isinstance(progress, Conversation) else self._begin(text)
+        estimate = self._estimate(talk) if isinstance(talk, Conversation) else NO_TOKENS
+        self._said[hash(text)] = estimate
+        if len(self._said) > ESTIMATES_MAX:
+            del self._said[next(iter(self._said))]
+        return estimate
 
     def _estimate(self, talk: Conversation) -> Estimate:
+        """By the size of the very body that is sent: what quotes, line ends and other scripts take
+        there is what was learned from the bodies before."""
         step = self._cascade.step(talk)
-        size = step.request.size_bytes + _bytes(talk.text) + len(talk.tail)
-        return self._estimator.estimate(step.model, size)
+        return self._estimator.estimate(step.model, self._size_bytes(step, talk))
 
-    def _ask_for_room(self, talk: Conversation) -> None:
+    def _size_bytes(self, step: Step, talk: Conversation) -> int:
+        text, size_bytes = self._sized
+        if text is not talk.text:  # admission asks again and again for the one that waits
+            size_bytes = len(step.request.opening(talk.text))
+            self._sized = talk.text, size_bytes
+        return step.asked(talk).size_bytes + size_bytes + len(talk.tail)
+
+    def _room_for(self, talk: Conversation) -> Estimate:
         """Every call counts, re-asks too: one for which there is no room waits without a slot."""
-        if not self._meter.again(time.monotonic(), self._estimate(talk)):
+        estimate = self._estimate(talk)
+        if not self._meter.again(time.monotonic(), estimate):
             raise NoRoom(progress=talk, provenance=talk.spent)
+        return estimate
 
     async def probe(self) -> None:
         """The request of any message with a fixed tiny text. Raises as `call` does; whatever it
@@ -292,9 +321,7 @@ class OpenAIExtractor:
             case Transient(result="rate_limited" | "overloaded"):
                 self._meter.used(time.monotonic(), charged, 0)
 
-    async def _turn(
-        self, talk: Conversation, publish: Publish | None, charged: Estimate | None = None
-    ) -> Next:
+    async def _turn(self, talk: Conversation, publish: Publish | None, charged: Estimate) -> Next:
         """One call from sending to verdict, told to whoever observes."""
         step = self._cascade.step(talk)
         began = time.monotonic()
@@ -302,7 +329,6 @@ class OpenAIExtractor:
         bill = Bill()
         try:
             body = step.body(talk)
-            charged = charged or self._estimator.estimate(step.model, len(body))
             for _ in range(ADAPTATIONS_MAX):
                 asked = step.asked(talk)
                 answer = await self._asked(step, asked, talk, publish)
@@ -314,6 +340,7 @@ class OpenAIExtractor:
             self._used(step, answer, len(body), charged)
             self._repaired(answer)
             bill = step.bill(answer)
+            self._warn_of_no_price(step, answer, bill)
             verdict = self._cascade.judge(answer, talk.paid(bill))
             result = verdict.result
             return verdict.then
@@ -404,6 +431,18 @@ class OpenAIExtractor:
                 tokens,
             )
 
+    def _warn_of_no_price(self, step: Step, answer: Completion | Failure, bill: Bill) -> None:
+        """A limit of dollars that nobody counts would stop nothing."""
+        limited = self._settings.limits.spend_usd_per_hour is not None
+        if limited and isinstance(answer, Completion) and bill.cost_usd is None:
+            self._say_once(
+                step,
+                "price",
+                "an answer of %s does not say what it has cost: limits.spend_usd_per_hour does not "
+                "count it; set a price for the model under prices",
+                step.model,
+            )
+
     def _repaired(self, answer: Completion | Failure) -> None:
         if isinstance(answer, Completion):
             for how in answer.answer.repairs:
@@ -432,13 +471,14 @@ class OpenAIExtractor:
             return self._too_large(step)
         self._told(response.headers, asked_at_s)
         try:
-            return read_completion(
+            completion = read_completion(
                 step.connection.endpoint.scrubbed(response.content),
                 mode,
                 many=self.record_type.many,
             )
         except BrokenAnswer as broken:
             return self._broken(step, talk, broken.error, response)
+        return with_headers(completion, response.headers)
 
     async def _send_streaming(
         self, step: Step, body: bytes, talk: Conversation, mode: Mode, publish: Publish

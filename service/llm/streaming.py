@@ -26,7 +26,7 @@ from pydantic_core import from_json, to_json
 
 from service.core.messages import Extracted, Part, Provenance, Record
 from service.llm.answer_text import TWO_OBJECTS, AnswerText, Mode, beginning_of, content_of
-from service.llm.answers import BrokenAnswer, Completion, read_completion
+from service.llm.answers import BrokenAnswer, Completion, read_completion, with_headers
 from service.llm.bounded import TooLarge, lines
 from service.llm.lean import LeanPost
 from service.llm.records import RecordType, new_answer_id
@@ -242,7 +242,9 @@ class Streaming:
         async with AsyncExitStack() as stack:
             response = await clock.wait_for(stack.enter_async_context(lean.stream(body)))
             try:
-                return await self._read(response, mode, answer, clock)
+                return with_headers(
+                    await self._read(response, mode, answer, clock), response.headers
+                )
             except BrokenAnswer as error:
                 raise BrokenStream(response, error.error) from None
 
@@ -342,6 +344,7 @@ class _Gathered:
         self._thoughts = ""
         self._answered = False  # there was a choice
         self._usage: object = None
+        self._tier: object = None
         self.finish_reason: object = None
 
     def add(self, chunk: object) -> str:
@@ -351,6 +354,7 @@ class _Gathered:
         if error := chunk.get("error"):
             raise BrokenAnswer(error)
         self._usage = chunk.get("usage") or self._usage
+        self._tier = chunk.get("service_tier") or self._tier
         match chunk.get("choices"):
             case [{"error": error}, *_] if error:
                 raise BrokenAnswer(error)
@@ -425,7 +429,7 @@ class _Gathered:
         choice = {"message": message, "finish_reason": self.finish_reason}
         choices = [choice] if self._answered else []
         try:
-            body = to_json({"choices": choices, "usage": self._usage})
+            body = to_json({"choices": choices, "usage": self._usage, "service_tier": self._tier})
         except ValueError:  # half a character
             raise BrokenAnswer from None
         return read_completion(body, self._mode, many=True)

@@ -15,6 +15,7 @@ from service.settings.sections import (
     SecuritySettings,
     Start,
     TelemetrySettings,
+    ToldPrice,
     legal_headers,
     legal_url,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "Settings",
     "Start",
     "TelemetrySettings",
+    "ToldPrice",
     "legal_headers",
     "legal_url",
     "warnings",

@@ -323,6 +323,8 @@ class Price(Section):
     input: float = Field(ge=0, allow_inf_nan=False)
     cached: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """Of the input, what the provider read from its own cache; without it as `input`."""
+    cache_write: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Of the input, what the provider wrote to its own cache; without it as `input`."""
     output: float = Field(ge=0, allow_inf_nan=False)
 
 
@@ -333,6 +335,22 @@ class EndpointSettings(Section):
     """As OPENAI_BASE_URL is."""
     key_file: Path | None = None
     """A file that holds the key, read anew when it changes; without it no key is sent."""
+
+
+class ToldPrice(Price):
+    """Each answer tells what it has cost."""
+
+    input: float = 0.0
+    output: float = 0.0
+
+
+def _told(value: Any) -> Any:
+    return ToldPrice() if value == "gateway" else value
+
+
+PriceOrGateway: TypeAlias = Annotated[
+    Price, BeforeValidator(_told, json_schema_input_type=Price | Literal["gateway"])
+]
 
 
 class ExtractionSettings(Section):

@@ -26,7 +26,7 @@ from service.settings.sections import (
     KafkaSettings,
     LimitSettings,
     OutputSettings,
-    Price,
+    PriceOrGateway,
     RetrySettings,
     SecuritySettings,
     TelemetrySettings,
@@ -78,10 +78,10 @@ class Settings(BaseSettings):
     delivery: DeliverySettings = Field(default_factory=DeliverySettings)
     telemetry: TelemetrySettings = Field(default_factory=TelemetrySettings)
     cache: CacheSettings = Field(default_factory=CacheSettings)
-    prices: dict[str, Price] = Field(default_factory=dict)
-    """What models cost, by their names: {input, cached, output} in US dollars for a million
-    tokens; in the environment as JSON. They win over the prices that are known of public
-    endpoints."""
+    prices: dict[str, PriceOrGateway] = Field(default_factory=dict)
+    """What models cost, by their names: {input, cached, cache_write, output} in US dollars for a
+    million tokens, or the word `gateway` where each answer tells its cost; in the environment as
+    JSON. They win over the prices that are known of public endpoints."""
     retries: RetrySettings = Field(default_factory=RetrySettings)
 
     @property

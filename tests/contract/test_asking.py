@@ -339,3 +339,58 @@ async def test_a_cache_breakpoint_stands_behind_what_is_the_same(endpoint: Endpo
     *stable, text = sent["messages"]
     assert stable[-1]["content"][-1]["cache_control"] == breakpoint
     assert isinstance(text["content"], str)
+
+
+# --- what it costs -------------------------------------------------------------------------------
+
+
+def limited(**settings: Any) -> OpenAIExtractor:
+    given = {"extraction": {"model": MODEL}, "limits": {"spend_usd_per_hour": 1.0}, **settings}
+    return OpenAIExtractor(Settings.model_validate(given), lambda _: None)
+
+
+def test_a_limit_of_dollars_needs_a_price(endpoint: Endpoint) -> None:
+    """Without one nothing would ever be counted; the sentence names the ways out."""
+    with pytest.raises(WrongSettings, match="no price is known") as wrong:
+        limited()
+    for way in (f"prices: {{{MODEL}: {{input:", f"prices: {{{MODEL}: gateway}}"):
+        assert way in str(wrong.value)
+    limited(prices={MODEL: {"input": 1, "output": 2}})
+    limited(prices={MODEL: "gateway"})
+    with pytest.raises(WrongSettings, match="'large'"):
+        limited(extraction={"model": [MODEL, "large"]}, prices={MODEL: {"input": 1, "output": 2}})
+
+
+async def test_a_limit_of_dollars_needs_a_price_of_the_model_that_was_found(
+    endpoint: Endpoint,
+) -> None:
+    """Also where only the endpoint says which model there is."""
+    extractor = limited(extraction={})
+    await extractor.start()
+    try:
+        with pytest.raises(WrongSettings, match="no price is known"):
+            await extractor.check()
+    finally:
+        await extractor.stop()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_what_a_gateway_says_is_what_it_costs(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    """By its header, with an answer at once and with one in pieces."""
+    endpoint.script = lambda _: Step(headers=(("x-litellm-response-cost", "0.25"),))
+    many = {"cardinality": "many", "streaming": True} if streaming else {}
+    given = Settings(
+        extraction={"model": MODEL, **many},
+        delivery={"ordering": "none"},
+        prices={MODEL: "gateway"},
+    )
+
+    async def publish(_: object) -> None:
+        return None
+
+    async with started(given=given) as extractor:
+        outcome = await extractor.call(ADA, None, publish if streaming else None)
+    assert isinstance(outcome, Extracted)
+    assert outcome.provenance.cost_usd == 0.25

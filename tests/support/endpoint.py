@@ -438,7 +438,8 @@ class _Connection(asyncio.Protocol):
             return
         status, reply = reply_to(step, asked)
         if _streams(asked.body) and isinstance(reply, dict) and reply.get("choices"):
-            self._transport.write(_STREAM_HEAD)
+            own = "".join(f"{name}: {value}\r\n" for name, value in step.headers)
+            self._transport.write(_STREAM_HEAD[:-2] + own.encode() + b"\r\n")
             self._stream(_pieces(reply, step), step, began)
             return
         self._end(step, began)
