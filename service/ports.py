@@ -1,4 +1,4 @@
-"""What the pipeline asks of what stands around it: adapters implement these, and import no more.
+"""The protocols between the pipeline and its adapters, which import nothing else of the pipeline.
 
 Rules of this file: protocols and the types in their signatures, nothing that runs.
 """
@@ -26,51 +26,57 @@ from service.core.messages import (
 from service.core.tracker import Given, Progress
 
 Piece: TypeAlias = Part | Extracted | Aborted
-"""One step of a set of records that goes out while the model still writes."""
+"""What is published for a streamed answer: one record, the last ones, or the marker that aborts the
+answer."""
 
 Publish: TypeAlias = Callable[[Part], Awaitable[None]]
-"""What an extractor hands records to, one at a time; it waits while Kafka is slow, which is not
-the model's time, and raises `OutputTooLarge`, which ends the answer."""
+"""An extractor hands records to this function, one at a time. It waits while Kafka is slow; that
+time does not count as the model's. It raises `OutputTooLarge`, which ends the answer."""
 
 
 class Assignment(Protocol):
-    """What a source tells about the partitions it holds, from within a rebalance."""
+    """The pipeline as its source sees it: the source tells it which partitions are held, from
+    within a rebalance, and asks it what to store."""
 
     async def revoked(self) -> None:
-        """All partitions are in question: finish what is in flight, bounded, and commit it.
+        """A rebalance has begun: finish what is in flight, within a bound, and commit it.
 
         Returns within the rebalance drain plus one bounded commit. Afterwards nothing of these
-        partitions is published or committed until `assigned` says whose they are.
+        partitions is published or committed until `assigned` says which of them we hold.
         """
 
     def assigned(self, given: Mapping[Partition, Given]) -> None:
-        """These are held now, and no others.
+        """Exactly these partitions are held now.
 
-        A partition with the epoch it had before keeps its messages and running calls; one with
-        a new epoch starts anew; one that is missing is lost: its calls are cancelled, its
-        outcomes neither published nor committed. Called after the restore (offset and completed
-        map read, seek done) and before the first message of the new epochs is returned by `poll`.
+        A partition with the epoch it had before keeps its messages and running calls. A partition
+        with a new epoch starts anew. One that is missing is lost: its calls are cancelled, and its
+        outcomes are neither published nor committed. The source calls this after the restore
+        (offset and completed map read, seek done) and before `poll` returns the first message of a
+        new epoch.
         """
 
     def progress(
         self, partition: Partition, finishing: frozenset[int] = frozenset()
     ) -> Progress | None:
-        """What Kafka should hold of a partition, once `finishing` has finished too.
+        """The progress to store for a partition, as it is once `finishing` has finished too.
 
-        None where it is not held.
+        None where the partition is not held.
         """
 
     def has_room(self, partition: Partition) -> bool:
-        """Whether the completed map surely holds whatever finishes of what was taken until now.
+        """Whether the completed map surely has room, whichever of the messages taken until now
+        finish.
 
-        Quick; where it says no, `progress` tells what the map would be.
+        It takes no time. Where it returns False, `progress` tells what the map would be.
         """
 
     def stored(self, partition: Partition, progress: Progress) -> None:
-        """Kafka holds this now; told only while the partition is held as it was when asked."""
+        """Kafka holds this progress now. The source calls it only where the partition is still held
+        under the epoch for which it asked `progress`."""
 
     def seen(self, lags: Mapping[Partition, int | None]) -> None:
-        """Every partition of the input topics, whoever holds it, and its lag where it is known."""
+        """The source has read the lags: `lags` names every partition of the input topics, ours and
+        those of others; None: the lag is not known."""
 
 
 class Source(Protocol):
@@ -84,15 +90,15 @@ class Source(Protocol):
         """
 
     async def commit(self, partitions: AbstractSet[Partition]) -> None:
-        """Store their progress, within a bounded time; raises `CommitFailed`.
+        """Store the progress of these partitions, within a bounded time; raises `CommitFailed`.
 
-        It asks its `Assignment` for it, in the moment in which it is sent, and tells it when it
-        is stored.
+        The source asks its `Assignment` for the progress in the moment in which it sends it, and
+        tells the `Assignment` what is stored.
         """
 
 
 class Extractor(Protocol):
-    """What turns a text into records."""
+    """Turns a text into records."""
 
     async def call(self, text: str, progress: object | None) -> Extracted | Rejected:
         """One call and its re-asks.
@@ -103,19 +109,19 @@ class Extractor(Protocol):
         """
 
     def estimate(self, text: str, progress: object | None) -> Estimate:
-        """The tokens of the next call for it."""
+        """The tokens of the next call for this text."""
 
     async def probe(self) -> None:
-        """One tiny call, the same each time, whose answer nobody reads; raises as `call` does."""
+        """One tiny call, the same each time, whose answer is not read; raises as `call` does."""
 
 
 class Streams(Protocol):
-    """An extractor that lets go of a record while the model writes the next one."""
+    """An extractor that publishes a record while the model writes the next one."""
 
     async def stream(
         self, text: str, progress: object | None, publish: Publish
     ) -> Extracted | Rejected:
-        """As `Extractor.call`; the outcome holds the records that did not go out before."""
+        """As `Extractor.call`; the outcome holds only the records that are not published yet."""
 
 
 class Sink(Protocol):
@@ -131,15 +137,16 @@ class Sink(Protocol):
 
 
 class Trace(Protocol):
-    """One message's way through the pipeline, as somebody records it."""
+    """The recording of one message's way through the pipeline."""
 
     def asking(self) -> AbstractContextManager[None]:
-        """Around an attempt: what is told in its task belongs to this message."""
+        """A context for one attempt: the events of its task belong to this message."""
 
     async def publish(
         self, sink: Sink, message: Message, outcome: Publishable
     ) -> asyncio.Future[None]:
-        """The sink's `publish`, whose outputs then name this trace."""
+        """Calls the sink's `publish` so that the outputs name this trace."""
 
     def ended(self, outcome: Outcome | None) -> None:
-        """Its outcome is acknowledged; None: it was let go of or lost, and comes again."""
+        """The outcome is acknowledged. None: the message was let go or lost, and will be delivered
+        again."""

@@ -156,8 +156,8 @@ TAKEN_AWAY = (
     Mutation(
         "4 a drain takes what a poll under way returns",
         INTAKE,
-        "            if self._phase.stopping:\n                # What was let go",
-        "            if False:\n                # What was let go",
+        "            if self._phase.stopping:\n                # Messages that were let",
+        "            if False:\n                # Messages that were let",
         (WAY + "a_drain_goes_on_polling_and_takes_nothing",),
     ),
     Mutation(
@@ -296,8 +296,8 @@ TAKEN_AWAY = (
     Mutation(
         "11 a slot is lost with a call that was called off before its first step",
         CALLS,
-        "        if self._turns.get(entry) is turn:  # it has never begun",
-        "        if False:  # it has never begun",
+        "        if self._turns.get(entry) is turn:  # `_call` has never begun",
+        "        if False:  # `_call` has never begun",
         (
             REBALANCE + "a_call_that_is_called_off_before_it_begins_gives_its_slot_back",
             REBALANCE + "a_suspect_that_is_called_off_before_it_begins_lets_others_run",
@@ -485,7 +485,7 @@ TAKEN_AWAY = (
     Mutation(
         "16 a drain with an open circuit asks without end",
         PROBING,
-        "            return None  # the end of a call asks again\n",
+        "            return None  # the end of a running call calls `admit` again\n",
         "            return now_s + wait_s\n",
         (ADMISSION + "a_drain_sends_no_probe_that_nobody_waits_for",),
     ),

@@ -33,7 +33,7 @@ from service.pipeline.publishing import Publishing
 
 
 class Answering:
-    """Gives messages their outcomes, and those that failed another attempt."""
+    """Gives a message its outcome, or another attempt where the last one failed."""
 
     def __init__(
         self,
@@ -56,8 +56,8 @@ class Answering:
     def failed(self, entry: Entry, turn: Turn, failure: CallFailure) -> None:
         now_s = clock.now_s()
         service = isinstance(failure, ServiceFailure)
-        # One call counts once, however many waited; and while a probe is out, its answer counts,
-        # not that of a call from before.
+        # A call for which several messages waited counts once. While a probe is out, only its
+        # answer counts: this call began before it.
         if not failure.shared and not self._admission.probe_is_out:
             tell_the_circuit(self._admission, now_s, failure)
         if failure.reason in OVERLOAD:
@@ -73,14 +73,14 @@ class Answering:
             self.answer(entry, outcome)
             return
         if entry.attempts_that_count >= self._bounds.attempts_max:
-            self._admission.doubt(now_s)  # nobody else has shown that the provider is there
+            self._admission.doubt(now_s)  # no other message shows that the provider is reachable
         delay_s = self._backoff.delay_s(entry.attempts, self._uniform, failure.retry_after_s)
         self._window.retry(entry, now_s, now_s + delay_s)
         if self._phase.draining:
             self.let_go()
 
     def let_go(self) -> None:
-        """Forget messages that cost nothing to forget."""
+        """Forget messages for which nothing has to be paid again; see `Window.let_go`."""
         self._window.let_go()
         self._publishing.end_traces()
 
@@ -95,14 +95,15 @@ class Answering:
         return self._overstayed(entry) if self._asking.overstays(entry) else None
 
     def cut_off(self, entry: Entry) -> None:
-        """The message's time was over before it had an answer."""
+        """`message_timeout_s` was over before the message had an answer."""
         self.answer(entry, self._overstayed(entry))
 
     def _overstayed(self, entry: Entry) -> Outcome:
         return self._postponed(entry) or overstayed(entry, self._bounds.message_timeout_s)
 
     def _postponed(self, entry: Entry) -> Postponed | None:
-        """An exhausted message goes to the retry topic, where there is one, so and so often."""
+        """The outcome of an exhausted message that may still go to the retry topic; None where
+        there is no such topic, or the message was there `attempts_max` times already."""
         later, now_ms = self._bounds.later, self._wall_ms()
         made = attempts(entry, entry.spent)
         history = lived_on(entry.message, made, entry.first_failed_at_ms or now_ms)
@@ -112,7 +113,7 @@ class Answering:
         return Postponed(replace(history, retries=history.retries + 1, due_ms=due_ms).headers)
 
     def answer(self, entry: Entry, outcome: Outcome) -> None:
-        """The message has its outcome; a rejected one is told how it came to it."""
+        """The message has its outcome. A rejection also gets the message's failed attempts."""
         if entry.holding.lost:
             return
         if isinstance(outcome, Rejected):
@@ -122,7 +123,8 @@ class Answering:
         self._window.answered(entry, outcome, clock.now_s())
 
     def _explained(self, entry: Entry, rejected: Rejected) -> Rejected:
-        """How the message came to it; before `with_calls_beside`."""
+        """The rejection with attempts, first failure and records that are out. It has to come
+        before `with_calls_beside`, whose calls `attempts` counts by itself."""
         first_ms = entry.first_failed_at_ms
         return replace(
             rejected,

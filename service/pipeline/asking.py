@@ -1,5 +1,4 @@
-"""One attempt for one message: alone where it is a suspect, hedged where the first call is slow,
-cut off where the message has held up its lane for too long."""
+"""One attempt for one message: a suspect runs alone, a slow call is hedged, a late one cut off."""
 
 from __future__ import annotations
 
@@ -27,8 +26,8 @@ from service.pipeline.streaming import Streaming
 from service.ports import Extractor
 
 LOOK_S = 1.0
-"""The time between two looks at a call that is overdue by a setting, while something else does
-not let it be cut off or hedged yet."""
+"""Seconds between two looks at a call that should be hedged or cut off already, while another rule
+does not allow it yet."""
 
 
 class Asking:
@@ -50,16 +49,18 @@ class Asking:
         self._watches = bounds.hedge_after_s is not None or bounds.message_timeout_s is not None
 
     async def alone(self, entry: Entry, turn: Turn) -> Result | CutOff:
-        """While it runs nobody else does, and if the process dies now, it is known of what."""
+        """An attempt for a suspect. No other call runs beside it, and Kafka holds its offset: if
+        the process dies now, the next holder knows which message was the cause."""
         await self._mark_alone(entry, entry.message.offset)
         result = await self.ask(entry, turn)
         await self._mark_alone(entry, None)
         return result
 
     async def _mark_alone(self, entry: Entry, offset: int | None) -> None:
-        """Kafka knows who runs alone before he does, and that he has survived before others run.
+        """Store in Kafka which message runs alone (None: none does).
 
-        Waits until it is stored, for as long as the partition is ours.
+        It is stored before the message runs, and again before others run after it. Tries until it
+        is stored; where the partition is lost, the task is cancelled.
         """
         entry.holding.alone = offset
         while True:
@@ -68,7 +69,7 @@ class Asking:
             await asyncio.sleep(COMMIT_AGAIN_S)
 
     async def ask(self, entry: Entry, turn: Turn) -> Result | CutOff:
-        """One attempt, with whatever the settings put beside it."""
+        """One attempt, with the hedge and the time limit of the settings."""
         self._hedges.called()
         if not self._watches:
             return await self._once(entry)
@@ -85,9 +86,9 @@ class Asking:
     # --- a second call, or an end ----------------------------------------------------------------
 
     async def _watched(self, entry: Entry, turn: Turn) -> Result | CutOff:
-        """It may be asked a second time beside the first, or be cut off.
+        """An attempt that may get a second call beside the first, or be cut off.
 
-        The first answer wins; what failed is returned only where nothing else is under way.
+        The first answer wins. A failure is returned only when no other call of the attempt runs.
         """
         async with asyncio.TaskGroup() as calls:
             running = {first := calls.create_task(self._once(entry))}
@@ -106,7 +107,7 @@ class Asking:
                     second = calls.create_task(self._once(entry))
                     second.add_done_callback(self._second_ended)
                     running.add(second)
-            stream = self._streaming.of(entry)  # it is forgotten with its task
+            stream = self._streaming.of(entry)  # read now: the end of the call's task forgets it
             for call in running:
                 call.cancel()
         result = CutOff() if cut_off else reduce(better, ended.values())
@@ -124,10 +125,11 @@ class Asking:
     def _account_beside(
         self, entry: Entry, result: Result | CutOff, ended: tuple[Result, ...], called_off: int
     ) -> None:
-        """Calls of an attempt that its result does not know of: they are counted, and spent.
+        """Count the calls of an attempt that its result does not count, and what they cost.
 
-        One that has ended tells what it has cost. One that was called off because the other was
-        answered is priced as that one's last call; where none was answered nobody knows.
+        A call that has ended tells its cost. For a call that was cancelled because the other one
+        was answered, the cost of that other call is assumed; where no call was answered, the cost
+        is not known and counts as 0.
         """
         known = () if isinstance(result, CutOff) else (result,)
         calls = sum(calls_made(entry, each) for each in ended)
@@ -140,13 +142,13 @@ class Asking:
             self._admission.spent(clock.now_s(), beside_usd)
 
     def _look_again_s(self, entry: Entry, turn: Turn, *, hedged: bool) -> float | None:
-        """When one of the two settings has something to say of a running call."""
+        """When to look at a running call again: at `hedge_after_s` or `message_timeout_s`."""
         now_s, moments = clock.now_s(), []
         if not hedged and (due_s := self._hedges.due_s(turn.started_s)) is not None:
             moments.append(due_s)
         if self._bounds.message_timeout_s is not None and entry.first_called_s is not None:
             moments.append(entry.first_called_s + self._bounds.message_timeout_s)
-        # What is overdue already is looked at again and again: something else holds it up.
+        # A moment that has passed is looked at again every `LOOK_S`: another rule holds it up.
         return min(
             (max(at_s, now_s + LOOK_S if at_s <= now_s else at_s) for at_s in moments), default=None
         )
@@ -164,14 +166,16 @@ class Asking:
         return True
 
     def _second_ended(self, _: asyncio.Task[Result]) -> None:
-        """A second call has a slot of its own, which comes back whether it has begun or not."""
+        """Give back the second call's own slot, also where its task never came to its first
+        step."""
         self._admission.release()
 
     def overstays(self, entry: Entry) -> bool:
-        """It has held up what stands behind it for too long, and not because of an outage.
+        """Whether the message has gone without an answer for `message_timeout_s`, and others are
+        answered meanwhile, so that no outage is the reason.
 
-        A streamed answer that has come to its end waits for Kafka only, and is not cut off: its
-        set may be complete, and the message has its records.
+        A streamed answer that has come to its end is not cut off: it only waits for Kafka, and its
+        set of records may be complete already.
         """
         if self._bounds.message_timeout_s is None or entry.first_called_s is None:
             return False

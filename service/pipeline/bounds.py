@@ -1,4 +1,4 @@
-"""How much the pipeline may take and how long it may wait."""
+"""The pipeline's bounds: how much it may take and how long it may wait."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ cost more CPU than it saves, and the rest of the window keeps the slots busy mea
 
 @dataclass(frozen=True, slots=True)
 class Later:
-    """Messages that are exhausted wait in the retry topic: how long, and how often."""
+    """How long an exhausted message waits in the retry topic, and how often at most."""
 
     delay_s: float
     attempts_max: int
@@ -27,15 +27,15 @@ class Bounds:
     window_bytes: int
     ordering: Ordering
     attempts_max: int
-    call_deadline_s: float  # one attempt with its re-asks: beyond it a call is overdue
+    call_deadline_s: float  # for one attempt with its re-asks; after it the call is overdue
     commit_interval_s: float
     drain_timeout_s: float
     rebalance_drain_s: float
     guard: GuardBounds = NEVER
     later: Later | None = None  # None: exhausted messages are rejected at once
-    message_timeout_s: float | None = None  # from its first call; None: however long it takes
-    hedge_after_s: float | None = None  # a second call for one that runs so long; None: never
+    message_timeout_s: float | None = None  # counted from its first call; None: no limit
+    hedge_after_s: float | None = None  # a call is hedged after this time; None: never
 
     def room_worth_a_poll(self, room: int) -> bool:
-        """Whether so many free places in the window are worth asking for messages."""
+        """Whether `room` free places in the window are enough for a poll."""
         return room >= max(1, self.window // POLL_SHARE)

@@ -1,8 +1,7 @@
 """From the queue to an answer: which message is called next, and what comes of its attempt.
 
-Rules of this file: what a call holds (its slot, its charge) is given back exactly once, whether
-its task came to its first step or not. While the circuit is not closed, nothing but a probe goes
-out, one at a time.
+Rules of this file: a call's slot and its charge are given back exactly once, whether its task
+came to its first step or not. While the circuit is not closed, only probes go out, one at a time.
 """
 
 from __future__ import annotations
@@ -34,7 +33,8 @@ from service.ports import Extractor
 
 
 class Calls:
-    """Why the queue waits, who has a slot, who runs alone, and when to look again."""
+    """Starts calls. It owns why the queue waits, which messages have a slot, which one runs alone,
+    and the timer after which it looks at the queue again."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Calls:
         self._phase, self._tasks, self._conditions = phase, tasks, conditions
         self._probing, self._answering = probing, answering
         self._asking, self._publishing = asking, publishing
-        self._hold: Hold | None = None  # why the queue waits
+        self._hold: Hold | None = None  # why the queue waits; None: admission lets calls start
         self._lags: Mapping[Partition, int | None] = {}
         self._turns: dict[Entry, Turn] = {}  # of the calls that have a slot now
         self._alone: Entry | None = None  # the only call that may run now
@@ -65,7 +65,7 @@ class Calls:
     # --- admission -------------------------------------------------------------------------------
 
     def admit(self) -> None:
-        """Start calls while there are slots, and see to it that somebody asks again."""
+        """Start calls as far as admission allows, and set a timer where a later look is needed."""
         if not self._tasks.is_open or not self._phase.may_call:
             return
         now_s = clock.now_s()
@@ -76,7 +76,7 @@ class Calls:
         self._hold = None
         while (entry := self._window.next_queued()) is not None:
             if self._alone is not None or (entry.alone and self._window.calling):
-                break  # the end of a call goes on with it
+                break  # the end of a running call calls `admit` again
             if (held_s := self._guard.wait_s(now_s)) > 0.0:
                 ask_again_s = _earlier(ask_again_s, now_s + held_s)
                 break
@@ -100,7 +100,8 @@ class Calls:
         self._wake_at(ask_again_s)
 
     def _requeue(self, now_s: float) -> float | None:
-        """Retries that are due, as many as may be; returns when there are more to look for."""
+        """Queue the retries that are due, as many as the quota allows. Returns when to look for
+        further ones; None: there are none."""
         admission = self._admission
         admission.took_retries(self._window.requeue_due(now_s, admission.retries_available(now_s)))
         due_s = self._window.next_retry_s
@@ -108,29 +109,29 @@ class Calls:
 
     @property
     def waits_for_budget(self) -> bool:
-        """The queue waits for it, so that fetching more makes no sense."""
+        """Whether the queue waits for a budget, so that fetching more messages makes no sense."""
         if self._hold is None or self._hold.cause not in BUDGETS:
             return False
         return self._window.next_queued() is not None
 
     @property
     def held(self) -> bool:
-        """Something keeps the queue waiting: slots, a budget, a cooldown."""
+        """Whether admission keeps the queue waiting (slots, a budget, a cooldown)."""
         return self._hold is not None
 
     def waits(self, now_s: float) -> Mapping[Cause, float]:
-        """Seconds until the next call may start, by each cause that holds it up; slots apart."""
+        """Seconds until the next call may start, by cause; slots are not among the causes."""
         entry = self._window.next_queued()
         if entry is None:
             return self._admission.waits(now_s)
         return self._admission.waits(now_s, self._extractor.estimate(entry.text, entry.progress))
 
     def share_out(self) -> None:
-        """Our part of the budgets follows the partitions and their lags."""
+        """Set our share of the budgets anew, from the partitions held and the lags."""
         self._admission.set_share(clock.now_s(), share(self._window.held.keys(), self._lags))
 
     def seen(self, lags: Mapping[Partition, int | None]) -> None:
-        """Every partition of the input topics and its lag, where it is known."""
+        """Take over new lags, by partition of the input topics; None: not known."""
         self._lags = lags
         self.share_out()
         self.admit()
@@ -144,7 +145,7 @@ class Calls:
             self._wake = loop.call_at(when_s, self._tasks.called_back, self.admit)
 
     def close(self) -> None:
-        """Nothing starts any more; the probe that runs is called off."""
+        """No call starts any more; a running probe is cancelled."""
         if self._wake is not None:
             self._wake.cancel()
         self._probing.close()
@@ -152,8 +153,9 @@ class Calls:
     # --- one call --------------------------------------------------------------------------------
 
     def _start(self, entry: Entry, turn: Turn) -> None:
-        """What the call holds is given back where its attempt ends, or where its task does: a
-        task that is cancelled before its first step runs none of its code."""
+        """Start the task of a call. `_call` gives slot and charge back when its attempt ends; the
+        callback `_ended` does it for a task that was cancelled before its first step, because none
+        of its code runs then."""
         self._turns[entry] = turn
         self._tasks.start(
             entry.holding, self._call, entry, turn, ended=partial(self._ended, entry, turn)
@@ -162,7 +164,7 @@ class Calls:
     def _ended(self, entry: Entry, turn: Turn, task: asyncio.Task[None] | None) -> None:
         if task is not None:
             self._tasks.over(task)
-        if self._turns.get(entry) is turn:  # it has never begun, so nothing went out
+        if self._turns.get(entry) is turn:  # `_call` has never begun, so no request was sent
             self._admission.unused(clock.now_s(), turn.estimate)
             self._give_back(entry)
             self._wake_at(clock.now_s())  # the slot is free for another
@@ -176,7 +178,7 @@ class Calls:
         self._conditions.moved_on()
 
     async def _call(self, entry: Entry, turn: Turn) -> None:
-        """One attempt; then whatever the lane can publish."""
+        """One attempt; afterwards everything that its lane can publish now."""
         ask = self._asking.alone if entry.alone else self._asking.ask
         try:
             if (trace := self._publishing.traces.get(entry)) is None:
@@ -206,14 +208,15 @@ class Calls:
         await self._publishing.hand_over(entry.holding, entry.lane)
 
     def _account(self, entry: Entry, turn: Turn, result: Result | CutOff) -> None:
-        """What an attempt has cost; one that took its answer from the cache has cost nothing."""
+        """Report the attempt's cost to admission. An answer from the cache has cost nothing, so its
+        charge is given back."""
         if isinstance(result, CutOff) or result.provenance is None:
             return
         spent = result.provenance
         before, entry.spent = entry.spent, spent
         usd = spent.cost_usd - (0.0 if before is None else before.cost_usd)
         answered = not (spent.cached or isinstance(result, TransientFailure | ServiceFailure))
-        if usd > 0 or answered:  # what nobody answered says nothing of what a call costs
+        if usd > 0 or answered:  # a call without an answer does not show what a call costs
             self._admission.spent(clock.now_s(), usd)
         if spent.cached:
             self._admission.unused(clock.now_s(), turn.estimate)

@@ -1,4 +1,5 @@
-"""What is finished is stored in Kafka: regularly, at the end, and when somebody has to know."""
+"""Commits: progress is stored in Kafka regularly, at the end, and when another part waits for
+it."""
 
 from __future__ import annotations
 
@@ -17,13 +18,12 @@ from service.ports import Source
 log = logging.getLogger(__name__)
 
 FINAL_COMMITS_S = 5.0
-"""Seconds after the first one in which a further last commit of a run may begin. A rebalance
-refuses commits for a moment, and what is not committed is paid for again."""
+"""For how many seconds a run's refused last commit is tried again. A rebalance refuses commits only
+for a moment, and what is not committed is paid for again."""
 
 COMMIT_AGAIN_S = 1.0
-"""Seconds from a refused commit that somebody waits for to the next try. It does not depend on
-`delivery.commit_interval_s`, which may be minutes: a stop and a message that runs alone have to
-go on."""
+"""Seconds until a refused commit is tried again where a stop or a suspect waits for it. They can't
+wait for `delivery.commit_interval_s`, which may be minutes."""
 
 
 class Commits:
@@ -49,9 +49,10 @@ class Commits:
             self._window.measure()
 
     async def finally_(self) -> bool:
-        """The last commits of a run; False where the source refused them all.
+        """The last commit of a run, tried again until it is stored; False where the source refused
+        every try.
 
-        Where it is forced, before or meanwhile, there is no further try and no wait.
+        Where the stop is forced, before or meanwhile, there is no further try and no wait.
         """
         until_s = clock.now_s() + FINAL_COMMITS_S - COMMIT_AGAIN_S
         while not await self.commit():
@@ -60,11 +61,11 @@ class Commits:
                 break
         else:
             return True
-        log.error("the last commit failed; what finished since the one before may be repeated")
+        log.error("the last commit failed; what finished after the one before it may be repeated")
         return False
 
     async def commit(self) -> bool:
-        """Store what has changed; False if the source refused."""
+        """Store the progress that has changed; False where the source refused."""
         async with self._committing:
             changed = {each for each in self._window.held if self._has_changed(each)}
             if not changed:
@@ -81,18 +82,19 @@ class Commits:
     def progress(
         self, partition: Partition, finishing: frozenset[int] = frozenset()
     ) -> Progress | None:
-        """What Kafka should hold of it, once `finishing` has finished too; None: not held."""
+        """The progress to store for a partition, as it is once `finishing` has finished too; None:
+        the partition is not held."""
         holding = self._window.held.get(partition)
         if holding is None:
             return None
         return holding.progress(clean=self._phase.clean, finishing=finishing)
 
     def has_room(self, partition: Partition) -> bool:
-        """Whether the completed map surely holds whatever finishes of what was taken."""
+        """Whether the completed map surely has room, whichever of the messages taken finish."""
         holding = self._window.held.get(partition)
         return holding is None or holding.has_room()
 
     def stored(self, partition: Partition, progress: Progress) -> None:
-        """Kafka holds this now."""
+        """Kafka holds this progress now."""
         if (holding := self._window.held.get(partition)) is not None:
             holding.committed = progress

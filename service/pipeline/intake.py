@@ -20,8 +20,8 @@ from service.pipeline.tasks import Conditions
 from service.ports import Source
 
 IDLE_TURN_S = 1.0
-"""The longest that the intake waits for room before it polls anyway, taking nothing. The group
-wants to see polls, and the clock of the liveness probe wants turns."""
+"""The longest that the intake waits for room before it polls anyway, with a limit of 0. Without
+polls the group would remove this member, and the liveness probe watches that the loop turns."""
 
 
 class Intake:
@@ -50,7 +50,8 @@ class Intake:
         self.turned_at_s = 0.0
 
     async def run(self, until: Mapping[Partition, int] | None, stop: Callable[[], None]) -> None:
-        """Poll and take, until it is cancelled; asks for a `stop` once `until` is reached."""
+        """Poll and take until it is cancelled; calls `stop` once the offsets in `until` are
+        reached."""
         while True:
             self.turned_at_s = clock.now_s()
             limit = self._room()
@@ -58,15 +59,16 @@ class Intake:
                 continue
             batch = await self._source.poll(limit, self._window.crowded())
             if self._phase.stopping:
-                # What was let go keeps its place in the lanes: nothing could be published behind
-                # it. Nor do positions count any more, which step over what is not taken here.
+                # Messages that were let go keep their places in the lanes, so an outcome behind
+                # them could not be published. The positions must not count either: they are beyond
+                # the messages of this batch, which are not taken.
                 continue
             self._take(batch)
             if until is not None and (self._reached(until) or self._guard.tripped):
-                stop()  # what is to end by itself does not wait for somebody to come
+                stop()  # a guard that has tripped ends such a run too: nobody may be there to mend
 
     def _room(self) -> int:
-        """How many messages to poll for; 0 while it isn't worth it, or not allowed."""
+        """How many messages to poll for; 0 while it is not allowed or not worth a poll."""
         if not self._phase.may_take:
             return 0
         if self._window.size_bytes >= self._bounds.window_bytes:
@@ -79,7 +81,7 @@ class Intake:
         return room if self._bounds.room_worth_a_poll(room) else 0
 
     def _take(self, batch: Batch) -> None:
-        """Messages enter the window; then the positions, which stand behind these messages."""
+        """Messages enter the window first; then the positions count, which are behind them."""
         now_s = clock.now_s()
         taken = taken_bytes = finished = 0
         for message in batch.messages:
@@ -110,7 +112,7 @@ class Intake:
         self._calls.admit()
 
     def _reached(self, until: Mapping[Partition, int]) -> bool:
-        """Everything below the wanted offsets of the partitions held is finished."""
+        """Whether everything below the offsets in `until` is finished, in the partitions held."""
         if not self._phase.may_publish:
             return False
         for partition, end in until.items():

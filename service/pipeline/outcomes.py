@@ -1,4 +1,4 @@
-"""Outcomes that the pipeline itself decides on, and what attempts have cost together."""
+"""Outcomes that the pipeline itself decides on, and the cost of several attempts together."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ from service.core.window import Entry
 
 @dataclass(frozen=True, slots=True)
 class CutOff:
-    """A message's time (`message_timeout_s`) was over, and its calls were ended without an
-    answer."""
+    """The message's `message_timeout_s` was over; its calls were cancelled without an answer."""
 
 
 Result: TypeAlias = Extracted | Rejected | CallFailure
-"""What a call came to."""
+"""The result of one attempt: an outcome or a failure."""
 
 
 def died_before(entry: Entry) -> Rejected | None:
-    """What becomes of a message that ran alone when the process died; None for all others."""
+    """The rejection of a message that ran alone when the process died; None for all others."""
     if entry.message.offset != entry.holding.given.alone:
         return None
     return Rejected(
@@ -41,7 +40,7 @@ def died_before(entry: Entry) -> Rejected | None:
 
 
 def overstayed(entry: Entry, message_timeout_s: float | None) -> Rejected:
-    """A message that had no answer within its time."""
+    """The rejection of a message that had no answer within `message_timeout_s`."""
     assert message_timeout_s is not None, "nothing overstays without a limit"
     return Rejected(
         Reason.EXHAUSTED,
@@ -52,7 +51,7 @@ def overstayed(entry: Entry, message_timeout_s: float | None) -> Rejected:
 
 
 def given_up(entry: Entry, failure: CallFailure) -> Rejected:
-    """A message that keeps failing while others succeed."""
+    """The rejection of a message that keeps failing while others succeed."""
     return Rejected(
         Reason.EXHAUSTED,
         f"failed {entry.attempts} times while others succeeded, the last time: {failure.reason}",
@@ -61,7 +60,7 @@ def given_up(entry: Entry, failure: CallFailure) -> Rejected:
 
 
 def too_large(entry: Entry, outcome: Extracted | Passed | Postponed) -> Rejected:
-    """What becomes of a message whose outcome its topic does not take."""
+    """The rejection of a message whose outcome is too large for its topic."""
     if isinstance(outcome, Postponed):
         detail = "the retry topic takes no message of this size"
         return Rejected(Reason.EXHAUSTED, detail, provenance=entry.spent)
@@ -76,9 +75,10 @@ def too_large(entry: Entry, outcome: Extracted | Passed | Postponed) -> Rejected
 
 
 def better(one: Result, other: Result) -> Result:
-    """Of two calls for one message: an answer, else what waits for room, else the later failure.
+    """The result that counts of two calls for one message: an answer before `NoRoom`, `NoRoom`
+    before a failure.
 
-    Where both go on later, they go on with the progress of the one that has more calls paid for.
+    Where neither is an answer, the result has the progress of the call with more calls paid for.
     """
     if not isinstance(one, CallFailure):
         return one
@@ -99,27 +99,28 @@ def _calls(spent: Provenance | None) -> int:
 
 
 def calls_made(entry: Entry, result: Result) -> int:
-    """Calls of this attempt alone; an extractor that tells none has made one."""
+    """How many calls this attempt made; 1 where the extractor does not tell."""
     return max(1, _calls(result.provenance) - _calls(entry.spent))
 
 
 def cost_usd(entry: Entry, result: Result) -> float:
-    """Of this attempt alone."""
+    """The cost of this attempt alone, in US dollars."""
     before_usd = 0.0 if entry.spent is None else entry.spent.cost_usd
     return 0.0 if result.provenance is None else result.provenance.cost_usd - before_usd
 
 
 def attempts(entry: Entry, spent: Provenance | None) -> int:
-    """Calls that went out for a message, as its dead letter and its history tell them.
+    """How many calls were made for a message, for its dead letter and its history.
 
-    Answered or not, re-asks and second calls beside the first too, and those that were cut off.
-    Where the extractor does not tell its calls, attempts that failed stand for them.
+    They count whether they were answered or not: re-asks, second calls beside the first and calls
+    that were cut off too. Where the extractor does not tell its calls, failed attempts are counted
+    instead.
     """
     return max(_calls(spent), entry.attempts) + entry.calls_beside
 
 
 def with_calls_beside(entry: Entry, spent: Provenance) -> Provenance:
-    """Of what a message has cost, the part that no answer knows of is added."""
+    """`spent` with the calls that no answer counts, and their cost (`Entry.calls_beside`)."""
     if not entry.calls_beside:
         return spent
     return replace(
@@ -130,19 +131,20 @@ def with_calls_beside(entry: Entry, spent: Provenance) -> Provenance:
 
 
 def from_the_cache(outcome: Extracted | Rejected) -> bool:
-    """Nobody asked the provider: it may be as dead as before."""
+    """Whether the answer is from the cache, so that it does not show that the provider is
+    reachable."""
     return outcome.provenance is not None and outcome.provenance.cached
 
 
 def sentence(failure: CallFailure) -> str:
-    """What readiness says while the circuit is open."""
+    """The sentence in /readyz while the circuit is open."""
     if isinstance(failure, ServiceFailure):
         return f"calls to the model fail ({failure.reason}): {failure.remedy}"
     return f"calls to the model fail ({failure.reason}); they are tried again"
 
 
 def tell_the_circuit(admission: Admission, now_s: float, failure: CallFailure) -> None:
-    """A call, or a probe, was not answered."""
+    """Report a failed call or probe to the circuit."""
     admission.failed(
         now_s,
         sentence(failure),

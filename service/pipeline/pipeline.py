@@ -1,10 +1,9 @@
-"""The sliding window between a source and a sink: the life of a run, and its partitions.
+"""The pipeline between a source and a sink: the life of a run, and its partitions.
 
-Everything here runs on one event loop and changes state only between two awaits, so that a
-check ("is it still ours?") and the act that depends on it are never apart. Tasks are born in one
-`TaskGroup`: one for the intake, one for the commits, one for each call, which afterwards hands
-over what its lane has ready. An unexpected exception in any of them ends the run, and what is
-not committed is delivered again.
+Everything here runs on one event loop. No await stands between a check ("is the partition still
+ours?") and the act that depends on it. All tasks start in one `TaskGroup`: one for the intake, one
+for the commits, and one for each call, which afterwards hands over what its lane has ready. An
+unexpected exception in any of them ends the run, and what is not committed is delivered again.
 """
 
 from __future__ import annotations
@@ -58,8 +57,8 @@ class Pipeline:
         admission: Admission | None = None,
         follow: Callable[[Message], Trace] | None = None,
     ) -> None:
-        """With `streams`, records are published while the model still writes. Without an
-        `admission`, which the extractor should know too, slots are the only limit."""
+        """With `streams`, records are published while the model still writes. `admission` has to be
+        the extractor's; without it, slots are the only limit."""
         self._bounds, self._observe = bounds, observe
         self._admission = admission or Admission(Limits(bounds.concurrency), Circuit(uniform))
         self._guard = Guard(bounds.guard)
@@ -131,8 +130,9 @@ class Pipeline:
     async def run(self, until: Mapping[Partition, int] | None = None) -> bool:
         """Work until `stop`, or until the partitions held have reached the offsets in `until`.
 
-        Returns whether everything finished is committed: False where the source refused to the
-        end. When it is cancelled or raises, what is not committed is left to be delivered again.
+        Returns True where everything that finished is committed, False where the source refused
+        every last commit. Where it is cancelled or raises, messages that are not committed will be
+        delivered again.
         """
         self._intake.turned_at_s = self._conditions.moved_at_s = clock.now_s()
         async with asyncio.TaskGroup() as group:
@@ -158,7 +158,7 @@ class Pipeline:
 
     @property
     def problem(self) -> str | None:
-        """Why it takes no more although it could: a sentence for a person."""
+        """A sentence for a person: why the reject guard stops intake. None: it does not."""
         return self._guard.problem
 
     def stop(self) -> None:
@@ -182,7 +182,7 @@ class Pipeline:
             self._abandon(len(self._window.calling))
 
     def _end(self) -> None:
-        """Whatever still runs is called off; nothing may start any more."""
+        """Cancel everything that still runs; nothing may start any more."""
         self._tasks.close()
         self._calls.close()
         self._call_off(self._window.assign({}))
@@ -210,7 +210,7 @@ class Pipeline:
         self._conditions.look()
 
     def _call_off(self, lost: Sequence[Holding]) -> None:
-        """Cancel the work for lost partitions, and withdraw their outcomes that have not left."""
+        """Cancel the work for lost partitions, and withdraw outcomes that are not sent yet."""
         self._tasks.call_off(lost)
         self._publishing.withdraw(lost)
         self._publishing.end_traces()

@@ -1,4 +1,5 @@
-"""While the circuit is not closed, one small call at a time asks whether the provider is back."""
+"""Probes: while the circuit is not closed, one tiny call at a time looks if the provider is
+back."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from service.ports import Extractor
 
 
 class Probing:
-    """The probe that is out, where one is."""
+    """Sends probes; owns the one that runs."""
 
     def __init__(
         self,
@@ -33,17 +34,17 @@ class Probing:
         self._running: asyncio.Task[None] | None = None
 
     def when_due(self, now_s: float, again: Callable[[], None]) -> float | None:
-        """Send a probe if one is due; returns when to ask for one. Its end calls `again`.
+        """Send a probe if one is due; returns when to look again. The probe's end calls `again`.
 
-        One at a time: the circuit may have closed and opened while a probe runs, whose end asks
-        again. In a drain one goes out only where a message waits for it, so that the message can
-        end before the deadline.
+        Only one probe runs at a time, even where the circuit has closed and opened again meanwhile.
+        In a drain a probe goes out only where a message waits for it, so that the message can
+        finish before the deadline.
         """
         wait_s = self._admission.probe_wait_s(now_s)
         if wait_s is None or self._running is not None:
             return None
         if self._phase.draining and not self._window.waits_for_a_call:
-            return None  # the end of a call asks again
+            return None  # the end of a running call calls `admit` again
         if wait_s > 0.0:
             return now_s + wait_s
         self._admission.probing(now_s)
@@ -55,7 +56,8 @@ class Probing:
         return None
 
     def _called_off(self, again: Callable[[], None], probe: asyncio.Task[None]) -> None:
-        """A probe that was cancelled, before its first step or later, has told nothing."""
+        """The probe was cancelled, maybe before its first step, and nothing is known: another may
+        go out."""
         if self._running is probe:
             self._running = None
             self._admission.probe_cancelled()
@@ -81,6 +83,6 @@ class Probing:
         again()
 
     def close(self) -> None:
-        """The probe that runs is called off."""
+        """Cancel the probe that runs."""
         if self._running is not None:
             self._running.cancel()

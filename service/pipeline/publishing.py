@@ -1,7 +1,8 @@
-"""From an outcome to its acknowledgement: handed over in the order of its lane, settled, finished.
+"""From an outcome to its acknowledgement: it is handed over in lane order, settled, finished.
 
-Rules of this file: a lane hands its outcomes over without waiting for acknowledgements; after a
-failed send it rests until all that it had handed over is settled, and then goes on in order.
+Rules of this file: a lane hands its outcomes over without waiting for acknowledgements. After a
+failed send it stops until everything that it had handed over is settled, rests, and then goes on
+in order.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ log = logging.getLogger(__name__)
 
 
 class Publishing:
-    """Lanes at work and at rest, what is sent and not acknowledged, and the traces of messages."""
+    """Hands outcomes to the sink. It owns which lanes are at work and which rest, what is sent and
+    not acknowledged, and the traces of messages."""
 
     def __init__(
         self,
@@ -59,18 +61,18 @@ class Publishing:
         self._backoff = Backoff()
         self._sent: dict[asyncio.Future[None], Holding] = {}  # not acknowledged
         self._at_work: set[Lane] = set()  # a task is handing over their outcomes
-        self._resting: set[Lane] = set()  # a send failed; a timer will go on with them
-        self.traces: dict[Entry, Trace] = {}  # of what is in the window, where it is followed
+        self._resting: set[Lane] = set()  # a send failed; a timer will start them again
+        self.traces: dict[Entry, Trace] = {}  # of messages in the window; empty without tracing
 
     # --- handing over ----------------------------------------------------------------------------
 
     def start(self, entry: Entry) -> None:
-        """Hand over what the entry's lane has ready, if nobody does so already."""
+        """Hand over what the entry's lane has ready, unless a task does so already."""
         if entry.lane.ready and self._may_hand_over(entry.holding, entry.lane):
             self._tasks.start(entry.holding, self.hand_over, entry.holding, entry.lane)
 
     def start_all(self) -> None:
-        """Behind an assignment: what was held back may go."""
+        """After an assignment: hand over the outcomes that were held back during it."""
         for entry in tuple(self._window.entries()):
             self.start(entry)
 
@@ -97,13 +99,14 @@ class Publishing:
         acknowledged.add_done_callback(partial(self._tasks.called_back, self._settled, entry))
 
     async def send(self, entry: Entry, outcome: Publishable) -> asyncio.Future[None]:
-        """Give the sink something that stands in no lane: a piece of a stream."""
+        """Give the sink a piece of a streamed answer, which goes through no lane."""
         acknowledged = await self._give(entry, outcome)
         acknowledged.add_done_callback(self._sent.pop)
         return acknowledged
 
     async def _give(self, entry: Entry, outcome: Publishable) -> asyncio.Future[None]:
-        """To the sink; it is withdrawn with its partition for as long as it has not left."""
+        """Give an outcome to the sink. If its partition is lost before it is sent, it is
+        withdrawn."""
         trace = self.traces.get(entry)
         if trace is None:
             acknowledged = await self._sink.publish(entry.message, outcome)
@@ -113,7 +116,7 @@ class Publishing:
         return acknowledged
 
     def withdraw(self, lost: Sequence[Holding]) -> None:
-        """Outcomes of lost partitions that have not left."""
+        """Withdraw the outcomes of lost partitions that are not sent yet."""
         for acknowledged, holding in self._sent.items():
             if holding in lost:
                 acknowledged.cancel()
@@ -121,7 +124,7 @@ class Publishing:
     # --- the sink's word -------------------------------------------------------------------------
 
     def _settled(self, entry: Entry, acknowledged: asyncio.Future[None]) -> None:
-        """The sink's word on one outcome; too late if the partition is not ours any more."""
+        """The sink has settled one outcome; ignored where the partition is no longer ours."""
         del self._sent[acknowledged]
         failure = PublishFailed() if acknowledged.cancelled() else acknowledged.exception()
         if entry.holding.lost:
@@ -164,10 +167,11 @@ class Publishing:
         if self._guard.tripped and not before:
             log.error("%s", self._guard.problem)
         elif before and not self._guard.tripped:
-            log.info("messages are not rejected any more: it goes on")
+            log.info("messages are not rejected any more: intake goes on")
 
     def _not_published(self, entry: Entry, failure: OutputTooLarge | PublishFailed) -> None:
-        """The lane stops; once all it had handed over is settled, it starts again in order."""
+        """The lane stops. Once everything that it had handed over is settled, it rests and then
+        starts again, in order."""
         rest_s = 0.0
         if isinstance(failure, OutputTooLarge) and isinstance(
             entry.outcome, Extracted | Passed | Postponed
@@ -181,7 +185,7 @@ class Publishing:
             self._rest(entry, rest_s)
 
     def _rest(self, entry: Entry, rest_s: float) -> None:
-        """The entry's lane goes on after this time."""
+        """The entry's lane goes on after `rest_s` seconds."""
         self._resting.add(entry.lane)
         asyncio.get_running_loop().call_later(rest_s, self._tasks.called_back, self._rested, entry)
 
@@ -192,11 +196,11 @@ class Publishing:
     # --- traces ----------------------------------------------------------------------------------
 
     def follow(self, entry: Entry) -> None:
-        """Record the way of a message from here on, where anything is recorded."""
+        """Begin the message's trace, where tracing is on."""
         if self._follow is not None:
             self.traces[entry] = self._follow(entry.message)
 
     def end_traces(self) -> None:
-        """Of what left the window unfinished."""
+        """End the traces of messages that have left the window unfinished."""
         for entry in [each for each in self.traces if each.gone]:
             self.traces.pop(entry).ended(None)

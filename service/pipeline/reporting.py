@@ -1,4 +1,4 @@
-"""What the pipeline says of itself: a word for its state, and why it is not ready."""
+"""The pipeline's status: its state in one word, its figures, and why it is not ready."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from service.pipeline.streaming import Streaming
 from service.pipeline.tasks import Conditions
 
 STALLED_AFTER_S = 60.0
-"""There is work in the window, no call runs, nothing that we know of is waited for, and nothing
-has moved for this long."""
+"""The state is `stalled` where nothing has moved for this many seconds although there is work, no
+call runs and no known cause holds it up."""
 
 KAFKA_SLOW_AFTER_S = 5.0
-"""An acknowledgement that takes longer means that we wait for Kafka."""
+"""The state is `waiting_for_kafka` where an acknowledgement takes longer than this many seconds."""
 
 
 class Reporting:
@@ -106,11 +106,12 @@ class Reporting:
         return max(now_s - min(handed, default=now_s), self._streaming.slowest_s(now_s))
 
     def _call_s(self, entry: Entry, now_s: float) -> float:
-        """How long a call has been running, without the time in which it waited for Kafka."""
+        """For how many seconds a call has been running, not counting its waits for Kafka."""
         return now_s - entry.since_s - self._streaming.waited_s(entry, now_s)
 
     def _not_ready(self, group: GroupStatus, now_s: float) -> tuple[str, ...]:
-        """Sentences for a person; none: ready. A spare member of a settled group is ready."""
+        """Sentences for a person: why it is not ready; empty: it is. A member of a settled group is
+        ready even where it holds no partition."""
         first = None
         if self._phase.draining:
             first = "it is stopping"

@@ -1,4 +1,4 @@
-"""Records of a message that are published while the model still writes its answer."""
+"""Attempts whose records are published while the model still writes the answer."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from service.ports import Piece, Streams
 log = logging.getLogger(__name__)
 
 CLOSE_S = 30.0
-"""Seconds within which readers are told that a call was cut off whose records are out. Where Kafka
-takes longer, the message ends without: a set that is never completed is dropped as well."""
+"""For how many seconds the marker that closes a cut-off answer may take. Where Kafka takes longer,
+the message gets its outcome without it: readers drop a set that is never completed anyway."""
 
 
 class Streaming:
-    """The streams of the calls that run."""
+    """Makes streaming attempts; owns the streams of those that run."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class Streaming:
         observe: Observe,
         uniform: Uniform,
     ) -> None:
-        """Without `streams` nothing is published before an answer is whole."""
+        """Without `streams`, nothing is published before its answer is complete."""
         self._streams, self._publishing = streams, publishing
         self._phase, self._conditions = phase, conditions
         self._observe, self._uniform = observe, uniform
@@ -51,7 +51,7 @@ class Streaming:
         return self._streams is not None
 
     async def ask(self, entry: Entry) -> Extracted | Rejected:
-        """One attempt; over when all that it published is acknowledged."""
+        """One attempt; returns when everything that it published is acknowledged."""
         stream = RecordStream(
             partial(self._send, entry), self._before_sending_again, partial(self._told, entry)
         )
@@ -62,23 +62,24 @@ class Streaming:
             del self._running[entry]
 
     def of(self, entry: Entry) -> RecordStream | None:
-        """The stream of the call that runs for it, where one does."""
+        """The stream of the message's running call; None: none runs."""
         return self._running.get(entry)
 
     async def close_cut_off(self, entry: Entry, stream: RecordStream) -> None:
-        """Before the message has its outcome, and while its partition is ours: a call whose
-        partition is lost is called off here as well."""
+        """Close the answer of a call that was cut off, before the message gets its outcome. If the
+        partition is lost meanwhile, the task is cancelled here."""
         self._running[entry] = stream
         try:
             async with asyncio.timeout(CLOSE_S):
                 await stream.close()
         except TimeoutError:
-            log.warning("Kafka did not take the end of an answer that was cut off")
+            log.warning("Kafka did not take the marker that closes an answer that was cut off")
         finally:
             del self._running[entry]
 
     async def _whole(self, entry: Entry, stream: RecordStream) -> Extracted | Rejected:
-        """The outcome without its records, which are out; an answer that fails is closed."""
+        """The outcome of one attempt, without its records, which are published. Where the attempt
+        fails, its answer is closed."""
         assert self._streams is not None, "asked for a stream of an extractor that has none"
         try:
             result = await self._streams.stream(entry.text, entry.progress, stream.publish)
@@ -94,7 +95,8 @@ class Streaming:
         return result
 
     async def _send(self, entry: Entry, piece: Piece) -> asyncio.Future[None]:
-        """Not between a revoke and an assignment: one that is lost by it is called off here."""
+        """Send a piece once publishing is allowed: it waits during a rebalance. If the partition is
+        lost by it, the task is cancelled here."""
         await self._conditions.until(lambda: self._phase.may_publish)
         return await self._publishing.send(entry, piece)
 
@@ -110,10 +112,10 @@ class Streaming:
     # --- what it says of itself ------------------------------------------------------------------
 
     def waited_s(self, entry: Entry, now_s: float) -> float:
-        """How much of a running call's time Kafka has taken."""
+        """How many seconds of a running call were spent waiting for Kafka."""
         stream = self._running.get(entry)
         return 0.0 if stream is None else stream.waited_s(now_s)
 
     def slowest_s(self, now_s: float) -> float:
-        """How long the stream that waits longest for Kafka has been waiting; 0: none does."""
+        """For how many seconds a stream has been waiting for Kafka, at most; 0: none waits."""
         return max((stream.waits_s(now_s) for stream in self._running.values()), default=0.0)

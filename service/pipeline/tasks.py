@@ -1,7 +1,7 @@
-"""The tasks of a run, and who waits for what to become possible.
+"""The tasks of a run, and the conditions that some of them wait for.
 
-Rules of this file: tasks are born in the run's own group; an unexpected exception in one of them,
-or in what the loop calls back, ends the run.
+Rules of this file: every task starts in the run's own group. An unexpected exception in a task, or
+in a callback of the event loop, ends the run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Tasks:
         self._group = group
 
     def close(self) -> None:
-        """Nothing may start any more."""
+        """No task may start any more."""
         self._group = None
 
     @property
@@ -41,10 +41,11 @@ class Tasks:
         *arguments: object,
         ended: Callable[[asyncio.Task[None] | None], None] | None = None,
     ) -> None:
-        """A task that is called off when the holding is lost.
+        """Start a task that is cancelled when the holding is lost.
 
-        `ended` is called when it is over, even if it was called off before its first step or was
-        never born, and has to call `over`: one callback for each call is cheaper than two.
+        `ended` is called when the task is over, even where it was cancelled before its first step
+        or could not start (None). It has to call `over` for a task: one callback is cheaper than
+        two.
         """
         task = self.start_alone(work, *arguments)
         if task is None:
@@ -59,9 +60,9 @@ class Tasks:
         del self._working[task]
 
     def start_alone(self, work: Work, *arguments: object) -> asyncio.Task[None] | None:
-        """A task that belongs to no holding. None where the run is over, or ends because another
-        task has failed: in that moment the group takes none any more, while timers and answers
-        still come."""
+        """Start a task that belongs to no holding. Returns None where the run is over, or is ending
+        because another task has failed: the group then takes no more tasks, while timers and
+        answers still arrive."""
         if self._group is None:
             return None
         coroutine = _to_its_end(work, *arguments)
@@ -77,7 +78,7 @@ class Tasks:
                 task.cancel()
 
     def called_back(self, act: Callable[..., None], *arguments: object) -> None:
-        """What the loop calls outside of a task: an unexpected exception ends the run as well."""
+        """Run a callback of the event loop: an unexpected exception in it ends the run too."""
         try:
             act(*arguments)
         except Exception as error:  # the loop would only log it, and the message would hang
@@ -85,29 +86,30 @@ class Tasks:
 
 
 class Conditions:
-    """Who waits for what, and when something last moved."""
+    """Lets tasks wait until a condition is true; knows when a call or publish last ended."""
 
     def __init__(self, tasks: Tasks) -> None:
         self._tasks = tasks
         self._waiting: dict[asyncio.Future[None], Callable[[], bool]] = {}
-        self._looks = False  # what waits is looked at after this step of a task
+        self._looks = False  # a look at the conditions is scheduled
         self.moved_at_s = 0.0
 
     def moved_on(self) -> None:
-        """A call or a publish has ended: something may have become possible by it."""
+        """A call or a publish has ended, so a condition may have become true."""
         self.moved_at_s = clock.now_s()
         self.look()
 
     def look(self) -> None:
-        """Something may have become possible: once this step is done, see who waits for it."""
+        """A condition may have become true: look at all of them once this step of the loop is
+        over."""
         if self._waiting and not self._looks:
             self._looks = True
             asyncio.get_running_loop().call_soon(self._tasks.called_back, self._wake)
 
     async def until(self, possible: Callable[[], bool], timeout_s: float | None = None) -> bool:
-        """Wait until `possible`, at most `timeout_s`; says whether it is.
+        """Wait until `possible()` is true, at most `timeout_s` seconds; returns whether it is.
 
-        It is asked when something has moved; who waits is woken only when it has become true.
+        It is evaluated after each `look`, and the waiting task is woken only when it is true.
         """
         try:
             async with asyncio.timeout(timeout_s):
@@ -137,7 +139,8 @@ async def _raise(failure: BaseException) -> None:
 
 
 async def _to_its_end(work: Work, *arguments: object) -> None:
-    """A cancellation that comes from within is a failure, which a task group would overlook."""
+    """Turn a `CancelledError` that nobody asked for into a failure: a task group would take the
+    task for one that was cancelled, and go on."""
     try:
         await work(*arguments)
     except asyncio.CancelledError:
