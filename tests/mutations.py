@@ -32,6 +32,8 @@ ROOT = Path(__file__).parent.parent
 TEST_S = 60
 """A test that hangs without its guard has failed; with it none takes half as long."""
 
+BOUNDED = "service/settings/bounded.py"
+SECTIONS = "service/settings/sections.py"
 ANSWERING = "service/pipeline/answering.py"
 ASKING = "service/pipeline/asking.py"
 CALLS = "service/pipeline/calls.py"
@@ -89,6 +91,7 @@ ASKING_TESTS = "tests/contract/test_asking.py::test_"
 UNIT_ANSWER_TEXT = "tests/unit/test_answer_text.py::test_"
 UNIT_DEPARTURES = "tests/unit/test_departures.py::test_"
 UNIT_SENDING = "tests/unit/test_sending.py::test_"
+UNIT_SETTINGS = "tests/unit/test_settings.py::test_"
 UNIT_WATCHDOG = "tests/unit/test_watchdog.py::test_"
 
 
@@ -1494,6 +1497,48 @@ TAKEN_AWAY = (
         "        if stops is None:\n            raise",
         "        if True:\n            raise",
         ("tests/unit/test_demo.py::test_why_the_demo_ends_is_told_alone",),
+    ),
+    Mutation(
+        "bounded: a settings file of aliases of aliases fills the memory",
+        BOUNDED,
+        "            if values + len(below) > VALUES_MAX:\n",
+        "            if False:\n",
+        (UNIT_SETTINGS + "hostile_files[aliases of aliases]",),
+    ),
+    Mutation(
+        "bounded: a settings file that nests too deep ends in a traceback",
+        BOUNDED,
+        "    for _ in range(LEVELS_MAX):\n",
+        "    for _ in range(99_999):\n",
+        (UNIT_SETTINGS + "hostile_files",),
+    ),
+    Mutation(
+        "bounded: a number of 6,000 digits ends in a traceback",
+        BOUNDED,
+        'kind == "int" and len',
+        'kind == "" and len',
+        (UNIT_SETTINGS + "hostile_files",),
+    ),
+    Mutation(
+        "bounded: a value that PyYAML cannot take ends in a traceback",
+        BOUNDED,
+        "except (ArithmeticError, AttributeError, LookupError, ValueError):",
+        "except ArithmeticError:",
+        (UNIT_SETTINGS + "a_value_of_another_kind_names_its_line",),
+    ),
+    Mutation(
+        "bounded: a pipe as settings file hangs the start",
+        BOUNDED,
+        "if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):",
+        "if False:",
+        (UNIT_SETTINGS + "a_file_that_never_ends",),
+    ),
+    Mutation(
+        "bounded: an address of brokers is repeated with its password",
+        SECTIONS,
+        'if "@" in value:',
+        "if False:",
+        (UNIT_SETTINGS + "credentials_in_an_address_are_not_repeated",),
     ),
 )
 

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import EnvSettingsSource
 
 from service.core.errors import WrongSettings
+from service.settings.bounded import Loader, of_values, text_of, too_much
 from service.settings.settings import PREFIX, Settings
 from service.settings.wording import (
     SECTIONS,
@@ -70,23 +71,24 @@ def _read(config: Path | None) -> _File:
         return _File()
     path = config or DEFAULT_FILE
     try:
-        return _parsed(str(path), path.read_text(encoding="utf-8-sig"))
+        return _parsed(str(path), text_of(path))
     except OSError as error:
         raise WrongSettings(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise WrongSettings(f"{path}: is not UTF-8 text") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = f"{path} line {mark.line + 1}" if mark else str(path)
-        raise WrongSettings(f"{where}: is not YAML: {error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        # ValueError: PyYAML's own, for a date such as 2026-13-01.
+        if mark is None:
+            raise WrongSettings(f"{path}: {error.problem}") from None
+        why = error.problem or error.context
+        raise WrongSettings(f"{path} line {mark.line + 1}: is not YAML: {why}") from None
+    except yaml.YAMLError as error:
         raise WrongSettings(f"{path}: is not YAML ({type(error).__name__})") from None
 
 
 def _parsed(name: str, text: str) -> _File:
     """Values and lines from one parse; the lines are read first, as merge keys change the tree."""
-    loader = yaml.SafeLoader(text)
+    loader = Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
@@ -187,11 +189,13 @@ class _Environment(EnvSettingsSource):
         self.env_vars = {name.lower(): value for name, value in variables.items()}
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
-        """What is no JSON stays as it is, so that validation names it together with the rest."""
+        """What is no JSON, or more of it than is taken, stays as it is, so that validation names it
+        together with the rest."""
         try:
-            return super().decode_complex_value(field_name, field, value)
-        except ValueError:
+            found = super().decode_complex_value(field_name, field, value)
+        except (ValueError, RecursionError):
             return value
+        return value if too_much(found, of_values) else found
 
 
 def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

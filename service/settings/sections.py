@@ -48,6 +48,12 @@ def _start(value: Any) -> Any:
 
 
 def _servers(value: str) -> str:
+    """Nothing is repeated of what looks like an address with credentials in it."""
+    if "@" in value:
+        raise ValueError(
+            "one holds an @, as in user:password@host; credentials are kafka.security.username and "
+            "kafka.security.password, and here is host:port alone"
+        )
     for server in value.split(","):
         if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+)(:\d{1,5})?", server.strip()):
             raise ValueError(f"{server.strip()!r} is no host:port; several are separated by commas")

@@ -1,6 +1,7 @@
 """Settings: where they come from, what is refused, and how that is said."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -306,9 +307,9 @@ def test_broken_yaml_names_its_line(text: str, line: int) -> None:
     assert sentence.startswith(f"given.yaml line {line}: is not YAML: ")
 
 
-@pytest.mark.parametrize("text", ["input: {start: 2026-13-01}", "a\x00b", "just text", "[1, 2]"])
+@pytest.mark.parametrize("text", ["a\x00b", "just text", "[1, 2]"])
 def test_other_broken_files(text: str) -> None:
-    """A date that is none, a control character, a file without sections: one sentence each."""
+    """A control character, a file without sections: one sentence each."""
     (sentence,) = refusal(text=text)
     assert sentence.startswith("given.yaml: ")
 
@@ -329,6 +330,73 @@ def test_file_that_is_not_text(folder: Path) -> None:
 def test_aliases_that_hold_themselves() -> None:
     """A value that refers to itself ends in a sentence, not in a recursion without end."""
     assert refusal(text="kafka: &a\n  security: *a\n")
+
+
+HOSTILE = {
+    "nested lists": "extraction:\n  parameters: {a: " + "[" * 2000 + "]" * 2000 + "}",
+    "nested just too deep": "extraction: {parameters: {a: " + "[" * 62 + "]" * 62 + "}}",
+    "nested by aliases": "a0: &a0 []\n"
+    + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 3000)),
+    "aliases of aliases": "a0: &a0 [x, x]\n"
+    + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 7)),
+    "merges of merges": "a0: &a0 {x: 1, y: 2}\n"
+    + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 7)),
+    "a large number": f"limits: {{concurrency: 0x{'f' * 6000}}}",
+    "a large number among parameters": f"extraction: {{parameters: {{seed: 0x{'f' * 6000}}}}}",
+    "a long number": f"limits: {{concurrency: {'9' * 6000}}}",
+    "a time that is none": "input: {start: !!timestamp x}",
+    "a date that is none": "input: {start: 2026-13-01}",
+    "a truth that is none": "telemetry: {tracing: !!bool x}",
+    "an empty number": 'limits: {concurrency: !!int ""}',
+    "a name that is no text": "? [kafka]\n: {group_id: x}",
+    "a large file": "# " + "x" * (1024 * 1024),
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_files(text: str) -> None:
+    """Whatever a file holds, it ends in one short sentence that names the file."""
+    (sentence,) = refusal(text=text)
+    assert sentence.startswith("given.yaml")
+    assert len(sentence) < 200
+
+
+def test_a_value_of_another_kind_names_its_line() -> None:
+    """What PyYAML itself stumbles over is told like any other broken YAML."""
+    (sentence,) = refusal(text="input:\n  start: !!timestamp x\n")
+    assert sentence == "given.yaml line 2: is not YAML: this is no timestamp"
+
+
+@pytest.mark.parametrize("depth", [100, 100_000])
+def test_deep_json_in_a_variable(depth: int) -> None:
+    """JSON that nests too deep is not allowed, as what is no JSON."""
+    (sentence,) = refusal(
+        variables(extraction__parameters='{"a": ' + "[" * depth + "]" * depth + "}")
+    )
+    assert sentence.startswith("SLUICE_EXTRACTION__PARAMETERS: ")
+    assert len(sentence) < 200
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_file_that_never_ends(folder: Path, kind: str) -> None:
+    """A pipe or a device is refused at once, by its name and as the default file."""
+    if kind == "pipe":
+        os.mkfifo(folder / "sluice.yaml")
+    else:
+        (folder / "sluice.yaml").symlink_to("/dev/zero")
+    for config in (Path("sluice.yaml"), None):
+        with pytest.raises(WrongSettings, match=r"^sluice.yaml: is a pipe, a socket or a device"):
+            load(config, {})
+
+
+@pytest.mark.parametrize(
+    "value", [f"ann:{CANARY}@broker:9092", f"{CANARY}@broker", f"b:9092,ann:{CANARY},x@b:9092"]
+)
+def test_credentials_in_an_address_are_not_repeated(value: str) -> None:
+    """An address with a user and a password is refused, by a sentence that shows neither."""
+    (sentence,) = refusal(variables(kafka__bootstrap_servers=value))
+    assert "kafka.security.password" in sentence
+    assert CANARY not in sentence
 
 
 WRONG = [
