@@ -1,4 +1,4 @@
-"""Gauges: read from the status at the moment of a scrape, so that they cannot drift from it."""
+"""Gauges: they are read from the status at each scrape, so that they cannot drift from it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from service.core.status import PartitionStatus, State, Status
 
 
 class StatusGauges(Collector):
-    """The status at the moment of the scrape."""
+    """Collects the gauges from the status at each scrape."""
 
     def __init__(self, status: Callable[[], Status]) -> None:
         self._status = status
@@ -33,7 +33,7 @@ class StatusGauges(Collector):
 def _states(state: State) -> GaugeMetricFamily:
     family = GaugeMetricFamily(
         "sluice_state",
-        "What is going on: 1 for the state that holds, 0 for others.",
+        "The process's state: 1 for the one that holds now, 0 for the others.",
         None,
         ["state"],
     )
@@ -45,10 +45,10 @@ def _states(state: State) -> GaugeMetricFamily:
 def _figures(status: Status) -> tuple[tuple[str, str, float], ...]:
     group = status.group
     return (
-        ("sluice_ready", "1 if /readyz says so; it also says why not.", not status.not_ready),
+        ("sluice_ready", "1 while /readyz says ready; it also says why not.", not status.not_ready),
         ("sluice_slots", "Calls that may be in flight at once now.", status.slots),
         ("sluice_slots_busy", "Calls in flight.", status.slots_busy),
-        ("sluice_window_messages_max", "Messages that the window takes.", status.window),
+        ("sluice_window_messages_max", "Messages that the window can hold.", status.window),
         ("sluice_window_messages", "Messages taken and not finished.", status.window_messages),
         ("sluice_window_bytes", "Bytes of keys and values in the window.", status.window_bytes),
         ("sluice_messages_queued", "Messages that wait for a slot.", status.queued),
@@ -65,52 +65,53 @@ def _figures(status: Status) -> tuple[tuple[str, str, float], ...]:
         ),
         (
             "sluice_poll_turn_age_seconds",
-            "Since the poll loop last turned; /livez fails far above its usual second.",
+            "Seconds since the poll loop last turned, usually at most one; /livez fails far above.",
             status.poll_turn_age_s,
         ),
         (
             "sluice_call_overdue_seconds",
-            "The oldest call in flight beyond its own deadline; anything but 0 is a fault of ours.",
+            "Seconds by which the oldest call exceeds its deadline; above 0 it is a fault of ours.",
             status.call_overdue_s,
         ),
-        ("sluice_group_settled", "1 while the group has given out its partitions.", group.settled),
+        ("sluice_group_settled", "1 while the group has assigned its partitions.", group.settled),
         (
             "sluice_group_unsettled_seconds",
-            "How long the group has not settled although a broker answers.",
+            "Seconds for which the group has not settled although a broker answers.",
             group.unsettled_s,
         ),
         ("sluice_broker_answers", "1 while a broker answers.", group.broker_answers),
         (
             "sluice_look_age_seconds",
-            "Since the watchdog last looked at topics and progress; /livez fails far above its "
-            "usual ten seconds.",
+            "Seconds since the watchdog last looked at topics and progress, usually at most ten; "
+            "/livez fails far above.",
             group.look_age_s,
         ),
         (
             "sluice_reject_guard_tripped",
-            "1 while intake stands still because too many messages are rejected; /readyz says why "
+            "1 while intake is stopped because too many messages are rejected; /readyz says why "
             "and how to go on.",
             status.reject_guard_tripped,
         ),
         (
             "sluice_budget_share_ratio",
-            "Our part of the budgets that all workers have together; over all workers about 1.",
+            "This worker's part of the budgets that all workers share; the parts of all workers "
+            "add up to about 1.",
             status.budget_share,
         ),
         (
             "sluice_spent_last_hour_usd",
-            "What the calls of the last hour have cost, in US dollars, as far as prices are known.",
+            "US dollars that the calls of the last hour have cost, as far as prices are known.",
             status.spent_last_hour_usd,
         ),
         (
             "sluice_oldest_message_age_seconds",
-            "Since the oldest message in the window was taken; growing, one message holds its lane "
-            "or its partition up: see extraction.message_timeout_s.",
+            "Seconds since the oldest message in the window was taken. Where it keeps growing, one "
+            "message holds up its lane or its partition: see extraction.message_timeout_s.",
             status.oldest_message_age_s,
         ),
         (
             "sluice_lanes_waiting",
-            "Lanes with an answer that waits for an earlier message.",
+            "Lanes in which an answer waits for an earlier message.",
             status.lanes_waiting,
         ),
     )
@@ -119,9 +120,9 @@ def _figures(status: Status) -> tuple[tuple[str, str, float], ...]:
 def _admission_waits(status: Status) -> GaugeMetricFamily:
     family = GaugeMetricFamily(
         "sluice_admission_wait_seconds",
-        "Until the next call may start, by what holds it up: budgets of requests and tokens (ours "
+        "Seconds until the next call may start, by cause: the budgets of requests and tokens (ours "
         "or the provider's), the hour's spend, the pace found for a hidden limit, a cooldown that "
-        "the provider asked for, an open circuit. 0: not by this one.",
+        "the provider asked for, an open circuit. 0: this cause does not hold calls up.",
         None,
         ["cause"],
     )
@@ -133,7 +134,8 @@ def _admission_waits(status: Status) -> GaugeMetricFamily:
 def _pace(status: Status) -> GaugeMetricFamily:
     family = GaugeMetricFamily(
         "sluice_pace_calls_per_second",
-        "Calls a second that the provider bears, as its refusals have shown; absent without any.",
+        "Calls a second that the provider accepts, found from its refusals; absent where it has "
+        "refused none.",
     )
     if status.pace_per_s is not None:
         family.add_metric([], status.pace_per_s)
@@ -143,7 +145,7 @@ def _pace(status: Status) -> GaugeMetricFamily:
 def _input_partitions(status: Status) -> GaugeMetricFamily:
     family = GaugeMetricFamily(
         "sluice_input_partitions",
-        "Partitions of each input topic, whoever holds them, as brokers tell.",
+        "Partitions of each input topic, also those that other workers hold.",
         None,
         ["topic"],
     )
@@ -177,13 +179,14 @@ _PARTITION_FIGURES: tuple[tuple[str, str, _Read], ...] = (
     ),
     (
         "sluice_partition_completed_map_ratio",
-        "Of the room that the broker gives the completed map of the partition; from 0.75 on it "
-        "takes no messages until an old one finishes.",
+        "How full the partition's completed map is, 0 to 1. From about 0.75 on no messages are "
+        "taken from the partition until an old one finishes.",
         lambda one: one.map_ratio,
     ),
     (
         "sluice_partition_oldest_unfinished_timestamp_seconds",
-        "Own timestamp of the oldest unfinished message, since the epoch; absent without one.",
+        "The oldest unfinished message's own timestamp, in seconds since the epoch; absent where "
+        "every message is finished.",
         _oldest_s,
     ),
 )

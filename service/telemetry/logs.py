@@ -1,11 +1,11 @@
 """Log lines: for people or as JSON, to stderr, without the text of a message or an answer.
 
-Our own lines hold none because of how they are written. What libraries log is made safe here:
+Our own lines are written so that they hold none. What libraries log is made safe here:
 
-- `instructor` logs the model's answers, at ERROR: none of its lines gets out;
-- others log request bodies at DEBUG: they stay at INFO and above, and the talkative at WARNING;
-- texts of foreign exceptions can hold what was parsed (pydantic's do): an exception is shown as
-  its type and its frames, wherever it comes up. Only our own say more.
+- `instructor` logs the model's answers, at ERROR: none of its lines is written;
+- others log request bodies at DEBUG: they are written from INFO on, talkative ones from WARNING on;
+- texts of foreign exceptions can hold what was parsed (pydantic's do): an exception is written as
+  its type and its frames, wherever it appears. Only our own exceptions are written with their text.
 """
 
 from __future__ import annotations
@@ -28,34 +28,35 @@ from service.settings import TelemetrySettings
 Level: TypeAlias = Literal["warning", "error"]
 
 OURS = ("service", "sluice")
-"""Loggers whose lines are written by us; `sluice` is for user code that wants to log."""
+"""The loggers of our own code; `sluice` is for users' code that wants to log."""
 
 SILENT = ("instructor",)
-"""Loggers whose lines hold what a model answered, at any level."""
+"""Loggers that are never written: their lines can hold a model's answer at any level."""
 
 TALKATIVE = (
     "httpx2",  # a line for each request
     "httpx",
     "httpcore2",
     "httpcore",
-    "openai",  # the same, and retries, which are not its own here
+    "openai",  # a line for each request, and its retries, which are off here
     "aiohttp.access",  # a line for each probe
-    "aiokafka",  # ten lines for each rebalance, of which we say what matters
+    "aiokafka",  # ten lines for each rebalance; our own lines say what matters
 )
-"""Libraries that are heard from WARNING on, with log_level DEBUG from INFO on, as all others."""
+"""Libraries whose lines are written from WARNING on. With log_level DEBUG they are written from
+INFO on, as those of all other libraries always are."""
 
 CHAIN_MAX = 8
-"""Exceptions of one chain or group that are shown; a task group of 10,000 has said enough by
-then."""
+"""How many exceptions of one chain or group are written. A task group may hold 10,000, and the
+first few say enough."""
 
 REPEAT_S = 10.0
-"""Seconds in which a library's line comes once."""
+"""The same line of a library is written once in this many seconds."""
 
 REPEAT_MAX = 500
-"""Different lines that are remembered for that; then it starts anew."""
+"""How many different lines are remembered for `REPEAT_S`; beyond it, all of them are forgotten."""
 
 _QUERY = re.compile(r"(https?://[^\s?\"']+)\?[^\s\"']+")
-"""An address in a library's line: its query may hold a key."""
+"""A URL in a library's line; its query is left out because it may hold a key."""
 
 _ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -67,8 +68,8 @@ def configured(
     stream: TextIO | None = None,
     worker: int | None = None,
 ) -> Iterator[None]:
-    """Log as the settings say, and as before again afterwards; `count` hears of each warning and
-    error. Where there are several workers, each line says which one's it is."""
+    """Log as the settings say, and afterwards as before. `count` is called for each warning and
+    error. Where there are several workers, each line holds the number of its `worker`."""
     root, shown_before = logging.getLogger(), warnings.showwarning
     level, handlers = root.level, root.handlers[:]
     formatter = JsonLines() if telemetry.log_format == "json" else TextLines()
@@ -84,7 +85,7 @@ def configured(
 
 
 class _Lines(logging.StreamHandler[TextIO]):
-    """Writes what may be logged, and counts what a person should look at."""
+    """Writes the lines that may be logged, and counts warnings and errors."""
 
     def __init__(
         self,
@@ -104,21 +105,23 @@ class _Lines(logging.StreamHandler[TextIO]):
         if self._worker is not None:
             record.__dict__["worker"] = self._worker
         if self._follows_stderr:
-            self.stream = sys.stderr  # a progress bar puts itself before it
+            self.stream = sys.stderr  # read anew: a progress bar replaces it while it is shown
         super().emit(record)
         if self._count is not None and record.levelno >= logging.WARNING:
             self._count("error" if record.levelno >= logging.ERROR else "warning")
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Unlike logging's own, without the line's arguments."""
+        """Report a line that could not be written. Logging's own report would show the line's
+        arguments, which may hold a message's text."""
         with suppress(OSError, ValueError):
             self.stream.write(f"a log line of {record.name}:{record.lineno} could not be written\n")
 
 
 class _Repeats(logging.Filter):
-    """Lets a library say the same thing once in `REPEAT_S`; the next line tells how often it did.
+    """Lets the same line of a library pass once in `REPEAT_S`; the next one to pass tells how many
+    were kept back.
 
-    A client without its brokers logs each attempt, many a second.
+    A client that does not reach its brokers logs each attempt, many a second.
     """
 
     def __init__(self) -> None:
@@ -142,7 +145,7 @@ class _Repeats(logging.Filter):
 
 
 def may_be_logged(record: logging.LogRecord) -> bool:
-    """Whether a line gets out: ours do, a library's where it cannot hold a message's text."""
+    """Whether a line is written: ours always, a library's where it cannot hold a message's text."""
     if _under(record.name, OURS):
         return True
     if _under(record.name, SILENT):
@@ -164,7 +167,7 @@ def _warned(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Python's own warnings, without their text: pydantic's show the value that they are about."""
+    """Log a Python warning without its text: pydantic's warnings show the value they are about."""
     logging.getLogger("py.warnings").warning("%s at %s:%d", category.__name__, filename, lineno)
 
 
@@ -181,7 +184,7 @@ class TextLines(logging.Formatter):
 
 
 class JsonLines(logging.Formatter):
-    """One object a line: ts, level, logger, message, the extra fields, exception."""
+    """One JSON object a line: ts, level, logger, message, the extra fields, exception."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = {
@@ -211,9 +214,9 @@ def _plain(value: object) -> str:
 
 
 def text_of(record: logging.LogRecord) -> str:
-    """The line's text, with exceptions among its arguments shown by their type.
+    """The line's text, in which exceptions among the arguments are shown by their type.
 
-    asyncio's hold the repr of callbacks, tasks and their exceptions: cut off where it starts.
+    asyncio's lines hold the repr of callbacks, tasks and exceptions: they are cut off before it.
     """
     if isinstance(record.args, tuple) and record.args:
         args = tuple(named(one) if isinstance(one, BaseException) else one for one in record.args)
@@ -233,7 +236,7 @@ def text_of(record: logging.LogRecord) -> str:
 
 
 def named(error: BaseException) -> str:
-    """An exception's type, and its text where it is one of ours or cannot hold a message's."""
+    """An exception's type, with its text where it is ours or cannot hold a message's text."""
     kind = type(error)
     name = kind.__qualname__
     if kind.__module__ != "builtins":

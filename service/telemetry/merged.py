@@ -1,8 +1,8 @@
-"""Several workers' pages as one, told by their parent: it asks each worker and merges the answers.
+"""The pages of several workers as one: their parent asks each worker and merges the answers.
 
-Rules of this file: every sample of a worker keeps what it had (exemplars and timestamps too) and
-gets one label more, `worker`; a worker that does not answer in time is left out, and never holds
-up the others' figures.
+Rules of this file: every sample of a worker stays as it is (with exemplar and timestamp) and gets
+one more label, `worker`. A worker that does not answer in time is left out; it never holds up the
+figures of the others.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ from prometheus_client.registry import Collector
 from service.telemetry.probes import Readiness
 
 ANSWER_S = 4.0
-"""The longest that a worker may take for its page; a probe of the chart's waits five seconds."""
+"""The longest that a worker may take for its page, in seconds. The chart's probes wait five."""
 
 PROBED = (200, 503)
-"""What a probe answers with when all is as it should be there."""
+"""The statuses of a page that can be read: 503 is how a probe says no. Any other is no answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A worker as its parent sees it: where it answers, None before it has said so, and whether
-    it has come up."""
+    """A worker as its parent sees it. `port` is where it answers, None until it has told its
+    parent; `up` is whether all of its parts have started."""
 
     port: int | None
     up: bool
 
 
 Workers = Mapping[int, Worker]
-"""By their numbers; those that are done are not among them."""
+"""The workers by their numbers, without those that have ended for good."""
 
 
 class MergedAnswers:
-    """What the parent's pages tell: everything of every worker, and what `registry` has besides."""
+    """The parent's pages: those of all workers in one, and the parent's own metrics in
+    `registry`."""
 
     def __init__(self, registry: CollectorRegistry, workers: Callable[[], Workers]) -> None:
         self._registry, self._workers = registry, workers
@@ -50,7 +51,7 @@ class MergedAnswers:
     async def metrics(self) -> CollectorRegistry:
         pages = await _pages(self._workers(), "/metrics", CONTENT_TYPE_LATEST)
         texts = {number: page.body for number, page in pages.items() if page.status == 200}
-        # Seconds of CPU for many workers, in which probes and signals must not wait.
+        # With many workers it takes seconds of CPU, and probes and signals must not wait for it.
         return await asyncio.to_thread(merged, self._registry, texts)
 
     async def not_alive(self) -> Sequence[str]:
@@ -60,7 +61,7 @@ class MergedAnswers:
         for number, worker in workers.items():
             if number in pages:
                 reasons += pages[number].reasons(number)
-            # One that has ended meanwhile is started again anyway.
+            # A worker that has ended meanwhile is started again anyway.
             elif worker.up and self._workers().get(number) == worker:
                 reasons.append(f"worker {number}: does not answer")
         return reasons
@@ -83,7 +84,8 @@ class MergedAnswers:
 
 
 def merged(registry: CollectorRegistry, texts: Mapping[int, str]) -> CollectorRegistry:
-    """`registry` as it is now and what workers tell, by their numbers, as OpenMetrics."""
+    """A registry with the metrics of `registry` and those in `texts`: the workers' pages in
+    OpenMetrics, by their numbers."""
     families: dict[str, Metric] = {}
     for family in registry.collect():
         _extend(families, family, {})
@@ -96,7 +98,7 @@ def merged(registry: CollectorRegistry, texts: Mapping[int, str]) -> CollectorRe
 
 
 def _extend(families: dict[str, Metric], family: Metric, labels: Mapping[str, str]) -> None:
-    """Samples of one family stand together, as the format asks for, whosever they are."""
+    """Add a family's samples to the family of that name: the format wants them together."""
     if family.name not in families:
         families[family.name] = Metric(family.name, family.documentation, family.type, family.unit)
     families[family.name].samples.extend(
@@ -117,7 +119,7 @@ class _Families(Collector):
 
 @dataclass(frozen=True, slots=True)
 class _Page:
-    """What a worker has answered."""
+    """A worker's answer."""
 
     status: int
     body: str

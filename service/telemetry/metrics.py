@@ -1,10 +1,10 @@
-"""Every metric, once: its name, labels, unit and meaning.
+"""Every counter and histogram, once: its name, labels, unit and meaning.
 
-Counters and histograms hear of events; gauges.py reads the status when it is scraped. Rules of
-this file: names are a contract (tests/data/metrics.txt); prefix `sluice_`; seconds and bytes;
-labels from closed sets, all of whose values are there from the first scrape on, so that a rate
-starts at the first event; a help text says what the figure means and, where it asks for
-something, what to do.
+They count events; gauges.py reads the status when it is scraped. Rules of this file: names are a
+contract (tests/data/metrics.txt) and begin with `sluice_`; units are seconds and bytes. Labels come
+from closed sets, and each value has its series from the first scrape on, so that a rate starts at
+the first event. A help text says what the figure means and, where it asks for something, what to
+do.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ REPAIRS: tuple[Repair, ...] = get_args(Repair)
 ANSWERED = frozenset(
     {"validated", "unsure", "invalid", "refused", "filtered", "truncated", "user_code"}
 )
-"""Results for which the model did its work; the others end early or late for other reasons."""
+"""Results for which the model has written an answer. The durations of the others say nothing about
+the model."""
 
 RETRY_REASONS = (
     *("rate_limited", "overloaded", "timeout", "connection", "server_error", "broken_answer"),
@@ -81,32 +82,35 @@ RETRY_REASONS = (
     "unclear",
 )
 OTHER = "other"
-"""Label of what is in no closed set: better a coarse figure than a series for each text."""
+"""The label's value for a reason that is not in the closed set; else each new text would make a new
+series."""
 
 QUEUE_EDGES_S = (0.001, 0.005, 0.025, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 CALL_EDGES_S = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120)
-"""A small local model to a long answer with thinking; a third apart where most calls lie."""
+"""From a small local model's call to a long answer with reasoning. Where most calls lie, an edge is
+about a third above the one before."""
 PUBLISH_EDGES_S = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 END_TO_END_EDGES_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 900, 3600, 14400, 86400)
-"""Up to a day: a backlog waits as long as it is old. 300 is the objective of the freshness alerts
-(deploy/prometheus), which can only count at an edge."""
+"""They reach up to a day, because the messages of a backlog are that old. 300 must be an edge: it
+is the objective of the freshness alerts (deploy/prometheus)."""
 REBALANCE_EDGES_S = (0.1, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120)
 LOOP_EDGES_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 
 SAMPLE_S = 0.5
-"""Between two looks of `watch`: a look walks the window, and what moves faster averages out."""
+"""Seconds between two samples of `watch`. Each walks the whole window, so they are not taken more
+often; faster changes average out."""
 
 TraceId: TypeAlias = Callable[[], str | None]
-"""The id of the trace that is current where it is asked, None where none is recorded."""
+"""Returns the id of the trace that the calling task belongs to; None: no trace is recorded."""
 
 Handlers: TypeAlias = Mapping[type[Event], Callable[[Any], None]]
-"""Who counts which event."""
+"""The function that counts an event, by the event's type."""
 
 _LOG_LEVELS = ("warning", "error")
 
 
 class Metrics:
-    """Counters and histograms of one process; `observe` is what the others are built with."""
+    """Counters and histograms of one process; other parts get `observe` as their `Observe`."""
 
     def __init__(
         self,
@@ -115,7 +119,8 @@ class Metrics:
         trace_id: TraceId | None = None,
     ) -> None:
         """`trace_id` makes exemplars: it is asked when a call has ended, in the call's task."""
-        # Their _created series would double ours and say only when this process started.
+        # The library's `_created` series would double the number of ours and tell only when this
+        # process started.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         series = _Series(registry)
         messages, kafka = _MessageSeries(series), _KafkaSeries(series)
@@ -128,25 +133,26 @@ class Metrics:
         }
         self._slots_busy_s = series.counter(
             "sluice_slots_busy_seconds",
-            "Slots in use, summed over time; its rate divided by sluice_slots is the utilisation.",
+            "Seconds for which slots were in use, summed over all slots; its rate divided by "
+            "sluice_slots is the utilisation.",
         )
         self._window_full_s = series.counter(
             "sluice_window_full_seconds",
-            "Time with a full window; if slots are idle meanwhile, enlarge limits.window.",
+            "Seconds with a full window; where slots are idle meanwhile, enlarge limits.window.",
         )
         self._log_lines = series.counters(
             "sluice_log_lines", "Lines logged as a warning or an error.", "level", _LOG_LEVELS
         )
         self._loop_delay = series.histogram(
             "sluice_event_loop_delay_seconds",
-            "How late the event loop gets to a timer; above 0.1 the process is out of CPU or "
-            "something blocks it: fewer slots or more workers.",
+            "Seconds by which the event loop is late for a timer. Above 0.1 the process has too "
+            "little CPU or something blocks it: set fewer slots or more workers.",
             LOOP_EDGES_S,
         )
         self._tasks = Gauge(
             "sluice_tasks",
-            "Tasks of the event loop, sampled; about one for each message in the window and a few "
-            "dozen more. Growing without end it is a fault of ours.",
+            "Tasks of the event loop, sampled: about one for each message in the window and a few "
+            "dozen more. Where it grows without end, it is a fault of ours.",
             registry=series.registry,
         )
         build = Info("sluice_build", "The version that runs.", registry=series.registry)
@@ -180,7 +186,7 @@ class Metrics:
 
 
 class _Series:
-    """Makes series in one registry, each there from the first scrape on."""
+    """Makes series in one registry; each exists from the first scrape on."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
@@ -191,7 +197,8 @@ class _Series:
     def counters(
         self, name: str, meaning: str, label: str, values: Iterable[str]
     ) -> dict[str, Counter]:
-        """One series for each value, at 0, bound now: counting looks up no labels."""
+        """One series for each value of the label, at 0. They are made now, so that counting looks
+        up no labels."""
         parent = Counter(name, meaning, (label,), registry=self.registry)
         return {value: parent.labels(value) for value in values}
 
@@ -212,29 +219,29 @@ class _MessageSeries:
         )
         self._messages_dropped = series.counter(
             "sluice_messages_dropped",
-            "Fetched messages that were not taken: known already, or of an older assignment; some "
-            "at each rebalance are as it should be.",
+            "Fetched messages that were not taken: they were known already, or fetched under an "
+            "older assignment. Some at each rebalance are normal.",
         )
         self._messages_spared = series.counter(
             "sluice_messages_spared",
-            "Fetched messages that an earlier holder of the partition had finished, as its "
-            "completed map said: not called, nor paid for, again.",
+            "Fetched messages that an earlier holder of the partition had finished, according to "
+            "its completed map: they are not called and paid for again.",
         )
         self._metadata_foreign = series.counter(
             "sluice_metadata_foreign",
-            "Partitions taken over with metadata that is not ours, or damaged: their offset alone "
-            "counted, and what had finished beyond it is repeated.",
+            "Partitions taken over with metadata that is damaged or not ours. Only the offset is "
+            "used, and messages that had finished beyond it are repeated.",
         )
         self._messages_finished = series.counters(
             "sluice_messages_finished",
-            "Messages whose outcome Kafka has acknowledged (skipped: that needed none; "
-            "postponed: they wait in the retry topic).",
+            "Messages whose outcome Kafka has acknowledged, by outcome (skipped: they needed no "
+            "acknowledgement; postponed: they wait in the retry topic).",
             "outcome",
             OUTCOMES,
         )
         self._messages_rejected = series.counters(
             "sluice_messages_rejected",
-            "Messages that went to the dead letter topic, by why; each dead letter says more.",
+            "Messages that went to the dead letter topic, by reason; each dead letter says more.",
             "reason",
             [reason.value for reason in Reason],
         )
@@ -243,34 +250,36 @@ class _MessageSeries:
         )
         self._messages_missing = series.counter(
             "sluice_messages_missing",
-            "Offsets that were gone before they were read: retention was faster. They are lost to "
-            "us; lengthen retention.ms of the input topic or add workers.",
+            "Offsets that retention deleted before they were read. Their messages are lost for "
+            "this group: lengthen retention.ms of the input topic or add workers.",
         )
         self._queue_wait = series.histogram(
             "sluice_queue_wait_seconds",
-            "From the poll that took a message to its slot; grows when slots or limits are short.",
+            "Seconds that a message waited in the queue for its slot; it grows where slots or "
+            "limits are too few.",
             QUEUE_EDGES_S,
         )
         self._first_record = series.histogram(
             "sluice_first_record_seconds",
-            "With extraction.streaming: from the beginning of an attempt to the acknowledgement of "
-            "its first record.",
+            "With extraction.streaming: seconds from the beginning of an attempt to the "
+            "acknowledgement of its first record.",
             CALL_EDGES_S,
         )
         self._lane_wait = series.histogram(
             "sluice_lane_wait_seconds",
-            "From a message's outcome to its hand-over to the producer: what order costs. Grows "
-            "behind slow messages of the same key; delivery.ordering says whose order is kept.",
+            "Seconds from a message's outcome to its hand-over to the producer: the price of "
+            "order. It grows behind slow messages of the same key; see delivery.ordering.",
             QUEUE_EDGES_S,
         )
         self._end_to_end = series.histogram(
             "sluice_end_to_end_seconds",
-            "From a message's own timestamp to the acknowledgement of its outcome.",
+            "Seconds from a message's own timestamp to the acknowledgement of its outcome.",
             END_TO_END_EDGES_S,
         )
         self._publish_duration = series.histogram(
             "sluice_publish_duration_seconds",
-            "From handing an outcome to the producer to the acknowledgement of all replicas.",
+            "Seconds from an outcome's hand-over to the producer to the acknowledgement of all "
+            "replicas.",
             PUBLISH_EDGES_S,
         )
         self.handlers: Handlers = {
@@ -320,80 +329,83 @@ class _MessageSeries:
 
 
 class _CallSeries:
-    """Calls to the model, what they cost, and what is done when they fail or are slow."""
+    """Calls to the model, their cost, retries, hedges and repaired answers."""
 
     def __init__(self, series: _Series, models: Iterable[str], trace_id: TraceId | None) -> None:
         self._trace_id = trace_id
         self._models: dict[str, _ModelSeries] = {}
         self._calls = Counter(
             "sluice_calls",
-            "Calls to the model that ended, by how; re-asks are calls too.",
+            "Calls to the model that ended, by result; re-asks are calls too.",
             ("model", "result"),
             registry=series.registry,
         )
         self._reasks = Counter(
             "sluice_reasks",
-            "Calls that told the model why its answer did not validate; many of them mean that the "
-            "schema or the instructions ask too much of it.",
+            "Calls that told the model why its answer did not validate. Many of them show that the "
+            "schema or the instructions ask too much of the model.",
             ("model",),
             registry=series.registry,
         )
         self._tokens = Counter(
             "sluice_tokens",
-            "Tokens as the endpoint counts them, failed calls included where it says so; cached "
-            "ones are part of the input's and those of reasoning of the output's.",
+            "Tokens as the endpoint counts them, those of failed calls included where it tells "
+            "them. Input includes cached, output includes reasoning.",
             ("model", "type"),
             registry=series.registry,
         )
         self._cost = Counter(
             "sluice_cost_usd",
-            "US dollars that calls cost, by what each was made for: the message itself (first), an "
-            "answer that did not validate (reask), one that may have been charged and never came "
-            "(repeat), one cut off at its limit (longer), a text over the context (shorter), a "
-            "stronger model (next_model).",
+            "US dollars that calls cost, by purpose: a message's first call (first), after an "
+            "answer that did not validate (reask), that may have been charged but never arrived "
+            "(repeat) or that was truncated at its limit (longer), with a shorter text after one "
+            "that exceeded the context (shorter), to a stronger model (next_model).",
             ("model", "purpose"),
             registry=series.registry,
         )
         self._cost_unknown = Counter(
             "sluice_cost_unknown_calls",
-            "Calls that are not in sluice_cost_usd_total: no price is known for the model, set it "
-            "in prices; or the endpoint did not say the tokens.",
+            "Calls that are not in sluice_cost_usd_total: either no price is known for the model "
+            "(set it in prices), or the endpoint did not tell the tokens.",
             ("model",),
             registry=series.registry,
         )
         self._call_duration = Histogram(
             "sluice_call_duration_seconds",
-            "One call, from sending to the last byte; answered=false: errors and timeouts, which "
-            "would flatter or spoil the figure.",
+            "Seconds of one call, from sending to the last byte. answered=false: errors and "
+            "timeouts, kept apart because they say nothing about the model's speed.",
             ("model", "answered"),
             buckets=CALL_EDGES_S,
             registry=series.registry,
         )
         self._retries = series.counters(
             "sluice_retries",
-            "Messages that went to wait for another attempt because the provider failed, by why.",
+            "Failed attempts after which a message waits for another one or is given up, by "
+            "reason.",
             "reason",
             (*RETRY_REASONS, OTHER),
         )
         self._repaired_by = series.counters(
             "sluice_answers_repaired",
-            "Answers that were not written as they were asked for and were read all the same, by "
-            "what was passed over: a byte order mark (bom), thoughts before the answer, a code "
-            "fence, prose around it, content as a list of parts, content where a call of the tool "
-            "was asked for, a call (tool_call) where content was, several calls, an object where "
-            "JSON as text belongs. Many: another extraction.mode may suit the endpoint better.",
+            "Answers that had another form than we asked for and were read all the same, by what "
+            "was unusual: a byte order mark (bom), reasoning before the JSON (thoughts), a code "
+            "fence (fence), text around the JSON (prose), content as a list of parts (parts), JSON "
+            "in the content where a tool call was asked for (content) or the reverse (tool_call), "
+            "several tool calls (calls), an object in the place of JSON text (object). Where there "
+            "are many, another extraction.mode may suit the endpoint better.",
             "how",
             REPAIRS,
         )
         self._calls_abandoned = series.counter(
             "sluice_calls_abandoned",
-            "Calls cut off at the end of a drain, which may be paid for again; lengthen "
+            "Calls that were cut off at the end of a drain and may be paid for again; lengthen "
             "delivery.drain_timeout_s.",
         )
         self._hedges = series.counters(
             "sluice_hedges",
-            "Second calls for messages whose first took longer than extraction.hedge_after_s, by "
-            "whose answer came first; where the first wins often, hedge_after_s is too short.",
+            "Second calls for messages whose first call took longer than "
+            "extraction.hedge_after_s, by which call was answered first. Where the first one wins "
+            "often, hedge_after_s is too short.",
             "won",
             HEDGES_WON,
         )
@@ -448,38 +460,42 @@ class _KafkaSeries:
         )
         self._commits = series.counters(
             "sluice_commits",
-            "Commits of next offsets; refused: a rebalance was faster, which is no fault.",
+            "Commits of next offsets, by result; refused: a rebalance came first, which is no "
+            "fault.",
             "result",
             COMMITS,
         )
         self._commit_duration = series.histogram(
-            "sluice_commit_duration_seconds", "One commit, failed ones included.", PUBLISH_EDGES_S
+            "sluice_commit_duration_seconds",
+            "Seconds of one commit, failed ones included.",
+            PUBLISH_EDGES_S,
         )
         self._rebalances = series.counter(
-            "sluice_rebalances", "Assignments of partitions to this worker, empty ones included."
+            "sluice_rebalances", "Assignments of partitions to this worker, also of none."
         )
         self._partitions_assigned = series.counters(
             "sluice_partitions_assigned",
-            "Partitions assigned; kept: with their running calls, new: from the stored offset.",
+            "Partitions assigned; kept: held before, with running calls; new: read from the stored "
+            "offset.",
             "progress",
             ("kept", "new"),
         )
         self._rebalance_duration = series.histogram(
             "sluice_rebalance_duration_seconds",
-            "From the loss of the old partitions to the first poll of the new ones.",
+            "Seconds from the loss of the old partitions to the first poll of the new ones.",
             REBALANCE_EDGES_S,
         )
         self._clients_replaced = series.counters(
             "sluice_clients_replaced",
-            "Clients of Kafka's that were given up for new ones, silent or failed; the log says "
-            "why. Repeated, something between here and the brokers is wrong.",
+            "Kafka clients that were replaced because they failed or were silent; the log says "
+            "why. Where it repeats, something between here and the brokers is wrong.",
             "client",
             CLIENTS,
         )
         self._stops_forced = series.counters(
             "sluice_stops_forced",
-            "Clients of Kafka's that did not close in order and were cut off; a member cut off "
-            "keeps its partitions until its session times out.",
+            "Kafka clients that did not close in time and were cut off. A consumer that was cut "
+            "off keeps its partitions until its session times out.",
             "client",
             CLIENTS,
         )
@@ -517,26 +533,28 @@ class _CacheSeries:
     def __init__(self, series: _Series) -> None:
         self._cache_lookups = series.counters(
             "sluice_cache_lookups",
-            "Looks for an answer to a text; hit: nothing was paid, shared: another message's call "
-            "was waited for, error: the store failed or is left alone, damaged: what it had was "
-            "not usable; the last two are paid for as misses are.",
+            "Lookups of a text's answer. hit: no call was needed; shared: the message waited for a "
+            "running call for the same text; error: the store failed or is left alone for a while; "
+            "damaged: the stored answer was not usable. After miss, error and damaged a call is "
+            "paid for.",
             "result",
             CACHE_LOOKUPS,
         )
         self._cache_writes = series.counters(
             "sluice_cache_writes",
-            "Answers given to the result cache; error: it did not take them, look at the store.",
+            "Answers that were to be stored in the result cache; error: the store failed.",
             "result",
             CACHE_WRITES,
         )
         self._cache_entries = Gauge(
             "sluice_cache_entries",
-            "Answers that this process keeps (cache.mode memory), outdated ones included.",
+            "Answers in this process's memory (cache.mode memory), expired ones included.",
             registry=series.registry,
         )
         self._cache_bytes = Gauge(
             "sluice_cache_bytes",
-            "Bytes that they take; at cache.memory_max_bytes the least recently used ones go.",
+            "Bytes of the answers in this process's memory; at cache.memory_max_bytes the least "
+            "recently used answers are removed.",
             registry=series.registry,
         )
         self.handlers: Handlers = {
@@ -557,7 +575,7 @@ class _CacheSeries:
 
 
 class _ModelSeries:
-    """The series of one model, bound once."""
+    """The series of one model; its labels are looked up once."""
 
     def __init__(
         self,
@@ -597,19 +615,20 @@ class _ModelSeries:
 
 
 class WorkerMetrics:
-    """What the parent of several workers counts; with one there is no parent, and none of these."""
+    """The metrics of the parent of several workers; with one worker there is no parent and none of
+    these."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.running = Gauge(
             "sluice_workers",
-            "Workers that run now, of limits.workers; only there with more than one.",
+            "Workers that run now; absent with one worker.",
             registry=registry,
         )
         self.restarts = Counter(
             "sluice_worker_restarts",
-            "Workers that ended and were started again, the log says how; only there with "
-            "limits.workers above one.",
+            "Workers that died and were started again; the log says how they ended. Absent with "
+            "one worker.",
             registry=registry,
         )
 

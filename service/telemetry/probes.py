@@ -1,7 +1,7 @@
-"""What others ask over HTTP: /metrics, /livez and /readyz.
+"""The HTTP server for /metrics, /livez and /readyz.
 
-Liveness fails only when a restart would help; it never follows the broker or the provider down.
-Readiness says whether intake goes on, and if not, why, in sentences.
+Liveness fails only where a restart would help; an outage of the broker or the provider never makes
+it fail. Readiness tells whether intake goes on, and if not, why, in sentences.
 """
 
 from __future__ import annotations
@@ -24,24 +24,27 @@ from service.settings import Settings
 logger = logging.getLogger(__name__)
 
 POLL_TURN_S = 60.0
-"""The poll loop turns about once a second; this long, and one request's timeout, it stands."""
+"""The poll loop counts as stuck after this many seconds plus one request's timeout; it usually
+turns about once a second."""
 
 CALL_OVERDUE_S = 60.0
-"""Each call has a deadline of its own; one that outlives it this long will never end."""
+"""A call that exceeds its own deadline by this many seconds will never end."""
 
 LOOK_S = 120.0
-"""The watchdog looks every ten seconds and each look is bounded; this long, and it hangs itself."""
+"""The watchdog itself counts as stuck after this many seconds without a look. It looks every ten
+seconds, and each look is bounded."""
 
 UNSETTLED_MARGIN_S = 60.0
-"""Above the group's own timeouts, so that a slow neighbour is not our fault."""
+"""Seconds added to the group's own timeouts, so that a slow member elsewhere does not make this one
+fail."""
 
 CLOSE_S = 1.0
-"""The longest that closing waits for answers that are being written."""
+"""How many seconds closing the server waits for answers that are being written."""
 
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long each clock of ours may run; seconds."""
+    """The values of the status, in seconds, above which liveness fails."""
 
     poll_turn_s: float
     call_overdue_s: float
@@ -60,16 +63,16 @@ class Patience:
 
 
 def not_alive(status: Status, patience: Patience) -> tuple[str, ...]:
-    """Why a restart would help; empty while it would not.
+    """The reasons why a restart would help; empty: it would not.
 
-    The source counts `unsettled_s` only while a broker answers; asked for here once more, as a
-    restart in an outage helps nobody.
+    The source counts `unsettled_s` only while a broker answers. Whether one answers now is checked
+    here again, since a restart in an outage does not help.
     """
     reasons = []
     if status.poll_turn_age_s > patience.poll_turn_s:
         reasons.append(f"the poll loop has not turned for {status.poll_turn_age_s:.0f} s")
     if status.call_overdue_s > patience.call_overdue_s:
-        reasons.append(f"a call outlives its deadline by {status.call_overdue_s:.0f} s")
+        reasons.append(f"a call exceeds its deadline by {status.call_overdue_s:.0f} s")
     group = status.group
     if group.broker_answers and not group.settled and group.unsettled_s > patience.unsettled_s:
         reasons.append(
@@ -82,14 +85,15 @@ def not_alive(status: Status, patience: Patience) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Why messages are not taken that should be, and what goes on: a word, or one a worker."""
+    """`reasons` says why no messages are taken; empty: ready. `state` is one word, or one for each
+    worker."""
 
     reasons: Sequence[str]
     state: str | Mapping[str, str]
 
 
 class Answers(Protocol):
-    """What the three pages tell."""
+    """The contents of the three pages."""
 
     async def metrics(self) -> CollectorRegistry: ...
 
@@ -100,7 +104,7 @@ class Answers(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class OwnAnswers:
-    """Of the process itself."""
+    """The answers of this process about itself."""
 
     registry: CollectorRegistry
     status: Callable[[], Status]
@@ -120,7 +124,8 @@ class OwnAnswers:
 class Probes:
     """The HTTP server; an async context manager that leaves nothing behind.
 
-    Entering raises `CannotRun` where the address cannot be had. `port` is the one that was bound.
+    Entering raises `CannotRun` where the address cannot be bound. `port` is the port that was
+    bound, also where the setting is 0.
     """
 
     def __init__(self, host: str, port: int, answers: Answers) -> None:

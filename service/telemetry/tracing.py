@@ -1,10 +1,10 @@
 """Traces with OpenTelemetry: a span for each message, for its calls and for its publishes.
 
-Rules of this file: nobody else imports OpenTelemetry, whose packages are the extra `tracing`; where
-they are missing, importing this file raises `WrongSettings`, so it is done where tracing is on. No
-text of a message or an answer, no key and no header but the trace's own goes into a span. Names are
-those of the semantic conventions for messaging and gen_ai; what these have no word for begins with
-`sluice.`.
+Rules of this file: no other file imports OpenTelemetry, whose packages are the extra `tracing`.
+Where they are missing, importing this file raises `WrongSettings`, so it is imported only where
+tracing is on. No text of a message or an answer, no key and no header but the trace's own goes into
+a span. Names are those of the semantic conventions for messaging and gen_ai; names of our own begin
+with `sluice.`.
 """
 
 from __future__ import annotations
@@ -51,16 +51,18 @@ except ImportError:
     ) from None
 
 FLUSH_TIMEOUT_S = 3.0
-"""At the stop, for spans that have not been sent; an endpoint that is gone costs no more."""
+"""How many seconds the stop waits until the last spans are sent, also where the endpoint is
+gone."""
 
 CHECK_TIMEOUT_S = 3.0
-"""For `sluice check`, the exporter's repetitions included."""
+"""How many seconds `sluice check` waits for the collector, the exporter's own retries included."""
 
 ANSWERED = frozenset({"validated", "unsure"})
-"""Results of calls that are no errors; an unsure one goes to the next model."""
+"""Results that are no errors in a call's span; after an unsure answer the next model is asked."""
 
 FINISH_REASONS: Mapping[str, str] = {"truncated": "length", "filtered": "content_filter"}
-"""Of the results that tell why the model ended; others end with `stop` or `tool_calls`."""
+"""The finish reasons that follow from a call's result. For other results it is not known whether it
+was `stop` or `tool_calls`, so none is set."""
 
 log = logging.getLogger(__name__)
 
@@ -68,13 +70,14 @@ _PROPAGATOR = TraceContextTextMapPropagator()
 
 
 class Tracing:
-    """Spans of one process; `follow` is for the pipeline, `observe` for what is told of calls."""
+    """Makes the spans of one process. The pipeline calls `follow` for each message; `observe` makes
+    the spans of calls from events."""
 
     def __init__(self, settings: Settings, processor: SpanProcessor | None = None) -> None:
-        """Endpoint, headers, sampler and batches are read from OTEL_* by the SDK.
+        """The SDK reads endpoint, headers, sampler and batches from OTEL_* variables.
 
-        Raises `WrongSettings` where it cannot read them. `processor` takes spans instead of the
-        thread that exports them.
+        Raises `WrongSettings` where it cannot use them. With a `processor` the spans go to it and
+        not to the thread that exports them.
         """
         self._output_topic = settings.output.topic
         self._dead_letter_topic = settings.dead_letters.topic
@@ -82,7 +85,7 @@ class Tracing:
         self._group = settings.kafka.group_id
         try:
             self._processor = processor or BatchSpanProcessor(OTLPSpanExporter())
-            # Ended by `stop`, in order and bounded, so not once more when the process ends.
+            # `stop` shuts it down, in order and bounded; it must not happen again at exit.
             provider = TracerProvider(resource=_resource(), shutdown_on_exit=False)
         except ValueError as error:
             why = str(error).rstrip(".")
@@ -94,7 +97,7 @@ class Tracing:
         self._current: ContextVar[MessageTrace | None] = ContextVar("message", default=None)
 
     def follow(self, message: Message) -> MessageTrace:
-        """Begin the span of a message, under the one that its headers name."""
+        """Begin the span of a message, as a child of the span that its headers name."""
         span = self._tracer.start_span(
             f"process {message.partition.topic}",
             _PROPAGATOR.extract(message.headers, Context(), getter=_HEADERS),
@@ -110,22 +113,24 @@ class Tracing:
         return MessageTrace(self, span)
 
     def observe(self, event: Event) -> None:
-        """A call that ended becomes a span of the message in whose task it was told."""
+        """Make a span for a call that ended. It belongs to the message whose task reports the
+        event."""
         trace = self._current.get()
         if trace is not None and isinstance(event, Called):
             self._called(trace, event)
 
     def trace_id(self) -> str | None:
-        """Of the message whose call this is, where its trace is recorded: for exemplars."""
+        """The trace id of the message in whose task this is called, for exemplars; None: its trace
+        is not recorded."""
         trace = self._current.get()
         if trace is None or not trace.span.is_recording():
             return None
         return format_trace_id(trace.span.get_span_context().trace_id)
 
     async def stop(self) -> None:
-        """Send what is left, within `FLUSH_TIMEOUT_S`; what is not sent by then is lost."""
-        # The SDK's own shutdown waits for half a minute and takes no other bound: a thread that
-        # the end of the process does not wait for.
+        """Send the remaining spans within `FLUSH_TIMEOUT_S`; those not sent by then are lost."""
+        # The SDK's own shutdown waits for half a minute and takes no other bound. So it runs in a
+        # daemon thread, which the end of the process does not wait for.
         flush = threading.Thread(target=self._processor.shutdown, name="flush", daemon=True)
         flush.start()
         await asyncio.to_thread(flush.join, FLUSH_TIMEOUT_S)
@@ -134,7 +139,7 @@ class Tracing:
 
     @contextmanager
     def asking(self, trace: MessageTrace) -> Iterator[None]:
-        """Tasks that are born in it belong to the message too."""
+        """A context in which events belong to the message, also those of tasks started in it."""
         token = self._current.set(trace)
         try:
             yield
@@ -142,7 +147,7 @@ class Tracing:
             self._current.reset(token)
 
     def _called(self, trace: MessageTrace, called: Called) -> None:
-        """It has ended already: the span is made in one go, and dated back."""
+        """Make the span of a call that has ended already; its start is dated back."""
         now_ns = time.time_ns()
         span = self._tracer.start_span(
             f"chat {called.model}",
@@ -199,7 +204,8 @@ class MessageTrace:
     async def publish(
         self, sink: Sink, message: Message, outcome: Publishable
     ) -> asyncio.Future[None]:
-        """Outputs name the span of their publish; a postponed message stays as it came in."""
+        """Publish so that the outputs name the span of this publish. A postponed message keeps its
+        own headers."""
         if isinstance(outcome, Skipped):
             return await sink.publish(message, outcome)
         span = self._tracing.sending(self, outcome)
@@ -221,15 +227,16 @@ class MessageTrace:
 
 
 async def look_at_collector() -> tuple[str, ...]:
-    """Sends no span to wherever spans would go: what is well, then what to know besides."""
+    """Sends an empty batch of spans to the configured collector, for `sluice check`. Returns what
+    works, then what else to know."""
     exporter = OTLPSpanExporter(timeout=CHECK_TIMEOUT_S)
     result = await asyncio.to_thread(exporter.export, ())
     if result is SpanExportResult.SUCCESS:
         return ("a collector takes spans",)
     return (
         "OpenTelemetry is installed",
-        "no collector takes spans: see to it, or correct OTEL_EXPORTER_OTLP_ENDPOINT. A run goes "
-        "on without one.",
+        "no collector takes spans: start one, or correct OTEL_EXPORTER_OTLP_ENDPOINT. A run works "
+        "without one.",
     )
 
 
@@ -250,7 +257,7 @@ _HEADERS = _Headers()
 
 
 def _resource() -> Resource:
-    """Named by OTEL_SERVICE_NAME or OTEL_RESOURCE_ATTRIBUTES, else by what it is."""
+    """The service's name: OTEL_SERVICE_NAME or OTEL_RESOURCE_ATTRIBUTES, else `sluice`."""
     given = OTELResourceDetector().detect()
     return Resource({SERVICE_NAME: "sluice"}).merge(given)
 
@@ -265,7 +272,7 @@ def _messaging(operation: str, topic: str) -> dict[str, str | int]:
 
 
 def _carrying(message: Message, span: Span) -> Message:
-    """The message as the sink gets it: its outputs go on from this span."""
+    """The message with this span in its trace headers, so that its outputs continue from it."""
     carrier: dict[str, str] = {}
     _PROPAGATOR.inject(carrier, set_span_in_context(span, Context()))
     return replace(message, trace=tuple((name, value.encode()) for name, value in carrier.items()))

@@ -197,7 +197,7 @@ async def test_one_that_needs_a_restart(scene: Scene) -> None:
     scene.served[2].status = replace(WELL, call_overdue_s=100)
     code, body = await scene.get("/livez")
     assert code == 503
-    assert json.loads(body)["reasons"] == ["worker 2: a call outlives its deadline by 100 s"]
+    assert json.loads(body)["reasons"] == ["worker 2: a call exceeds its deadline by 100 s"]
 
 
 async def test_one_that_is_not_ready(scene: Scene) -> None:

@@ -50,7 +50,7 @@ OF_NONE = OwnAnswers(CollectorRegistry(), lambda: WELL, PATIENCE)
     ("status", "said"),
     [
         (replace(WELL, poll_turn_age_s=91), "the poll loop has not turned for 91 s"),
-        (replace(WELL, call_overdue_s=61), "a call outlives its deadline by 61 s"),
+        (replace(WELL, call_overdue_s=61), "a call exceeds its deadline by 61 s"),
         (
             replace(WELL, group=GroupStatus(unsettled_s=111, broker_answers=True)),
             "the group has not settled for 111 s although a broker answers",
@@ -170,7 +170,7 @@ async def test_not_alive_says_why(served: Served) -> None:
     async with served.probes:
         code, _, body = await served.get("/livez")
     assert code == 503
-    assert body == '{"alive": false, "reasons": ["a call outlives its deadline by 100 s"]}'
+    assert body == '{"alive": false, "reasons": ["a call exceeds its deadline by 100 s"]}'
 
 
 async def test_metrics_as_text(served: Served) -> None:
