@@ -1391,6 +1391,13 @@ TAKEN_AWAY = (
         ("tests/unit/test_cache.py::test_waits_are_not_in_the_identity",),
     ),
     Mutation(
+        "asking a tag stands in the text",
+        "service/llm/prompt.py",
+        "    while digits[:chars] in text:  # ends: no text holds its own hash",
+        "    while False:",
+        ("tests/unit/test_prompt.py::test_a_tag_is_the_shortest_that_the_text_does_not_hold",),
+    ),
+    Mutation(
         "asking a limit of dollars without a price stops nothing",
         "service/llm/extractor.py",
         "if model and cost is None and self._settings.limits.spend_usd_per_hour is not None:",

@@ -87,6 +87,10 @@ def _first(failure: BaseException) -> BaseException:
     return failure
 
 
+OWN_ENDPOINT = ("OPENAI_BASE_URL", "OPENAI_API_KEY", "OPENAI_API_KEY_FILE")
+"""Where one of them is set, the user's endpoint is asked instead of the model on this machine."""
+
+
 class _Demo:
     """One demo from start to summary."""
 
@@ -117,11 +121,11 @@ class _Demo:
     @asynccontextmanager
     async def _endpoint(self) -> AsyncIterator[dict[str, str]]:
         """The service's settings for the model: the one on this machine, or the user's."""
-        if os.environ.get("OPENAI_BASE_URL") or os.environ.get("OPENAI_API_KEY"):
+        if any(map(os.environ.get, OWN_ENDPOINT)):
             settings = _own_endpoint()
             self._slots = ENDPOINT_SLOTS
             where = os.environ.get("OPENAI_BASE_URL") or "api.openai.com"
-            name = settings.get("SLUICE_EXTRACTION__MODEL", "the default model")
+            name = settings.get("SLUICE_EXTRACTION__MODEL", "its only model")
             self._board.model = f"the model is real: {name} at {where}"
             yield settings
             return

@@ -48,6 +48,24 @@ def test_a_text_cannot_close_its_own_delimiter(text: str, other: str) -> None:
     assert delimited(text + closing).count(delimited(text + closing).rpartition("\n")[2]) == 1
 
 
+def test_a_tag_is_the_shortest_that_the_text_does_not_hold() -> None:
+    """Four digits of its hash; more where the text holds them, however it came by them."""
+    assert re.match(r"<text [0-9a-f]{4}>\n", delimited("Ada is 36"))
+    every = " ".join(f"{number:04x}" for number in range(0x10000))
+    (tag,) = re.findall(r"^<text ([0-9a-f]+)>\n", delimited(every))
+    assert len(tag) > 4
+    assert tag not in every
+    assert tag[:-1] in every
+
+
+def test_rules_and_tags_cost_little() -> None:
+    """Beside text, schema and instructions, in the tokens of OpenAI's newer models."""
+    pytest.importorskip("bpe_openai")
+    from tests.tokens import BESIDE_MAX, beside
+
+    assert 0 < beside() <= BESIDE_MAX
+
+
 def test_the_same_text_is_the_same_request() -> None:
     """Caches and tests can recognise a request: the delimiter depends on the text alone."""
     assert delimited("Ada is 36") == delimited("Ada is 36")
