@@ -1,6 +1,6 @@
-"""Settings: what may be set, what cannot stand together, how it is read and what is said of it.
+"""Settings: what may be set, which settings contradict each other, reading, and sentences on them.
 
-This page re-exports what other parts ask for; reading and wording are for the commands.
+This file re-exports what other parts use; `reading` and `wording` are only for the commands.
 """
 
 from service.settings.sections import (

@@ -1,7 +1,7 @@
-"""What is read of settings is bounded: the file's size, how deep it nests, how much it comes to.
+"""Bounds for reading settings: the file's size, how deep it nests, how many values it has.
 
-A settings file can be made by a template that went wrong. Whatever it holds, the start ends with a
-sentence in a moment: it does not hang, and it does not fill the memory.
+A template that went wrong can make a settings file that holds anything. The start then ends at once
+with a sentence: it does not hang, and it does not fill the memory.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import yaml
 from service.core.errors import WrongSettings
 
 FILE_MAX_BYTES = 1024 * 1024
-"""The largest file that is read; PyYAML takes about ten seconds for it."""
+"""How many bytes a settings file may have; PyYAML takes about ten seconds for as many."""
 
 LEVELS_MAX = 64
-"""The deepest nesting; far below the depth at which parsers and validators end in an error."""
+"""How deep values may nest; far below the depth at which parsers and validators fail."""
 
 VALUES_MAX = 100_000
-"""The most values, those that an alias repeats counted each time: a few lines of aliases of aliases
-can stand for billions."""
+"""How many values a file may have. Values that an alias repeats count each time, because a few
+lines of aliases of aliases can stand for billions."""
 
 DIGITS_MAX = 100
-"""The longest number: Python refuses to print one of more than 4,300 digits."""
+"""How many characters a number may have. Python refuses to print one of more than 4,300 digits."""
 
 Part = TypeVar("Part")
 
@@ -49,9 +49,9 @@ def text_of(path: Path) -> str:
 
 
 def too_much(root: Part, inner: Callable[[Part], Iterable[Part]]) -> str | None:
-    """Why a tree of values is not taken; None where it is within the bounds.
+    """A sentence where a tree of values exceeds a bound; None where it does not.
 
-    What holds itself nests without end, and is told so.
+    A value that contains itself counts as nested too deep.
     """
     level, values = [root], 1
     for _ in range(LEVELS_MAX):
@@ -67,7 +67,7 @@ def too_much(root: Part, inner: Callable[[Part], Iterable[Part]]) -> str | None:
 
 
 def of_values(value: object) -> Iterable[object]:
-    """What a value of JSON holds."""
+    """The values directly below a JSON value."""
     if isinstance(value, Mapping):
         return value.values()
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
@@ -82,7 +82,7 @@ def _of_nodes(node: yaml.Node) -> Iterable[yaml.Node]:
 
 
 class Loader(yaml.SafeLoader):
-    """PyYAML's safe one, with an error that names the line for everything that it cannot take."""
+    """PyYAML's safe loader; every value that it cannot read is an error that names the line."""
 
     def get_single_node(self) -> yaml.Node | None:
         try:
@@ -103,7 +103,7 @@ class Loader(yaml.SafeLoader):
         try:
             return super().construct_object(node, deep)
         except (ArithmeticError, AttributeError, LookupError, ValueError):
-            # PyYAML's own, for a value that is not of the kind that its tag or its shape says.
+            # PyYAML raises these where a value does not fit its tag or its form.
             raise _refused(f"this is no {kind}", node.start_mark) from None
 
 

@@ -1,4 +1,5 @@
-"""Reads settings: a YAML file, the environment over it, and all that is wrong at once."""
+"""Reads settings from a YAML file and the environment, and names everything that is wrong at
+once."""
 
 from __future__ import annotations
 
@@ -29,14 +30,14 @@ from service.settings.wording import (
 )
 
 DEFAULT_FILE = Path("sluice.yaml")
-"""Read where it lies in the working folder and no other file is named."""
+"""The file that is read where no other is named and it exists in the working folder."""
 
 
 def load(config: Path | None, environ: Mapping[str, str]) -> Settings:
-    """Settings from `config` (or sluice.yaml, where there is one) and `environ` over it.
+    """Settings from `config` (or sluice.yaml, where there is one), overridden by `environ`.
 
-    Raises `WrongSettings`, whose text has a line for each thing that is wrong, all at once:
-    where it came from, what is wrong, what is allowed. An empty variable counts as not set.
+    Raises `WrongSettings`, whose text has one line for each wrong setting: where it came from, what
+    is wrong and what is allowed. An empty variable counts as not set.
     """
     file = _read(config)
     variables, unknown = _variables(environ)
@@ -45,7 +46,7 @@ def load(config: Path | None, environ: Mapping[str, str]) -> Settings:
     try:
         settings = Settings(**_merged(file.values, _Environment(variables)()))
     except ValidationError as error:
-        # It holds the inputs, secrets among them, so nothing is raised from it.
+        # The error holds all values, secrets too, so `WrongSettings` is not raised from it.
         wrong += [line for one in error.errors() for line in sentences(one, origins)]
         settings = None
     if wrong or settings is None:
@@ -58,7 +59,7 @@ def load(config: Path | None, environ: Mapping[str, str]) -> Settings:
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """A YAML file: its values, the line of each name, and sentences on what is wrong with it."""
+    """A YAML file: its values, the line of each name, and a sentence for each fault."""
 
     name: str = ""
     values: dict[str, Any] = field(default_factory=dict)
@@ -87,7 +88,8 @@ def _read(config: Path | None) -> _File:
 
 
 def _parsed(name: str, text: str) -> _File:
-    """Values and lines from one parse; the lines are read first, as merge keys change the tree."""
+    """Values and lines from one parse. The lines are read first, because building the values
+    changes the tree where it has merge keys."""
     loader = Loader(text)
     try:
         node = loader.get_single_node()
@@ -101,40 +103,41 @@ def _parsed(name: str, text: str) -> _File:
     finally:
         loader.dispose()
     if not isinstance(values, dict):
-        raise WrongSettings(f"{name}: holds no sections; it should start with one, as in kafka:")
+        raise WrongSettings(f"{name}: has no sections; it should start with one, such as kafka:")
     for place in filter(partial(_take_secret, values), SECRETS):
         wrong.append(
-            f"{name} line {lines.get(place)}: {dotted(place)} is not taken from a file that may be "
-            f"copied and committed; set {variable(place)}, or {dotted(place)}_file to a file that "
-            "holds it"
+            f"{name} line {lines.get(place)}: {dotted(place)} is a secret and not read from this "
+            f"file, which may be copied and committed; set {variable(place)}, or "
+            f"{dotted(place)}_file to a file that holds it"
         )
     return _File(name, _tidied(values), lines, tuple(wrong))
 
 
 _DEPTH = 3
-"""Levels of names: section, section in it, setting. Below are values, which may refer to
-themselves in YAML."""
+"""How many levels of names there are: section, inner section, setting. Below them are values, which
+may contain themselves in YAML."""
 
 
 def _walk(node: yaml.Node, path: Place, lines: dict[Place, int]) -> Iterator[str]:
-    """Note the line of each name; yield a sentence for a name that stands twice."""
+    """Note the line of each name; yield a sentence for each name that is there twice."""
     if not isinstance(node, yaml.MappingNode) or len(path) == _DEPTH:
         return
     for key, value in node.value:
         here = (*path, str(key.value))
         line = key.start_mark.line + 1
         if here in lines:
-            yield f"line {line}: {dotted(here)} stands twice (line {lines[here]} has it too)"
+            yield f"line {line}: {dotted(here)} is there twice (line {lines[here]} has it too)"
         lines.setdefault(here, line)
         yield from _walk(value, here, lines)
 
 
 SECRETS: tuple[Place, ...] = (("kafka", "security", "password"), ("cache", "redis_url"))
-"""Each has a neighbour of the same name with _file behind it."""
+"""Settings that are secrets. Each has a second setting, its name with `_file` at the end, that
+names a file with the secret."""
 
 
 def _take_secret(values: Any, place: Place) -> bool:
-    """Remove a secret, so that nothing that follows can show it."""
+    """Remove a secret, so that no later sentence can show it; True: there was one."""
     *sections, name = place
     for section in sections:
         values = values.get(section) if isinstance(values, dict) else None
@@ -145,7 +148,8 @@ _NOT_THERE = object()
 
 
 def _tidied(values: Any, depth: int = 1) -> Any:
-    """Names as text, and a section whose settings are all commented out as an empty one."""
+    """The values with all names as text. A section whose settings are all commented out (null in
+    YAML) becomes an empty one."""
     tidy = {}
     for name, value in values.items():
         if isinstance(value, dict) and depth < _DEPTH:
@@ -160,7 +164,7 @@ def _tidied(values: Any, depth: int = 1) -> Any:
 
 
 def _variables(environ: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Our variables by name, and a sentence for each that looks like ours and is not."""
+    """Our variables by name, and a sentence for each that begins with our prefix and is unknown."""
     known = {variable(place) for place in every_setting()}
     given = {name.upper(): value for name, value in environ.items() if value}
     wrong = [
@@ -177,20 +181,20 @@ _KUBERNETES = re.compile(
     rf"{PREFIX}(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)=.*"
     rf"|{PREFIX}(\w+_)?PORT=\w+://.*"
 )
-"""What Kubernetes sets in every pod beside a Service called sluice or sluice-…; without the URL
-SLUICE_PORT would be a person's mistake."""
+"""Variables that Kubernetes sets in every pod of a namespace with a Service called sluice or
+sluice-…. A SLUICE_PORT whose value is no URL is not Kubernetes' but a person's mistake."""
 
 
 class _Environment(EnvSettingsSource):
-    """The variables that were passed in, not the process's own."""
+    """Reads the variables that are passed in, not the process's own."""
 
     def __init__(self, variables: Mapping[str, str]) -> None:
         super().__init__(Settings)
         self.env_vars = {name.lower(): value for name, value in variables.items()}
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
-        """What is no JSON, or more of it than is taken, stays as it is, so that validation names it
-        together with the rest."""
+        """Parse JSON. Text that is no JSON or exceeds a bound stays as it is, so that validation
+        reports it together with all other faults."""
         try:
             found = super().decode_complex_value(field_name, field, value)
         except (ValueError, RecursionError):

@@ -33,7 +33,7 @@ def _topic(name: str) -> str:
 
 
 def _start(value: Any) -> Any:
-    """A word or a time; a bare number or a time without an offset could mean too many things."""
+    """A word or a time. A plain number or a time without an offset is refused as ambiguous."""
     if value in ("earliest", "latest"):
         return value
     try:
@@ -48,11 +48,11 @@ def _start(value: Any) -> Any:
 
 
 def _servers(value: str) -> str:
-    """Nothing is repeated of what looks like an address with credentials in it."""
+    """A value that looks like an address with credentials is refused without repeating it."""
     if "@" in value:
         raise ValueError(
-            "one holds an @, as in user:password@host; credentials are kafka.security.username and "
-            "kafka.security.password, and here is host:port alone"
+            "one holds an @, as in user:password@host; set credentials in kafka.security.username "
+            "and kafka.security.password, and only host:port here"
         )
     for server in value.split(","):
         if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+)(:\d{1,5})?", server.strip()):
@@ -70,12 +70,12 @@ def _record(value: str) -> str:
 
 
 def _off(value: Any) -> Any:
-    """YAML reads the word off as false."""
+    """YAML reads the word off as false: it is turned back."""
     return "off" if value is False else value
 
 
 def _redis_url(value: SecretStr | None) -> SecretStr | None:
-    """Not repeated where it is wrong: it may hold a password."""
+    """A wrong URL is not repeated in the sentence: it may hold a password."""
     schemes = ("redis://", "rediss://", "unix://")
     if value is not None and not value.get_secret_value().startswith(schemes):
         raise ValueError("it must start with redis://, rediss:// (TLS) or unix://")
@@ -117,11 +117,11 @@ _OURS = {
 def _parameters(value: dict[str, Any]) -> dict[str, Any]:
     for name in value:
         if name in _OURS:
-            raise ValueError(f"{name} is no parameter of yours to set: {_OURS[name]}")
+            raise ValueError(f"{name} cannot be set as a parameter: {_OURS[name]}")
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except ValueError:
-        raise ValueError("a number that JSON has not (nan, inf), or half a character") from None
+        raise ValueError("a number unknown to JSON (nan, inf), or half a character") from None
     return value
 
 
@@ -139,7 +139,7 @@ _OUR_HEADERS = frozenset(
 
 
 def legal_headers(value: dict[str, str]) -> dict[str, str]:
-    """Raises `ValueError` for a header that HTTP does not allow, or that the client makes."""
+    """Raises `ValueError` for a header that HTTP does not allow, or that the client sets itself."""
     for name, text in value.items():
         if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
             raise ValueError(f"{name!r} is no name of a header")
@@ -161,7 +161,8 @@ def _headers(value: dict[str, str]) -> dict[str, str]:
 
 
 def legal_url(value: str) -> str:
-    """Raises `ValueError` for what cannot be an endpoint's URL; it is not repeated there."""
+    """Raises `ValueError` for a text that cannot be an endpoint's URL; its sentence does not repeat
+    the text, which may hold a secret."""
     url = urlsplit(value)
     if url.scheme not in ("http", "https") or not url.hostname:
         raise ValueError(
@@ -176,12 +177,12 @@ Parameters: TypeAlias = Annotated[dict[str, JsonValue], AfterValidator(_paramete
 Headers: TypeAlias = Annotated[dict[str, str], AfterValidator(_headers)]
 
 OrNull = BeforeValidator(lambda value: None if value == "null" else value)
-"""In the environment an empty variable counts as not set, so that the word has to say it."""
+"""Lets the word `null` stand for None: an empty environment variable counts as not set."""
 
 ONE_OR_SEVERAL = WithJsonSchema(
     {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
 )
-"""What a list of names may be written as: one of them, or a list."""
+"""The JSON schema of a list of names, which may be written as one name or a list."""
 
 ANY_NUMBER = WithJsonSchema(
     {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
@@ -193,72 +194,79 @@ Start: TypeAlias = Annotated[Literal["earliest", "latest"] | datetime, BeforeVal
 
 
 class Section(BaseModel):
-    """One group of settings: frozen, and a name that is not known is an error."""
+    """One group of settings: frozen; an unknown name is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class SecuritySettings(Section):
     protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
-    """How the brokers are spoken to; only the SSL ones are encrypted."""
+    """How to connect to the brokers; only the SSL protocols are encrypted."""
     sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] | None = None
-    """How we say who we are; needed with a SASL protocol, refused without."""
+    """How to log in; needed with a SASL protocol, refused without one."""
     username: str | None = Field(default=None, min_length=1)
-    """For PLAIN and SCRAM."""
+    """The user's name for PLAIN and SCRAM."""
     password: SecretStr | None = None
-    """For PLAIN and SCRAM; from the environment only, never from the YAML file."""
+    """The password for PLAIN and SCRAM; from the environment only, never from the YAML file."""
     password_file: Path | None = None
     """A file that holds the password, instead of `password`."""
     token_file: Path | None = None
-    """For OAUTHBEARER: a file that holds the token, read anew at each connection."""
+    """A file that holds the token for OAUTHBEARER; it is read anew for each connection."""
     ca_file: Path | None = None
-    """Certificates that sign the brokers' (PEM); without it, the system's."""
+    """The certificates (PEM) of the authority that signed the brokers' certificates; without it,
+    the system's."""
     certificate_file: Path | None = None
     """Our own certificate (PEM), where brokers ask for one."""
     key_file: Path | None = None
-    """Its private key (PEM)."""
+    """The private key (PEM) of `certificate_file`."""
     key_password_file: Path | None = None
     """A file that holds the private key's password."""
     check_hostname: bool = True
-    """False only where brokers' certificates don't carry their host names: it lets an impostor in
-    that holds any certificate of the same authority."""
+    """Whether a broker's certificate must carry its host name. Set false only where the
+    certificates don't: then anyone with a certificate of the same authority can pose as a
+    broker."""
 
 
 class KafkaSettings(Section):
     bootstrap_servers: Annotated[str, AfterValidator(_servers)] = "localhost:9092"
-    """Brokers to ask first, host:port, comma-separated; they name the others."""
+    """The brokers to ask first, as host:port, comma-separated; they name the others."""
     group_id: str = Field(default="sluice", min_length=1)
-    """The consumer group; its committed offsets say where to go on, so that another name starts
-    anew and pays anew."""
+    """The consumer group. Its committed offsets say where to go on: another name starts anew and
+    pays for all messages again."""
     group_instance_id: str | None = Field(default=None, pattern=r"^[a-zA-Z0-9._-]{1,249}$")
-    """A name of this worker alone, that it keeps over a restart (the pod's name in a StatefulSet):
-    one that is back within session_timeout_s gets its partitions again and disturbs nobody. One
-    that leaves for good holds them until then, so not together with autoscaling. With
-    limits.workers above 1 each has its number behind it: name-1, name-2."""
+    """A name that only this worker has and keeps over a restart (the pod's name in a StatefulSet).
+    A worker that is back within session_timeout_s gets its partitions again without a rebalance.
+    One that leaves for good keeps them until that time is over, so do not use it with autoscaling.
+    With limits.workers above 1 each worker's number is added: name-1, name-2."""
     client_id: str = Field(default="sluice", min_length=1)
-    """What brokers call us in their logs and quotas."""
+    """The client's name in the brokers' logs and quotas."""
     session_timeout_s: float = Field(default=10.0, ge=1, le=300)
-    """Seconds without a heartbeat after which a dead worker's partitions move; shorter is quicker
-    and more nervous. The broker's own limits are 6 s to 1800 s by default."""
+    """Seconds without a heartbeat after which a worker counts as dead and its partitions move. A
+    shorter time moves them sooner, but also for short pauses. By default brokers allow 6 s to 1800
+    s."""
     request_timeout_s: float = Field(default=30.0, ge=1, le=300)
-    """Seconds for one request to a broker, and the longest a send waits for its acknowledgement."""
+    """Seconds that one request to a broker may take, and that a send waits for its
+    acknowledgement."""
     security: SecuritySettings = Field(default_factory=SecuritySettings)
 
 
 class InputSettings(Section):
     topics: Annotated[tuple[Topic, ...], NoDecode, ONE_OR_SEVERAL] = ("messages",)
-    """Topics to read; in the environment one name or a comma-separated list."""
+    """The topics to read; in the environment one name or a comma-separated list."""
     start: Start = "earliest"
-    """Where a new group starts: a word, or a time in ISO 8601 with its offset."""
+    """Where a new group starts: `earliest`, `latest`, or a time in ISO 8601 with its offset from
+    UTC."""
     format: Literal["text", "json"] = "text"
-    """`text`: the value is UTF-8 text. `json`: the value is a JSON object that holds it."""
+    """`text`: the value is the text, in UTF-8. `json`: the value is a JSON object with the text in
+    `text_field`."""
     text_field: str = Field(default="text", min_length=1)
-    """With `json`: the field that holds the text; dots step into objects."""
+    """With `json`: the field that holds the text; dots lead into objects (`customer.note`)."""
     text_max_bytes: int = Field(default=262_144, ge=1, le=104_857_600)
-    """Bytes; longer texts are rejected as `too_long` before any call: a bound on what one can
-    cost."""
+    """The largest text, in bytes. A longer one is rejected as `too_long` before any call, which
+    bounds what a message can cost."""
     tombstones: Literal["pass", "skip"] = "skip"
-    """A message without a value: hand it on to the output, or finish it without one."""
+    """What happens to a message without a value: `pass` hands it on to the output topic, `skip`
+    finishes it without an output."""
 
     @field_validator("topics", mode="before")
     @classmethod
@@ -273,54 +281,55 @@ class InputSettings(Section):
 
 class OutputSettings(Section):
     topic: Topic = "records"
-    """Where records go."""
+    """The topic that records are published to."""
     key_field: str | None = Field(default=None, min_length=1)
-    """A field of the record to use as the output's key; without it, the input's key."""
+    """The field of the record that becomes the output's key; without it, the message's key is
+    used."""
     timestamp: Literal["input", "now"] = "input"
-    """The output's timestamp: the message's own, or the time of publishing."""
+    """The output's timestamp: `input` is the message's own, `now` the time of publishing."""
     message_max_bytes: int = Field(default=1_048_576, ge=1024, le=104_857_600)
-    """Bytes of the largest request to a broker; above the topic's own max.message.bytes it has no
-    use."""
+    """The largest request to a broker, in bytes. A value above the topic's own max.message.bytes
+    has no effect."""
 
 
 class GuardSettings(Section):
     share_max: Annotated[float | None, OrNull] = Field(default=0.5, gt=0, lt=1)
-    """Intake stops when more than this share of the last outcomes are rejections: then it is
-    hardly the messages' fault. null: it never stops for this."""
+    """Intake stops when more than this share of the last outcomes are rejections, since the
+    messages are hardly the cause then. null: it never stops for this reason."""
     window: int = Field(default=200, ge=1, le=100_000)
-    """Outcomes of which the share is taken."""
+    """How many of the last outcomes `share_max` is computed from."""
     outcomes_min: int = Field(default=50, ge=1, le=100_000)
-    """Below so many outcomes a share says nothing."""
+    """With fewer outcomes than this, `share_max` does not count yet."""
     in_a_row_max: Annotated[int | None, OrNull] = Field(default=100, ge=1, le=1_000_000)
-    """Intake stops after so many rejections without anything else between. null: never for this."""
+    """Intake stops after this many rejections in a row. null: it never stops for this reason."""
 
 
 class DeadLetterSettings(Section):
     topic: Topic = "dead-letters"
-    """Where messages go that fail for good."""
+    """The topic for messages that fail for good."""
     connect_headers: bool = False
-    """Write the headers of Kafka Connect's dead letter queues (`__connect.errors.…`) besides, for
-    tools that know those."""
+    """Whether dead letters also get the headers of Kafka Connect's dead letter queues
+    (`__connect.errors.…`), for tools that read those."""
     redacted: bool = False
-    """Leave out what can repeat a text in other words: the model's answer, and the detail of the
-    reason. Key, value and headers of the message itself stay as they are."""
+    """Whether dead letters leave out the model's answer and the detail of the reason, which can
+    repeat the text in other words. Key, value and headers of the message stay as they are."""
     guard: GuardSettings = Field(default_factory=GuardSettings)
 
 
 class Example(Section):
-    """A text and the records it should give; shown to the model before the message."""
+    """A text and the records that it should give. The model is shown it before the message."""
 
     text: str
     records: Any
-    """With cardinality one: the record (an object); with many: a list of them."""
+    """The record (an object) with cardinality one; a list of records with many."""
 
 
 class ConfidenceSettings(Section):
     field: str | None = Field(default=None, min_length=1)
-    """A field of the record, a number, in which the model says how sure it is; below `least` the
-    next model of `extraction.model` is asked. The last one's answer is taken as it is."""
+    """The record's field, a number, in which the model says how sure it is. Below `least` the next
+    model of `extraction.model` is asked; the last model's answer is always taken."""
     least: float = Field(default=0.5, allow_inf_nan=False)
-    """The smallest value that is sure enough."""
+    """The smallest confidence with which an answer is taken."""
 
 
 class Price(Section):
@@ -328,23 +337,26 @@ class Price(Section):
 
     input: float = Field(ge=0, allow_inf_nan=False)
     cached: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    """Of the input, what the provider read from its own cache; without it as `input`."""
+    """The price of input tokens that the provider read from its own cache; without it, that of
+    `input`."""
     cache_write: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    """Of the input, what the provider wrote to its own cache; without it as `input`."""
+    """The price of input tokens that the provider wrote to its own cache; without it, that of
+    `input`."""
     output: float = Field(ge=0, allow_inf_nan=False)
 
 
 class EndpointSettings(Section):
-    """Where a model lives that is not at OPENAI_BASE_URL."""
+    """The endpoint of a model that is not at OPENAI_BASE_URL."""
 
     base_url: Annotated[str, AfterValidator(legal_url)]
-    """As OPENAI_BASE_URL is."""
+    """The endpoint's URL, in the form of OPENAI_BASE_URL."""
     key_file: Path | None = None
-    """A file that holds the key, read anew when it changes; without it no key is sent."""
+    """A file that holds the endpoint's key; it is read anew when it changes. Without it no key is
+    sent."""
 
 
 class ToldPrice(Price):
-    """Each answer tells what it has cost."""
+    """The price of a model whose answers tell their own cost (the word `gateway`)."""
 
     input: float = 0.0
     output: float = 0.0
@@ -361,65 +373,70 @@ PriceOrGateway: TypeAlias = Annotated[
 
 class ExtractionSettings(Section):
     record: Annotated[str, AfterValidator(_record)] = "service.demo.records:Person"
-    """The record's type, a pydantic model: package.module:Model or path/to/file.py:Model."""
+    """The type of the records, a pydantic model: package.module:Model or path/to/file.py:Model."""
     instructions: str = "Extract the record from the text."
-    """What the model is told, before anything of the message."""
+    """The instructions that the model gets before the message."""
     examples: tuple[Example, ...] = ()
-    """Texts with the records they should give; in the environment a JSON list of objects with
-    `text` and `records`. Each costs its tokens in every call."""
+    """Example texts with the records that they should give; in the environment a JSON list of
+    objects with `text` and `records`. The tokens of each example are paid for in every call."""
     cardinality: Literal["one", "many"] = "one"
-    """One record a message, or a list of any length."""
+    """How many records a message gives: `one`, or `many`, a list of any length."""
     model: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], NoDecode, ANY_NUMBER] = ()
-    """The model's name at the endpoint, or several (in the environment comma-separated): the next,
-    stronger one is asked only when the one before refuses, is cut off at its limit or cannot be
-    validated, or when a validator or `confidence` asks for it. Without it the only model that the
-    endpoint lists. Mode and limits are the same for all."""
+    """The model's name at the endpoint, or several names (comma-separated in the environment). The
+    next, stronger model is asked only where the one before refuses, reaches its token limit or
+    gives no valid answer, or where a validator or `confidence` asks for it. Without it, the only
+    model that the endpoint lists is asked. Mode and limits are the same for all models."""
     mode: Literal["auto", "tools", "json_schema", "json"] = "auto"
-    """How the schema is asked for. `auto`: json_schema, where the endpoint refuses it tools, then
-    json."""
+    """How the endpoint is told the schema. `auto` tries json_schema; where the endpoint refuses it,
+    tools, then json."""
     strict: Annotated[Literal["auto", "off"], BeforeValidator(_off)] = "auto"
-    """Whether json_schema asks for an answer that keeps to the schema without exception. `auto`:
-    by a strict schema derived from the record's, where nothing is lost by that (`check` says what
-    would be) and the endpoint takes it."""
+    """Whether json_schema asks for OpenAI's strict mode, in which every answer fits the schema.
+    `auto`: yes, with a strict schema derived from the record's, unless the derived schema would
+    lose something (`check` says what) or the endpoint refuses it."""
     reasks_max: int = Field(default=2, ge=0, le=10)
-    """Further calls that tell the model why its answer did not validate; each is paid for."""
+    """How many further calls may tell the model why its answer did not validate; each is paid
+    for."""
     output_tokens_max: int = Field(default=2048, ge=1, le=1_000_000)
-    """The answer's limit in tokens, a model's thinking included: what one call can cost."""
+    """The most tokens of one answer, reasoning included; it bounds what one call can cost."""
     answer_max_bytes: int = Field(default=2_097_152, ge=4096, le=268_435_456)
-    """Bytes of an answer that are read at most, encoded or decoded; a larger one is no answer, and
-    is asked for again. Far above what output_tokens_max allows: about 6 bytes a token."""
+    """The most bytes that are read of an answer, encoded or decoded. A larger answer counts as a
+    failure and is asked for again. Set it far above what output_tokens_max allows, which is about 6
+    bytes a token."""
     temperature: float | None = Field(default=None, ge=0, le=2)
-    """Passed on where set; some models refuse it."""
+    """The temperature for the model; not sent where it is not set, since some models refuse it."""
     parameters: Parameters = Field(default_factory=dict)
-    """Sent with each request beside what is ours, in the endpoint's own names and types:
-    reasoning_effort, seed, top_p, service_tier, chat_template_kwargs, provider, …; in the
-    environment as JSON."""
+    """Further parameters of each request, in the endpoint's own names and types: reasoning_effort,
+    seed, top_p, service_tier, chat_template_kwargs, provider, …; in the environment as JSON."""
     model_parameters: dict[str, Parameters] = Field(default_factory=dict)
-    """By the model's name: over `parameters`, name by name."""
+    """Parameters for single models, by the model's name. They override those in `parameters` of the
+    same name."""
     endpoints: dict[str, EndpointSettings] = Field(default_factory=dict)
-    """By the model's name: {base_url, key_file} of a model that is not at OPENAI_BASE_URL. It gets
-    neither OPENAI_API_KEY nor `headers`."""
+    """Endpoints of models that are not at OPENAI_BASE_URL, by the model's name: {base_url,
+    key_file}. They get neither OPENAI_API_KEY nor `headers`."""
     headers: Headers = Field(default_factory=dict)
-    """HTTP headers for OPENAI_BASE_URL, such as a gateway's labels; no secrets."""
+    """Further HTTP headers for OPENAI_BASE_URL, such as a gateway's labels; no secrets."""
     headers_file: Path | None = None
-    """A JSON file with one object of further headers, secrets too; read at the start."""
+    """A JSON file with further headers in one object, which may be secrets; it is read at the
+    start."""
     call_timeout_s: float = Field(default=60.0, gt=0, le=3600)
-    """Seconds for one call, from sending to the last byte of its answer."""
+    """Seconds that one call may take, from sending to the last byte of its answer."""
     attempts_max: int = Field(default=8, ge=1, le=1000)
-    """A message that failed this often while others succeeded is rejected as `exhausted`."""
+    """How often a message may fail while others succeed; then it is rejected as `exhausted`."""
     truncated: Literal["reject", "retry"] = "reject"
-    """An answer that reaches output_tokens_max: reject the message, or ask once more with twice as
-    many (a further call, paid for like any other)."""
+    """What happens when an answer reaches output_tokens_max: `reject` rejects the message, `retry`
+    asks once more with twice as many tokens (a further call that is paid for)."""
     too_long: Literal["reject", "cut_head", "cut_tail"] = "reject"
-    """A text over text_tokens_max or the model's context: reject it, or drop its beginning or its
-    end; the header `sluice.text.cut` says how much was kept."""
+    """What happens to a text above text_tokens_max or the model's context: `reject` rejects it,
+    `cut_head` drops its beginning, `cut_tail` its end. The header `sluice.text.cut` says how much
+    was kept."""
     text_tokens_max: int | None = Field(default=None, ge=1, le=100_000_000)
-    """Tokens of a text that are sent at most, by an estimate (4 bytes each); without it only the
-    endpoint's refusal says that a text is too long, and then half is kept until it fits."""
+    """The most tokens of a text that are sent, by an estimate of 4 bytes a token. Without it a text
+    is too long only where the endpoint refuses it; it is then halved until it fits."""
     confidence: ConfidenceSettings = Field(default_factory=ConfidenceSettings)
     streaming: bool = False
-    """With cardinality many: publish each record as soon as the model has written it. Readers have
-    to drop sets that are never completed; only with at_least_once and ordering none."""
+    """Whether, with cardinality many, each record is published as soon as the model has written it.
+    Readers have to drop sets that are never completed. Only with at_least_once and ordering
+    none."""
 
     @field_validator("model", mode="before")
     @classmethod
@@ -436,114 +453,122 @@ class ExtractionSettings(Section):
 
     @property
     def calls_max(self) -> int:
-        """Calls that one message can take one after the other, each up to call_timeout_s; refusals
-        of its length, which come at once, are not counted."""
+        """How many calls one message can take one after the other, each of up to call_timeout_s.
+        Refusals because of its length are not counted: they come at once."""
         return max(1, len(self.model)) * (1 + self.reasks_max + (self.truncated == "retry"))
 
     message_timeout_s: float | None = Field(default=None, gt=0, le=86_400)
-    """Seconds from a message's first call after which it is cut off and, like one whose attempts
-    are used up, waits in retries.topic or is rejected as `exhausted`, if others succeed meanwhile:
-    it holds up what stands behind it in its lane. Without it a message may take as long as its
+    """Seconds from a message's first call after which it is cut off, if others succeed meanwhile,
+    because it holds up the messages behind it in its lane. It then waits in retries.topic or is
+    rejected as `exhausted`, as after attempts_max. Without it a message may take as long as its
     attempts do."""
     hedge_after_s: float | None = Field(default=None, gt=0, le=3600)
-    """Seconds of a call after which a second one is made beside it for the same message; the first
-    answer wins, both are paid for. At most one call in twenty is such a second one, and only where
-    slots and budgets have room. Shorter than call_timeout_s, and far above the usual call."""
+    """Seconds after which a slow call gets a second one beside it for the same message. The first
+    answer wins; both calls are paid for. At most one call in twenty is such a second one, and only
+    where slots and budgets have room. Set it below call_timeout_s and far above the usual call."""
 
 
 class LimitSettings(Section):
     concurrency: int = Field(default=50, ge=1, le=10_000)
-    """Slots: calls in flight at once."""
+    """The number of slots: how many calls may be in flight at once."""
     window: int | None = Field(default=None, ge=1, le=1_000_000)
-    """Messages taken and not finished, at least the slots; without it 4 x the slots (ordering key,
-    none) or 16 x (partition), so that a slow message does not leave slots idle."""
+    """How many messages may be taken and not finished; at least `concurrency`. Without it 4 times
+    `concurrency` (ordering key or none) or 16 times (partition), so that a slow message does not
+    leave slots idle."""
     window_bytes: int = Field(default=268_435_456, ge=1024)
-    """Bytes of keys and values in the window; intake stops above it (one poll may overshoot)."""
+    """How many bytes of keys and values the window may hold before intake stops; one poll may
+    exceed it."""
     requests_per_minute: int | None = Field(default=None, ge=1, le=100_000_000)
-    """Calls a minute of all workers of the group together, re-asks included; without it only what
-    the provider allows counts (its headers, and its refusals)."""
+    """How many calls a minute all workers of the group may make together, re-asks included. Without
+    it only the provider's own limits count (its headers and its refusals)."""
     tokens_per_minute: int | None = Field(default=None, ge=1, le=1_000_000_000_000)
-    """Tokens a minute, read and written, of all workers of the group together; estimated before a
-    call and corrected after it."""
+    """How many tokens a minute, input and output, all workers of the group may use together. They
+    are estimated before a call and corrected after it."""
     spend_usd_per_hour: float | None = Field(default=None, gt=0, le=1_000_000)
-    """US dollars that the calls of a rolling hour may cost, of all workers of the group together:
-    then nothing is called until they are an hour old. A worker that starts knows of none before;
-    needs a price for the model."""
+    """US dollars that all workers of the group may spend together in a rolling hour. Beyond it no
+    call is made until earlier ones are an hour old. A worker that starts does not know what was
+    spent before. The model needs a price."""
     workers: int = Field(default=1, ge=1, le=64)
-    """Processes of this one command, for more than one core: each is a member of the group with
-    its own concurrency, window and memory cache. `sluice run --workers` overrides it."""
+    """How many processes one command starts, to use more than one core. Each is a member of the
+    group with its own concurrency, window and memory cache. `sluice run --workers` overrides it."""
 
     @property
     def shared(self) -> bool:
-        """Whether workers have a budget together, whose parts follow the lags."""
+        """Whether workers share a budget, whose parts follow the lags."""
         budgets = (self.requests_per_minute, self.tokens_per_minute, self.spend_usd_per_hour)
         return any(budget is not None for budget in budgets)
 
 
 class DeliverySettings(Section):
     mode: Literal["at_least_once", "exactly_once"] = "at_least_once"
-    """at_least_once: ids let a reader drop repeats. exactly_once: outcome and offset in one Kafka
-    transaction; a reader with isolation.level=read_committed sees each outcome once."""
+    """`at_least_once`: outcomes may be repeated, and ids let a reader drop the repeats.
+    `exactly_once`: outcome and offset are stored in one Kafka transaction, and a reader with
+    isolation.level=read_committed sees each outcome once."""
     ordering: Literal["key", "partition", "none"] = "key"
-    """Whose outcomes are published in input order. Calls always run concurrently."""
+    """Which outcomes are published in input order: those of the same key, those of the same
+    partition, or none. Calls always run concurrently."""
     commit_interval_s: float = Field(default=1.0, ge=0.05, le=300)
-    """Seconds between commits, or that a transaction gathers; a crash repeats about what finished
-    since the last one."""
+    """Seconds between two commits, or for which a transaction gathers outcomes. After a crash about
+    as much as finished in this time is repeated."""
     drain_timeout_s: float = Field(default=200.0, ge=0, le=3600)
-    """Seconds a stop waits for what is in flight; should cover a message with its re-asks:
-    (1 + reasks_max) x call_timeout_s for each model (one call more with `truncated: retry`) and
-    10 s for publishing."""
+    """Seconds that a stop waits for what is in flight. It should be enough for a message with its
+    re-asks: (1 + reasks_max) x call_timeout_s for each model (one call more with `truncated:
+    retry`) and 10 s for publishing."""
     rebalance_drain_s: float = Field(default=10.0, ge=0, le=20)
-    """Seconds a rebalance waits for what is in flight: the whole group waits with it."""
+    """Seconds that a rebalance waits for what is in flight; the whole group waits meanwhile."""
 
 
 class CacheSettings(Section):
     mode: Annotated[Literal["off", "memory", "redis"], BeforeValidator(_off)] = "off"
-    """Where answers are kept, so that a repeated text costs nothing: nowhere, in this process, or
-    in a Redis or Valkey that all workers share and that outlives them (a replay after a crash
-    then costs nothing). Values hold records in clear; keys are hashes."""
+    """Where answers are kept so that a repeated text costs nothing. `off`: nowhere. `memory`: in
+    this process. `redis`: in a Redis or Valkey that all workers share and that outlives them, so
+    that a replay after a crash costs nothing. Values hold records as plain text; keys are
+    hashes."""
     ttl_s: float = Field(default=86_400.0, ge=1, le=31_536_000)
-    """Seconds for which an answer is given again; it bounds how long personal data stays there."""
+    """Seconds for which an answer is kept; it also bounds how long personal data stays there."""
     memory_max_bytes: int = Field(default=67_108_864, ge=4096)
-    """With `memory`: bytes; the least recently used answers go first. A Redis has a bound of its
-    own (maxmemory, with maxmemory-policy allkeys-lru)."""
+    """With `memory`: how many bytes of answers are kept; the least recently used are removed first.
+    A Redis has its own bound (maxmemory, with maxmemory-policy allkeys-lru)."""
     redis_url: Annotated[SecretStr | None, AfterValidator(_redis_url)] = None
-    """With `redis`: redis://user:password@host:6379/0, rediss:// with TLS, or unix://; from the
-    environment only, never from the YAML file."""
+    """With `redis`: its address, as redis://user:password@host:6379/0, rediss:// (TLS) or unix://;
+    from the environment only, never from the YAML file."""
     redis_url_file: Path | None = None
     """A file that holds the URL, instead of `redis_url`."""
     redis_key_prefix: str = Field(default="sluice:", max_length=200)
-    """Before every key; another one starts with an empty cache."""
+    """The text at the start of every key; another prefix starts with an empty cache."""
     redis_timeout_s: float = Field(default=0.25, ge=0.01, le=5)
-    """Seconds for one look or write, connecting included; what takes longer counts as a miss, and
-    after three in a row the store is left alone for five seconds."""
+    """Seconds that one lookup or write may take, connecting included. A lookup that takes longer
+    counts as a miss; after three such failures in a row the store is left alone for five
+    seconds."""
 
     @property
     def waits_s(self) -> float:
-        """What a message may wait for the store beside its calls: a look and a write."""
+        """How many seconds a message may wait for the store beside its calls: one lookup and one
+        write."""
         return 2 * self.redis_timeout_s if self.mode == "redis" else 0.0
 
 
 class RetrySettings(Section):
     topic: Topic | None = None
-    """Where a message waits that would be rejected as `exhausted`: it is sent there and finished,
-    and read again by this group alone once it is due. Only with ordering none. Without it such a
-    message is rejected at once."""
+    """The retry topic, for messages that would be rejected as `exhausted`. Such a message is sent
+    there and finished, and only this group reads it again once it is due. Only with ordering none.
+    Without it the message is rejected at once."""
     delay_s: float = Field(default=300.0, ge=1, le=604_800)
-    """Seconds until it is due; the topic must keep its messages for longer."""
+    """Seconds until a message in the retry topic is due; the topic must keep messages for
+    longer."""
     attempts_max: int = Field(default=5, ge=1, le=1000)
-    """So often it goes there; then it is rejected as `exhausted`."""
+    """How many times a message may wait in the retry topic before it is rejected as `exhausted`."""
 
 
 class TelemetrySettings(Section):
     host: str = Field(default="0.0.0.0", min_length=1)  # probes come from other machines
-    """Address of /metrics, /livez and /readyz."""
+    """The address that /metrics, /livez and /readyz listen on."""
     port: int = Field(default=9100, ge=0, le=65535)
-    """Its port; 0 takes a free one and logs it."""
+    """The port of /metrics, /livez and /readyz; 0 takes a free one and logs it."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    """Least severe line that is logged; libraries never log below INFO, whatever is set here."""
+    """The least severe lines that are logged; lines of libraries below INFO never are."""
     log_format: Literal["text", "json"] = "text"
-    """Lines for people, or one JSON object each for machines."""
+    """`text` logs lines for people, `json` one JSON object a line for machines."""
     tracing: bool = False
-    """Send spans by OTLP over HTTP; where to, and which share of them, as OTEL_* environment
-    variables say. Needs the extra `tracing`."""
+    """Whether spans are sent by OTLP over HTTP. OTEL_* environment variables say where to, and
+    which share of them. Needs the extra `tracing`."""

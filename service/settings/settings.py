@@ -1,6 +1,6 @@
-"""All settings, and which of them cannot stand together; built once, frozen, passed in.
+"""All settings, and which of them contradict each other; built once, frozen, passed in.
 
-They come from a YAML file and from the environment over it, setting by setting. Secrets come only
+They come from a YAML file; an environment variable overrides a single setting. Secrets come only
 from the environment or from files named here. A wrong setting is a sentence, never a stack trace.
 """
 
@@ -33,25 +33,25 @@ from service.settings.sections import (
 )
 
 PREFIX = "SLUICE_"
-"""Every environment variable of ours starts with it."""
+"""All our environment variables start with this prefix."""
 
 PUBLISH_MARGIN_S = 10.0
-"""What a drain needs beyond the calls: publishing their outcomes and one commit."""
+"""How many seconds a drain needs beyond the calls: to publish their outcomes and commit once."""
 
 REBALANCE_MARGIN_S = 20.0
-"""What a rebalance needs beyond its drain: commits and joining again."""
+"""How many seconds a rebalance needs beyond its drain: to commit and to join the group again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contradiction:
-    """Settings that are right one by one and cannot stand together; `text` says what to do."""
+    """Settings that are valid one by one but contradict each other; `text` says what to do."""
 
     settings: tuple[str, ...]
     text: str
 
 
 class Contradictions(ValueError):
-    """Several at once, through pydantic's single exception a validator."""
+    """All contradictions in one exception: a pydantic validator can raise only one."""
 
     def __init__(self, found: list[Contradiction]) -> None:
         super().__init__("; ".join(one.text for one in found))
@@ -59,7 +59,7 @@ class Contradictions(ValueError):
 
 
 class Settings(BaseSettings):
-    """All settings. `settings.reading.load` builds them, and says in sentences what is wrong."""
+    """All settings. `settings.reading.load` builds them and turns faults into sentences."""
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -79,14 +79,14 @@ class Settings(BaseSettings):
     telemetry: TelemetrySettings = Field(default_factory=TelemetrySettings)
     cache: CacheSettings = Field(default_factory=CacheSettings)
     prices: dict[str, PriceOrGateway] = Field(default_factory=dict)
-    """What models cost, by their names: {input, cached, cache_write, output} in US dollars for a
-    million tokens, or the word `gateway` where each answer tells its cost; in the environment as
-    JSON. They win over the prices that are known of public endpoints."""
+    """Prices by the model's name: {input, cached, cache_write, output} in US dollars for a million
+    tokens, or the word `gateway` where each answer tells its cost; in the environment as JSON. They
+    replace the known prices of public endpoints."""
     retries: RetrySettings = Field(default_factory=RetrySettings)
 
     @property
     def window(self) -> int:
-        """Messages taken and not finished, at most."""
+        """How many messages may be taken and not finished."""
         if self.limits.window is not None:
             return self.limits.window
         factor = 16 if self.delivery.ordering == "partition" else 4
@@ -94,14 +94,15 @@ class Settings(BaseSettings):
 
     @property
     def topics_read(self) -> tuple[str, ...]:
-        """What the group reads: the input, and messages that wait to be tried again."""
+        """The topics that the group reads: the input topics, and the retry topic where one is
+        set."""
         retries = self.retries.topic
         return self.input.topics if retries is None else (*self.input.topics, retries)
 
     @property
     def rebalance_timeout_s(self) -> float:
-        """How long the group waits for a member at a rebalance: the drain, one bounded commit and
-        the way to the broker, and at least the session."""
+        """For how many seconds the group waits for a member at a rebalance: its drain, one bounded
+        commit and the way to the broker; at least the session timeout."""
         return max(
             self.kafka.session_timeout_s, self.delivery.rebalance_drain_s + REBALANCE_MARGIN_S
         )
@@ -115,7 +116,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Only what is passed in: a value built here never depends on the process's environment."""
+        """Only arguments count: settings built here never depend on the process's environment."""
         return (init_settings,)
 
     @model_validator(mode="after")
@@ -127,18 +128,18 @@ class Settings(BaseSettings):
 
 
 def warnings(settings: Settings) -> tuple[str, ...]:
-    """Sentences about settings that work, but probably not as meant."""
+    """Sentences about settings that work, but probably not in the way that was meant."""
     found = []
     extraction, delivery = settings.extraction, settings.delivery
     needed_s = extraction.calls_max * extraction.call_timeout_s + PUBLISH_MARGIN_S
     if delivery.drain_timeout_s < needed_s:
         found.append(
             f"delivery.drain_timeout_s is {delivery.drain_timeout_s:g}, but a message with its "
-            f"re-asks can take {needed_s:g} s: a stop may cut calls off that are paid for again"
+            f"re-asks can take {needed_s:g} s: a stop may cut calls off, which are paid for again"
         )
     if extraction.confidence.field is not None and len(extraction.model) <= 1:
         found.append(
-            "extraction.confidence asks for the next model, and extraction.model names one only"
+            "extraction.confidence asks for the next model, but extraction.model names only one"
         )
     security = settings.kafka.security
     if (security.protocol, security.sasl_mechanism) == ("SASL_PLAINTEXT", "PLAIN"):
@@ -170,8 +171,8 @@ def _contradictions(settings: Settings) -> Iterator[Contradiction]:
     if guard.share_max is not None and guard.outcomes_min > guard.window:
         yield Contradiction(
             ("dead_letters.guard.outcomes_min", "dead_letters.guard.window"),
-            f"{guard.outcomes_min} outcomes never stand in a window of {guard.window}, so that no "
-            "share would be taken; the window must be at least as large",
+            f"a window of {guard.window} never holds {guard.outcomes_min} outcomes, so the share "
+            "would never count; make the window at least as large",
         )
     window = settings.limits.window
     if window is not None and window < settings.limits.concurrency:
@@ -213,43 +214,43 @@ def _streaming_contradictions(settings: Settings) -> Iterator[Contradiction]:
     if settings.extraction.cardinality != "many":
         yield Contradiction(
             ("extraction.streaming", "extraction.cardinality"),
-            "one record is published when its answer has ended: there is nothing to stream; set "
-            "cardinality to many, or streaming to false",
+            "a single record is published when its answer has ended, so there is nothing to "
+            "stream; set cardinality to many, or streaming to false",
         )
     if settings.delivery.mode != "at_least_once":
         yield Contradiction(
             ("extraction.streaming", "delivery.mode"),
-            "a transaction is published as a whole, and records that are streamed are not; set "
-            "mode to at_least_once, or streaming to false",
+            "a transaction publishes all records of an answer together, and streaming publishes "
+            "them one by one; set mode to at_least_once, or streaming to false",
         )
     if settings.delivery.ordering != "none":
         yield Contradiction(
             ("extraction.streaming", "delivery.ordering"),
-            "records that are streamed don't wait for the messages before theirs; set ordering to "
-            "none, or streaming to false",
+            "streamed records don't wait for earlier messages; set ordering to none, or streaming "
+            "to false",
         )
     if settings.cache.mode != "off":
         yield Contradiction(
             ("extraction.streaming", "cache.mode"),
-            "the cache holds whole answers and shares calls that end as a whole; set mode to off, "
-            "or streaming to false",
+            "the cache stores and shares only whole answers; set mode to off, or streaming to "
+            "false",
         )
     if settings.extraction.hedge_after_s is not None:
         yield Contradiction(
             ("extraction.streaming", "extraction.hedge_after_s"),
-            "of two calls for one message both would publish; leave hedge_after_s out, or set "
+            "both calls for a message would publish its records; leave hedge_after_s out, or set "
             "streaming to false",
         )
     if settings.extraction.confidence.field is not None:
         yield Contradiction(
             ("extraction.streaming", "extraction.confidence.field"),
-            "a doubt is about the whole answer, and most of it would be published by then; leave "
-            "the field out, or set streaming to false",
+            "the confidence is known when the whole answer is, and most of it would be published "
+            "by then; leave the field out, or set streaming to false",
         )
 
 
 def _slow_messages(settings: Settings) -> Iterator[Contradiction]:
-    """What would never happen, or happen to every message."""
+    """Times that would never be reached, or that every message would exceed."""
     extraction = settings.extraction
     hedge_s, timeout_s = extraction.hedge_after_s, extraction.message_timeout_s
     if hedge_s is not None and hedge_s >= extraction.call_timeout_s:
@@ -274,7 +275,7 @@ def _slow_messages(settings: Settings) -> Iterator[Contradiction]:
 
 
 def _loops(settings: Settings) -> Iterator[Contradiction]:
-    """A topic that is read and written feeds itself, and each round is paid for."""
+    """A topic that is both read and written feeds itself, and each round is paid for."""
     topics = settings.input.topics
     output, letters = settings.output.topic, settings.dead_letters.topic
     if output in topics:
@@ -317,8 +318,8 @@ def _retry_contradictions(settings: Settings) -> Iterator[Contradiction]:
         if topic in topics:
             yield Contradiction(
                 ("retries.topic", name),
-                f"{topic!r} stands for both: messages that wait would be taken for others, or "
-                "others for them; give retries a topic of their own",
+                f"{topic!r} is named for both: waiting messages could not be told from the others; "
+                "give retries a topic of their own",
             )
 
 

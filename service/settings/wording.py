@@ -1,4 +1,4 @@
-"""What is said of settings: names, what is allowed, what is wrong, the table of settings."""
+"""Sentences on settings: their names, what is allowed, what is wrong, and the table of settings."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from service.settings.sections import Section
 from service.settings.settings import PREFIX, Contradictions, Settings
 
 Place: TypeAlias = tuple[str, ...]
-"""A setting's: ("kafka", "group_id")."""
+"""A setting's names from the outermost section on, such as ("kafka", "group_id")."""
 
 SECTIONS = frozenset({*Settings.model_fields, "security", "confidence", "guard"})
 
 SHOWN_MAX = 60
-"""Characters of a wrong value that a sentence repeats."""
+"""How many characters of a wrong value a sentence repeats."""
 
 
 def table() -> str:
@@ -35,7 +35,7 @@ def table() -> str:
 
 @cache
 def every_setting() -> Mapping[Place, Mapping[str, Any]]:
-    """Its JSON schema by the setting's place, in the order of the fields."""
+    """The JSON schema of each setting, by its place, in the order of the fields."""
     return dict(_leaves(Settings))
 
 
@@ -62,7 +62,8 @@ def variable(place: Place) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Origins:
-    """Where the values of settings came from: a line of the file, or a variable over it."""
+    """Where the values of settings came from: a line of the file, or a variable that overrides
+    it."""
 
     file: str
     lines: Mapping[Place, int]
@@ -76,7 +77,7 @@ class Origins:
         return None
 
     def nearest(self, loc: tuple[str | int, ...]) -> str:
-        """The origin of the setting that holds `loc`, and the way on from there."""
+        """The origin of the setting that contains `loc`, followed by the rest of `loc`."""
         names = tuple(str(part) for part in loc)
         for length in range(len(names), 0, -1):
             origin = self.of(names[:length])
@@ -90,7 +91,7 @@ def _rest(loc: tuple[str | int, ...]) -> str:
 
 
 def sentences(error: ErrorDetails, origins: Origins) -> Iterator[str]:
-    """Where each wrong value came from, what is wrong with it, what is allowed."""
+    """Sentences for one error: where each value came from, what is wrong, what is allowed."""
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, Contradictions):
         for one in cause.found:
@@ -110,7 +111,8 @@ def sentences(error: ErrorDetails, origins: Origins) -> Iterator[str]:
 
 
 def unheard_of(name: str, known: Iterable[str]) -> str:
-    """With a suggestion: a typing error, the same last name in another section, or the nearest."""
+    """A sentence for an unknown name. It suggests a name that differs by a typing error, else the
+    same last name in another section, else the most similar name."""
     names = sorted(known)
     elsewhere = [one for one in names if _last_name(one) == _last_name(name)]
     meant = (
@@ -127,11 +129,11 @@ def _last_name(name: str) -> str:
 
 
 def _shown(error: ErrorDetails) -> str:
-    """What was given, at most a glimpse of it."""
+    """The wrong value, shortened, and that it is not allowed; secrets are not shown."""
     given, names = error["input"], error["loc"]
     if error["type"] == "missing":
         return "is missing"
-    # Where a section is expected, a secret may stand by mistake.
+    # In the place of a section there may be a secret by mistake.
     if _is_section(names) or not isinstance(given, str | int | float | bool):
         return "is not allowed"
     text = repr(given) if isinstance(given, str) else str(given)
@@ -139,7 +141,8 @@ def _shown(error: ErrorDetails) -> str:
 
 
 def _is_section(loc: tuple[str | int, ...]) -> bool:
-    """By its place, not its name: a price has an `input` too."""
+    """Whether `loc` is a section. It is decided by the whole place and not by the last name: a
+    price has an `input` too."""
     return any(place[: len(loc)] == loc and len(place) > len(loc) for place in every_setting())
 
 
@@ -178,7 +181,7 @@ _WORDS = {
 
 
 def _bounds(node: Mapping[str, Any]) -> str:
-    """As in " from 1 up to 10" and " above 0, below 1"; nothing where there is no bound."""
+    """The bounds in words, such as " from 1 up to 10" or " above 0, below 1"; empty without any."""
     low = f" from {node['minimum']}" if "minimum" in node else ""
     high = f" up to {node['maximum']}" if "maximum" in node else ""
     if "exclusiveMaximum" in node:

@@ -67,7 +67,7 @@ async def test_parameters_go_into_the_body_as_they_are(endpoint: Endpoint) -> No
 def test_what_is_ours_is_refused_by_name(name: str) -> None:
     """With the setting that decides it instead."""
     for place in ({"parameters": {name: 1}}, {"model_parameters": {"m": {name: 1}}}):
-        with pytest.raises(ValueError, match=f"{name} is no parameter of yours to set: "):
+        with pytest.raises(ValueError, match=f"{name} cannot be set as a parameter: "):
             Settings(extraction=place)
 
 

@@ -56,4 +56,4 @@ async def test_it_is_refused_where_it_cannot_hold(scene: Scene) -> None:
     """Exit code 2 and a sentence for what cannot stand together."""
     ended = await run({**scene.environment, **STREAMING, "SLUICE_DELIVERY__ORDERING": "key"}, "run")
     assert ended.code == 2
-    assert "don't wait for the messages before theirs" in ended.printed
+    assert "don't wait for earlier messages" in ended.printed

@@ -235,7 +235,7 @@ def test_name_like_nothing() -> None:
 def test_name_that_stands_twice() -> None:
     """YAML would silently take the last one; both lines are named instead."""
     (line,) = refusal(text="kafka:\n  group_id: a\n  group_id: b\n")
-    assert line == "given.yaml line 3: kafka.group_id stands twice (line 2 has it too)"
+    assert line == "given.yaml line 3: kafka.group_id is there twice (line 2 has it too)"
 
 
 def test_password_in_the_file() -> None:
@@ -243,7 +243,7 @@ def test_password_in_the_file() -> None:
     (line,) = refusal(
         text=f"kafka:\n  security:\n    password: {CANARY}\n    protocol: PLAINTEXT\n"
     )
-    assert line.startswith("given.yaml line 3: kafka.security.password is not taken from a file")
+    assert line.startswith("given.yaml line 3: kafka.security.password is a secret and not read")
     assert "SLUICE_KAFKA__SECURITY__PASSWORD" in line
     assert CANARY not in line
 
@@ -251,7 +251,7 @@ def test_password_in_the_file() -> None:
 def test_redis_url_in_the_file() -> None:
     """It can hold a password: refused without being shown."""
     (line,) = refusal(text=f"cache:\n  redis_url: redis://:{CANARY}@host\n")
-    assert line.startswith("given.yaml line 2: cache.redis_url is not taken from a file")
+    assert line.startswith("given.yaml line 2: cache.redis_url is a secret and not read")
     assert "SLUICE_CACHE__REDIS_URL" in line
     assert CANARY not in line
 
@@ -483,10 +483,16 @@ CONTRADICTIONS = [
         "OAUTHBEARER needs token_file",
     ),
     (STREAMING | {"extraction__cardinality": "one"}, "there is nothing to stream"),
-    (STREAMING | {"delivery__mode": "exactly_once"}, "a transaction is published as a whole"),
-    (STREAMING | {"cache__mode": "memory"}, "the cache holds whole answers"),
-    (STREAMING | {"extraction__confidence__field": "sure"}, "a doubt is about the whole answer"),
-    (STREAMING | {"delivery__ordering": "key"}, "don't wait for the messages before theirs"),
+    (
+        STREAMING | {"delivery__mode": "exactly_once"},
+        "a transaction publishes all records",
+    ),
+    (STREAMING | {"cache__mode": "memory"}, "the cache stores and shares only whole answers"),
+    (
+        STREAMING | {"extraction__confidence__field": "sure"},
+        "the confidence is known when",
+    ),
+    (STREAMING | {"delivery__ordering": "key"}, "don't wait for earlier messages"),
     ({"kafka__security__username": "ann"}, "username would not be used"),
     ({"kafka__security__ca_file": "/ca.pem"}, "ca_file would not be used"),
     (
@@ -548,7 +554,7 @@ def test_what_stands_together(settings: dict[str, str]) -> None:
         ({"extraction__reasks_max": "3"}, "can take 250 s"),
         ({"extraction__truncated": "retry"}, "can take 250 s"),
         ({"extraction__model": "small,large"}, "can take 370 s"),
-        ({"extraction__confidence__field": "sure"}, "names one only"),
+        ({"extraction__confidence__field": "sure"}, "names only one"),
         ({**SASL, "kafka__security__protocol": "SASL_PLAINTEXT"}, "sends the password in clear"),
     ],
 )
@@ -602,4 +608,4 @@ def test_the_guard_is_turned_off_by_null() -> None:
 def test_a_guard_that_could_never_trip_is_refused() -> None:
     """More outcomes than its window holds would never be there."""
     [line] = refusal(variables(dead_letters__guard__window="20"))
-    assert "50 outcomes never stand in a window of 20" in line
+    assert "a window of 20 never holds 50 outcomes" in line
