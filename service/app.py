@@ -23,7 +23,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from service.core.admission.admission import Admission, Limits
-from service.core.admission.circuit import Circuit
 from service.core.admission.guard import GuardBounds
 from service.core.errors import CannotRun, NotReachable, Stop
 from service.core.events import Called, Event, Finished, Streamed
@@ -142,7 +141,7 @@ class _App:
         self._settings, self._metrics, self._tracing = settings, metrics, tracing
         self._parent = parent
         self._summary = _Summary()
-        admission = Admission(limits(settings), Circuit(random.uniform))
+        admission = Admission(limits(settings), random.uniform)
         self._model = model = OpenAIExtractor(settings, self._observe, admission)
         self._extractor = cached(model, settings.cache, self._observe)
         self._sink = KafkaSink(settings, self._observe)

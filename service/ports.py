@@ -108,11 +108,15 @@ class Extractor(Protocol):
         where `Admission.again` has no room for a re-ask.
         """
 
-    def estimate(self, text: str, progress: object | None) -> Estimate:
-        """The tokens of the next call for this text."""
+    def route(self, progress: object | None) -> str:
+        """The route of the next call for a message; without progress, that of its first call."""
 
-    async def probe(self) -> None:
-        """One tiny call, the same each time, whose answer is not read; raises as `call` does."""
+    def estimate(self, text: str, progress: object | None) -> Estimate:
+        """The tokens of the next call for it, and its route."""
+
+    async def probe(self, route: str) -> None:
+        """One tiny call on a route, the same each time, whose answer nobody reads; raises as `call`
+        does."""
 
 
 class Streams(Protocol):

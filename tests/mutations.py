@@ -36,6 +36,7 @@ BOUNDED = "service/settings/bounded.py"
 SECTIONS = "service/settings/sections.py"
 ANSWERING = "service/pipeline/answering.py"
 ASKING = "service/pipeline/asking.py"
+BLAME = "service/pipeline/blame.py"
 CALLS = "service/pipeline/calls.py"
 COMMITS = "service/pipeline/commits.py"
 INTAKE = "service/pipeline/intake.py"
@@ -69,6 +70,7 @@ WAY = "tests/pipeline/test_way.py::test_"
 ADMISSION = "tests/pipeline/test_admission.py::test_"
 STREAMING = "tests/pipeline/test_streaming.py::test_"
 REBALANCE = "tests/pipeline/test_rebalance.py::test_"
+ROUTES = "tests/pipeline/test_routes.py::test_"
 DIED = "tests/pipeline/test_process_died.py::test_"
 SIMULATION = "tests/pipeline/test_simulation.py::test_"
 UNIT_WINDOW = "tests/unit/test_window.py::test_"
@@ -290,10 +292,9 @@ TAKEN_AWAY = (
     Mutation(
         "11 a slot is lost with the partition of its call",
         CALLS,
-        "        self._window.call_ended(entry)\n        self._admission.release()\n",
-        "        self._window.call_ended(entry)\n"
+        "        self._admission.release(turn.estimate.route)\n",
         "        if not entry.holding.lost:\n"
-        "            self._admission.release()\n",
+        "            self._admission.release(turn.estimate.route)\n",
         (REBALANCE + "slots_are_whole_after_many_rebalances",),
     ),
     Mutation(
@@ -309,23 +310,73 @@ TAKEN_AWAY = (
     Mutation(
         "11 a probe that was called off before its first step counts as out",
         PROBING,
-        "            self._running = None\n            self._admission.probe_cancelled()\n",
-        "            self._running = None\n",
+        "            del self._running[route]\n"
+        "            self._admission.probe_cancelled(route)\n",
+        "            del self._running[route]\n",
         (ADMISSION + "a_probe_that_never_begins_is_told_to_the_circuit",),
     ),
     Mutation(
         "11 two probes at once",
         PROBING,
-        "if wait_s is None or self._running is not None:",
+        "if wait_s is None or route in self._running:",
         "if wait_s is None:",
         (ADMISSION + "one_probe_at_a_time_where_the_circuit_has_closed_and_opened_beside_it",),
     ),
     Mutation(
         "11 an older call's failure is taken for the answer to a probe",
-        ANSWERING,
-        "if not failure.shared and not self._admission.probe_is_out:",
+        BLAME,
+        "if not failure.shared and (a_try or not self._admission.probe_is_out(route)):",
         "if not failure.shared:",
         (ADMISSION + "one_probe_at_a_time_whatever_older_calls_come_to",),
+    ),
+    Mutation(
+        "14 a text that is refused alone is everybody's fault",
+        BLAME,
+        "if not self._suspect(entry, route, shared=failure.shared).its_own:",
+        "if self._suspect(entry, route, shared=failure.shared):",
+        (ROUTES + "one_poisoned_text_slows_nobody",),
+    ),
+    Mutation(
+        "14 what a message's own refusals have taught of the route stays",
+        BLAME,
+        "            self._admission.take_back(route, entry.untroubled)\n",
+        "",
+        (ROUTES + "one_poisoned_text_slows_nobody",),
+    ),
+    Mutation(
+        "14 a message that is turned away by chance is rejected",
+        BLAME,
+        "return entry.suspicion is not None and entry.suspicion.certain",
+        "return True",
+        (ROUTES + "a_crowded_provider_rejects_nobody",),
+    ),
+    Mutation(
+        "14 an unknown refusal of a route that never answered does not stop intake",
+        BLAME,
+        "known = not unclear or self._admission.last_success_s(route) is None",
+        "known = not unclear",
+        (ROUTES + "an_unknown_refusal_before_the_first_success_stops_intake",),
+    ),
+    Mutation(
+        "14 nobody is asked whether a text that is alone is refused alone",
+        BLAME,
+        "        return self._admission.nobody_else(entry.suspicion)\n",
+        "        return False\n",
+        (ROUTES + "a_poisoned_text_alone_is_found_by_probes",),
+    ),
+    Mutation(
+        "14 a guardrail that refuses the probe's text keeps everybody out",
+        CIRCUIT,
+        "return (self.tries + 1) % MESSAGE_EVERY == 0",
+        "return False",
+        (ROUTES + "an_unknown_refusal_before_the_first_success_stops_intake",),
+    ),
+    Mutation(
+        "14 what waits for a second model stops what needs the first alone",
+        CALLS,
+        "while (entry := self._window.next_queued(self._holds)) is not None:",
+        "while not self._holds and (entry := self._window.next_queued()) is not None:",
+        (ROUTES + "what_a_second_model_refuses_stops_nobody_else",),
     ),
     Mutation(
         "11 what a run that is ending starts is an error of its own",
@@ -474,22 +525,22 @@ TAKEN_AWAY = (
     Mutation(
         "16 an open circuit asks nobody whether the provider is back",
         PROBING,
-        "        if wait_s > 0.0:\n            return now_s + wait_s\n",
-        "        return now_s + wait_s + 1.0\n",
+        "            if wait_s > 0.0:\n",
+        "            if True:\n",
         (WAY + "poison_alone_does_not_keep_the_others_out",),
     ),
     Mutation(
         "16 a drain with an open circuit asks nobody whether the provider is back",
         PROBING,
-        "        if self._phase.draining and not self._window.waits_for_a_call:\n",
-        "        if self._phase.draining:\n",
+        "            if self._phase.draining and not self._window.waits_for_a_call:\n",
+        "            if self._phase.draining:\n",
         (ADMISSION + "a_drain_asks_whether_the_provider_is_back",),
     ),
     Mutation(
         "16 a drain with an open circuit asks without end",
         PROBING,
-        "            return None  # the end of a running call calls `admit` again\n",
-        "            return now_s + wait_s\n",
+        "                continue  # the end of a call asks again\n",
+        "                return now_s + wait_s\n",
         (ADMISSION + "a_drain_sends_no_probe_that_nobody_waits_for",),
     ),
     Mutation(
@@ -726,15 +777,15 @@ TAKEN_AWAY = (
     Mutation(
         "24 others start beside a suspect",
         CALLS,
-        "if self._alone is not None or (entry.alone and self._window.calling):",
-        "if entry.alone and self._window.calling:",
+        "return self._alone is None and not (entry.alone and self._window.calling)",
+        "return not (entry.alone and self._window.calling)",
         (DIED + "suspects_run_one_at_a_time_and_nothing_beside_them",),
     ),
     Mutation(
         "24 a suspect starts beside others",
         CALLS,
-        "if self._alone is not None or (entry.alone and self._window.calling):",
-        "if self._alone is not None:",
+        "return self._alone is None and not (entry.alone and self._window.calling)",
+        "return self._alone is None",
         (DIED + "a_suspect_waits_for_the_calls_that_run",),
     ),
     Mutation(

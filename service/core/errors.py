@@ -45,6 +45,8 @@ class CallFailure(Retry):
     """
 
     shared = False
+    route: str | None = None
+    """The route on which the call failed; None: the one on which the attempt began."""
 
     def __init__(
         self,

@@ -9,10 +9,12 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Container, Hashable, Iterator, Mapping
 from enum import Enum
 from typing import Literal
 
+from service.core.admission.route import Untroubled
+from service.core.admission.suspicion import Suspicion
 from service.core.completed import encode, finished_ranges, fullness
 from service.core.lanes import Lane, Ordering, lane_id
 from service.core.messages import Message, Outcome, Partition, Provenance
@@ -84,11 +86,15 @@ class Entry:
         "progress",
         "publish_attempts",
         "records_out",
+        "route",
         "since_s",
         "spent",
         "stage",
+        "suspicion",
         "taken_s",
         "text",
+        "turn",
+        "untroubled",
     )
 
     def __init__(self, message: Message, holding: Holding, identity: Hashable, now_s: float):
@@ -106,6 +112,10 @@ class Entry:
         self.calls_beside = 0
         self.beside_usd = 0.0  # the cost of `calls_beside`, as far as it is known
         self.text = ""
+        self.route = ""  # of its next call
+        self.turn = 0  # its place in the queue of its route: the lower, the earlier
+        self.suspicion: Suspicion | None = None  # once a call for it has failed
+        self.untroubled: Untroubled | None = None  # its route, as it was until then
         self.outcome: Outcome | None = None
         self.attempts = 0  # failed attempts
         self.attempts_that_count = 0  # failed attempts that the message itself may have caused
@@ -230,7 +240,8 @@ class Window:
         self.size_bytes = 0
         self.calling: dict[Entry, None] = {}  # the longest running first
         self.handed = 0
-        self._queue: deque[Entry] = deque()
+        self._queues: dict[str, deque[Entry]] = {}  # by route
+        self._last_turn = self._first_turn = 0
         self._retries: list[tuple[float, int, Entry]] = []  # a heap by due time
         self._sequence = itertools.count()
 
@@ -251,9 +262,10 @@ class Window:
         return lost
 
     def _forget_gone(self) -> None:
-        """Lost entries leave queue and heap now. Else they would wait behind a live entry at the
-        front and pile up with each rebalance."""
-        self._queue = deque(each for each in self._queue if not self._gone(each, Stage.QUEUED))
+        """Behind a live one at the front, lost entries would pile up with each rebalance."""
+        for route, queue in self._queues.items():
+            live = (each for each in queue if not self._gone(each, Stage.QUEUED))
+            self._queues[route] = deque(live)
         self._retries = [each for each in self._retries if not self._gone(each[2], Stage.RETRYING)]
         heapq.heapify(self._retries)
 
@@ -291,22 +303,62 @@ class Window:
         return entry
 
     def queue(self, entry: Entry) -> None:
-        self._queue.append(entry)
+        """Behind all others."""
+        self._last_turn += 1
+        entry.turn = self._last_turn
+        self._queue_of(entry).append(entry)
 
-    def next_queued(self) -> Entry | None:
-        """The entry to call next; it stays in the queue."""
-        while self._queue and self._gone(self._queue[0], Stage.QUEUED):
-            self._queue.popleft()
-        return self._queue[0] if self._queue else None
+    def _queue_before_others(self, entry: Entry) -> None:
+        self._first_turn -= 1
+        entry.turn = self._first_turn
+        self._queue_of(entry).appendleft(entry)
+
+    def _queue_of(self, entry: Entry) -> deque[Entry]:
+        queue = self._queues.get(entry.route)
+        if queue is None:
+            queue = self._queues[entry.route] = deque()
+        return queue
+
+    def next_queued(self, passing: Container[str] = ()) -> Entry | None:
+        """The entry to call next, without taking it; `passing` over what waits for these routes."""
+        first: Entry | None = None
+        for route, queue in self._queues.items():
+            while queue and self._gone(queue[0], Stage.QUEUED):
+                queue.popleft()
+            if queue and route not in passing and (first is None or queue[0].turn < first.turn):
+                first = queue[0]
+        return first
 
     @property
     def waits_for_a_call(self) -> bool:
         """Whether a message is queued, or will be for another attempt."""
         return self.next_queued() is not None or self.next_retry_s is not None
 
-    def call_next(self, now_s: float) -> Entry:
-        """Take the next entry of the queue for a call."""
-        entry = self._queue.popleft()
+    def waiting_for(self, route: str, now_s: float) -> Entry | None:
+        """Of those that wait for a call of a route, for a slot or for another attempt, the one
+        that was tried least; none that runs by itself, nor one that was asked to wait longer."""
+        queued = self._queues.get(route, ())
+        waiting = (
+            *(each for each in queued if not self._gone(each, Stage.QUEUED)),
+            *(each for _, _, each in self._retries if not self._gone(each, Stage.RETRYING)),
+        )
+        return min(
+            (e for e in waiting if e.route == route and not e.alone and e.not_before_s <= now_s),
+            key=lambda entry: entry.attempts,
+            default=None,
+        )
+
+    def call(self, entry: Entry, now_s: float) -> Entry:
+        """Take an entry that is queued, or waits for another attempt, for a call."""
+        if entry.stage is Stage.RETRYING:
+            self._retries = [each for each in self._retries if each[2] is not entry]
+            heapq.heapify(self._retries)
+        else:
+            queue = self._queues[entry.route]
+            if queue[0] is entry:
+                queue.popleft()
+            else:
+                queue.remove(entry)
         self._move(entry, Stage.CALLING, now_s)
         if entry.first_called_s is None:
             entry.first_called_s = now_s
@@ -333,14 +385,18 @@ class Window:
             if not self._gone(entry, Stage.RETRYING):
                 self._move(entry, Stage.QUEUED, now_s)
                 due.append(entry)
-        self._queue.extendleft(entry for entry in reversed(due) if entry.attempts < FIRST_MAX)
-        self._queue.extend(entry for entry in due if entry.attempts >= FIRST_MAX)
+        for entry in reversed(due):
+            if entry.attempts < FIRST_MAX:
+                self._queue_before_others(entry)
+        for entry in due:
+            if entry.attempts >= FIRST_MAX:
+                self.queue(entry)
         return len(due)
 
     def queue_first(self, entry: Entry, now_s: float) -> None:
         """Queue a message whose attempt has begun before all others."""
         self._move(entry, Stage.QUEUED, now_s)
-        self._queue.appendleft(entry)
+        self._queue_before_others(entry)
 
     def wake_retries(self, now_s: float) -> None:
         """Make all retries due now, except where the provider asked us to wait. No retry becomes

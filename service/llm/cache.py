@@ -32,7 +32,7 @@ from typing import Any, Protocol
 from pydantic import TypeAdapter, ValidationError
 
 from service.core.admission.budgets import Estimate
-from service.core.errors import CallFailure, NoRoom, ServiceFailure, TransientFailure
+from service.core.errors import CallFailure, NoRoom, ServiceFailure, TransientFailure, Unclear
 from service.core.events import CacheLooked, CacheLookup, CacheWritten, Observe
 from service.core.messages import Extracted, Provenance, Rejected
 from service.llm.records import new_answer_id
@@ -155,8 +155,11 @@ class CachedExtractor:
         """A call's; what comes from the store is given back when it has come."""
         return self._inner.estimate(text, progress)
 
-    async def probe(self) -> None:
-        await self._inner.probe()
+    def route(self, progress: object | None) -> str:
+        return self._inner.route(progress)
+
+    async def probe(self, route: str) -> None:
+        await self._inner.probe(route)
 
     def _key(self, text: str) -> str:
         key = self._keys.copy()
@@ -234,9 +237,8 @@ def _theirs(failure: CallFailure, progress: object | None) -> CallFailure:
     spent = None if failure.provenance is None else free(failure.provenance)
     other: CallFailure
     if isinstance(failure, ServiceFailure):
-        other = ServiceFailure(
-            failure.reason, remedy=failure.remedy, progress=progress, provenance=spent
-        )
+        kind = Unclear if isinstance(failure, Unclear) else ServiceFailure
+        other = kind(failure.reason, remedy=failure.remedy, progress=progress, provenance=spent)
     elif isinstance(failure, NoRoom):
         other = NoRoom(progress=progress, provenance=spent)
     else:
@@ -246,7 +248,7 @@ def _theirs(failure: CallFailure, progress: object | None) -> CallFailure:
             progress=progress,
             provenance=spent,
         )
-    other.shared = True
+    other.shared, other.route = True, failure.route
     return other
 
 

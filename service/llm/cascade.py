@@ -166,6 +166,11 @@ class Cascade:
     def step(self, talk: Conversation) -> Step:
         return self.steps[talk.step]
 
+    def moved(self, talk: Conversation, model: str) -> Conversation:
+        """Before its first call, to the step of this model."""
+        at = next((n for n, step in enumerate(self.steps) if step.model == model), 0)
+        return replace(talk, step=at, spent=replace(talk.spent, model=self.steps[at].model))
+
     def judge(self, answer: Completion | Failure, talk: Conversation) -> Verdict:
         """What follows from an answer; `talk` has it paid already."""
         match answer:

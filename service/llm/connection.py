@@ -33,21 +33,33 @@ class Connection:
     """The way to one endpoint. `open` needs a running loop; no traffic before the first call."""
 
     client: openai.AsyncOpenAI
+    _clients: tuple[openai.AsyncOpenAI, ...] = ()
 
     def __init__(self, endpoint: Endpoint, connections_max: int, answer_max_bytes: int) -> None:
         self.endpoint = endpoint
         self._connections_max, self._answer_max_bytes = connections_max, answer_max_bytes
 
     async def open(self) -> None:
+        self.client, self._lean = self._made(KEEPALIVE_S)
+        # Connections that are let go at once: each of its calls has a new one.
+        anew, self._anew = self._made(0.0)
+        self._clients = self.client, anew
+        await self._open_both()
+
+    async def _open_both(self) -> None:
+        await self._lean.open()
+        await self._anew.open()
+
+    def _made(self, keepalive_s: float) -> tuple[openai.AsyncOpenAI, LeanPost]:
         # Each call has a deadline of its own around it, so reading has none here.
         timeout = httpx2.Timeout(None, connect=CONNECT_TIMEOUT_S)
         limits = httpx2.Limits(
             max_connections=self._connections_max,
             max_keepalive_connections=self._connections_max,
-            keepalive_expiry=KEEPALIVE_S,
+            keepalive_expiry=keepalive_s,
         )
         http = openai.DefaultAioHttpClient(timeout=timeout, limits=limits)
-        self.client = openai.AsyncOpenAI(
+        client = openai.AsyncOpenAI(
             api_key=self.endpoint.key.value,
             base_url=self.endpoint.base_url,
             max_retries=0,  # the pipeline owns retries
@@ -56,29 +68,29 @@ class Connection:
             default_headers={**self.endpoint.headers, **AS_IT_IS},
             default_query=self.endpoint.query,
         )
-        self._lean = LeanPost(self.client, http, "/chat/completions", self._answer_max_bytes)
-        await self._lean.open()
+        return client, LeanPost(client, http, "/chat/completions", self._answer_max_bytes)
 
     async def close(self) -> None:
         """Calls in flight are to be cancelled first."""
-        if hasattr(self, "client"):
-            await self.client.close()
+        for client in self._clients:
+            await client.close()
 
-    async def post(self, body: bytes) -> Answered | httpx2.Response:
-        """One call, as `LeanPost.post`."""
-        return await self.with_key(lambda lean: lean.post(body))
+    async def post(self, body: bytes, *, anew: bool = False) -> Answered | httpx2.Response:
+        """One call, as `LeanPost.post`; `anew` on a connection of its own: behind one address
+        there may be several servers, of which one refuses everything."""
+        return await self.with_key(lambda lean: lean.post(body), anew=anew)
 
-    async def with_key(self, call: Callable[[LeanPost], Awaitable[T]]) -> T:
+    async def with_key(self, call: Callable[[LeanPost], Awaitable[T]], *, anew: bool = False) -> T:
         """The call with the key as it is now, and once more with another one where this one was
         refused (401) and its file holds another."""
         await self.renewed()
-        sent = self.client.api_key
+        sent, lean = self.client.api_key, self._anew if anew else self._lean
         try:
-            return await call(self._lean)
+            return await call(lean)
         except openai.AuthenticationError:
             if not await self.renewed(refused=sent):
                 raise
-        return await call(self._lean)
+        return await call(lean)
 
     async def renewed(self, refused: str | None = None) -> bool:
         """Whether calls from now on carry another key than before, or than the one `refused`."""
@@ -86,9 +98,10 @@ class Connection:
         if not key.changed(refused=refused):
             return False
         if self.client.api_key != key.value:
-            self.client.api_key = key.value
+            for client in self._clients:
+                client.api_key = key.value
             log.info("%s: the key was read anew", key.origin)
-            await self._lean.open()
+            await self._open_both()
         return True
 
     async def models(self) -> httpx2.Response | str:

@@ -47,6 +47,7 @@ class Estimator:
         return Estimate(
             tokens_input + round(min(output, self.output_tokens_max)),
             tokens_input + self.output_tokens_max,
+            route=model,
         )
 
     def learn(self, model: str, request_bytes: int, tokens_input: int, tokens_output: int) -> None:

@@ -21,7 +21,6 @@ from pydantic_core import from_json
 
 from service.core.admission.admission import Admission, Limits, Meter
 from service.core.admission.budgets import NO_TOKENS, Estimate
-from service.core.admission.circuit import Circuit
 from service.core.errors import CallFailure, NoRoom, WrongSettings
 from service.core.events import Called, CallResult, Observe, Repaired
 from service.core.messages import Extracted, Reason, Rejected
@@ -106,7 +105,7 @@ class OpenAIExtractor:
     def __init__(self, settings: Settings, observe: Observe, meter: Meter | None = None) -> None:
         """Calls are told to `meter`, which is the pipeline's admission."""
         extraction = settings.extraction
-        self._meter = meter or Admission(Limits(settings.limits.concurrency), Circuit(_no_jitter))
+        self._meter = meter or Admission(Limits(settings.limits.concurrency), _no_jitter)
         self._estimator = Estimator(extraction.output_tokens_max)
         self._said: dict[int, Estimate] = {}  # by the text's hash, until its call begins
         self._sized: tuple[str | None, int] = (None, 0)
@@ -245,7 +244,8 @@ class OpenAIExtractor:
                 case Conversation():
                     if charged is None:
                         charged = self._estimate(then) if first else self._room_for(then)
-                    then, charged, first = await self._turn(then, publish, charged), None, False
+                    then = await self._turn(then, publish, charged, further=not first)
+                    charged, first = None, False
                 case CallFailure():
                     raise then
                 case _:
@@ -262,7 +262,10 @@ class OpenAIExtractor:
         """The tokens of the next call for it, as far as calls before have taught. What was said
         here is what that call is charged with, so that it is corrected by what it has used."""
         talk = progress if isinstance(progress, Conversation) else self._begin(text)
-        estimate = self._estimate(talk) if isinstance(talk, Conversation) else NO_TOKENS
+        if isinstance(talk, Conversation):
+            estimate = self._estimate(talk)
+        else:
+            estimate = Estimate(route=self._cascade.first.model)  # it is rejected without a call
         self._said[hash(text)] = estimate
         if len(self._said) > ESTIMATES_MAX:
             del self._said[next(iter(self._said))]
@@ -288,21 +291,32 @@ class OpenAIExtractor:
             raise NoRoom(progress=talk, provenance=talk.spent)
         return estimate
 
-    async def probe(self) -> None:
-        """The request of any message with a fixed tiny text. Raises as `call` does; whatever it
-        is answered, the provider is there and takes such requests."""
+    def route(self, progress: object | None) -> str:
+        """Of the next call: its model's name."""
+        talk = progress if isinstance(progress, Conversation) else None
+        return (self._cascade.first if talk is None else self._cascade.step(talk)).model
+
+    async def probe(self, route: str) -> None:
+        """The request of any message to this model with a fixed tiny text. Raises as `call` does;
+        whatever it is answered, the provider is there and takes such requests."""
         talk = self._begin(PROBE_TEXT)
         assert isinstance(talk, Conversation), "it is neither long nor broken"
+        talk = self._cascade.moved(talk, route)
         then = await self._turn(replace(talk, purpose="probe"), None, NO_TOKENS)
         if isinstance(then, CallFailure):
             raise then
 
     def _told(
-        self, headers: Mapping[str, str], asked_at_s: float, refused: Estimate | None = None
+        self,
+        step: Step,
+        headers: Mapping[str, str],
+        asked_at_s: float,
+        refused: Estimate | None = None,
     ) -> None:
         allowance = read_allowance(headers, asked_at_s)
         if allowance is not None:
-            self._meter.told(time.monotonic(), replace(allowance, refused=refused))
+            allowance = replace(allowance, route=step.model, refused=refused)
+            self._meter.told(time.monotonic(), allowance)
 
     def _told_failure(
         self, step: Step, error: openai.APIStatusError, body: bytes, asked_at_s: float
@@ -310,7 +324,7 @@ class OpenAIExtractor:
         refused = None
         if error.status_code == 429:
             refused = self._estimator.estimate(step.model, len(body))
-        self._told(error.response.headers, asked_at_s, refused)
+        self._told(step, error.response.headers, asked_at_s, refused)
 
     def _used(self, step: Step, answer: Completion | Failure, size: int, charged: Estimate) -> None:
         """What is known of a call's tokens; one without an answer keeps what was charged."""
@@ -321,8 +335,16 @@ class OpenAIExtractor:
             case Transient(result="rate_limited" | "overloaded"):
                 self._meter.used(time.monotonic(), charged, 0)
 
-    async def _turn(self, talk: Conversation, publish: Publish | None, charged: Estimate) -> Next:
-        """One call from sending to verdict, told to whoever observes."""
+    async def _turn(
+        self,
+        talk: Conversation,
+        publish: Publish | None,
+        charged: Estimate,
+        *,
+        further: bool = False,
+    ) -> Next:
+        """One call from sending to verdict, told to whoever observes; of a `further` one of a
+        message the meter hears too."""
         step = self._cascade.step(talk)
         began = time.monotonic()
         result: CallResult = "cancelled"
@@ -343,6 +365,10 @@ class OpenAIExtractor:
             self._warn_of_no_price(step, answer, bill)
             verdict = self._cascade.judge(answer, talk.paid(bill))
             result = verdict.result
+            if isinstance(verdict.then, CallFailure):
+                verdict.then.route = step.model
+            elif further and isinstance(answer, Completion):
+                self._meter.answered(time.monotonic(), step.model)
             return verdict.then
         finally:
             self._observe(
@@ -458,7 +484,7 @@ class OpenAIExtractor:
         asked_at_s = time.monotonic()
         try:
             async with asyncio.timeout(self._extraction.call_timeout_s):
-                response = await step.connection.post(body)
+                response = await step.connection.post(body, anew=talk.refused_s is not None)
         except TimeoutError:
             return Transient("timeout")
         except openai.APIStatusError as error:
@@ -469,7 +495,7 @@ class OpenAIExtractor:
             return Transient("connection")
         except (TooLarge, Undecodable):
             return self._too_large(step)
-        self._told(response.headers, asked_at_s)
+        self._told(step, response.headers, asked_at_s)
         try:
             completion = read_completion(
                 step.connection.endpoint.scrubbed(response.content),

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 
 from service import clock
 from service.core.admission.admission import Admission, Turn
-from service.core.admission.retry import (
-    NEVER_THE_MESSAGE,
-    OVERLOAD,
-    Backoff,
-    Uniform,
-    exhausted,
-)
-from service.core.errors import CallFailure, ServiceFailure
+from service.core.admission.retry import Backoff, Uniform
+from service.core.errors import CallFailure
 from service.core.events import Observe, Retried
 from service.core.history import lived_on
-from service.core.messages import Extracted, Outcome, Postponed, Rejected
+from service.core.messages import Extracted, Outcome, Postponed, Reason, Rejected
 from service.core.phase import Phase
 from service.core.window import Entry, Window
 from service.pipeline.asking import Asking
+from service.pipeline.blame import Blame, counts
 from service.pipeline.bounds import Bounds
 from service.pipeline.outcomes import (
     attempts,
     given_up,
     overstayed,
-    tell_the_circuit,
     with_calls_beside,
 )
 from service.pipeline.publishing import Publishing
+from service.ports import Extractor
+
+log = logging.getLogger(__name__)
+
+DRAIN_DELAY_S = 2.0
+"""The longest wait between two attempts in a drain, where nothing but the end of what failed is
+waited for; what the provider asks for is waited all the same."""
 
 
 class Answering:
@@ -37,10 +39,12 @@ class Answering:
 
     def __init__(
         self,
+        extractor: Extractor,
         window: Window,
         admission: Admission,
         phase: Phase,
         asking: Asking,
+        blame: Blame,
         publishing: Publishing,
         bounds: Bounds,
         *,
@@ -48,36 +52,64 @@ class Answering:
         uniform: Uniform,
         wall_clock: Callable[[], float],
     ) -> None:
+        self._extractor, self._blame = extractor, blame
         self._window, self._admission, self._phase = window, admission, phase
         self._asking, self._publishing, self._bounds = asking, publishing, bounds
         self._observe, self._uniform, self._wall_clock = observe, uniform, wall_clock
         self._backoff = Backoff()
 
+    def succeeded(self, turn: Turn) -> None:
+        """The call that the turn was for was answered."""
+        now_s = clock.now_s()
+        if self._admission.succeeded(now_s, turn):
+            self._window.wake_retries(now_s)
+
     def failed(self, entry: Entry, turn: Turn, failure: CallFailure) -> None:
         now_s = clock.now_s()
-        service = isinstance(failure, ServiceFailure)
-        # A call for which several messages waited counts once. While a probe is out, only its
-        # answer counts: this call began before it.
-        if not failure.shared and not self._admission.probe_is_out:
-            tell_the_circuit(self._admission, now_s, failure)
-        if failure.reason in OVERLOAD:
-            self._admission.overloaded(now_s, turn, failure.reason, failure.retry_after_s)
+        if failure.route not in (None, turn.estimate.route):
+            self.succeeded(turn)  # else the attempt would not have come to another route
+        self._blame.failed(now_s, entry, turn, failure)
         self._observe(Retried(failure.reason))
         entry.progress = failure.progress
+        entry.route = self._extractor.route(entry.progress)
         entry.not_before_s = now_s + (failure.retry_after_s or 0.0)
         entry.attempts += 1
-        entry.attempts_that_count += not service and failure.reason not in NEVER_THE_MESSAGE
+        entry.attempts_that_count += counts(failure)
         if entry.first_failed_at_ms is None:
             entry.first_failed_at_ms = self._wall_ms()
         if (outcome := self._given_up(entry, turn, failure)) is not None:
+            self._say_that_it_is_alone(entry, failure.reason)
             self.answer(entry, outcome)
             return
-        if entry.attempts_that_count >= self._bounds.attempts_max:
-            self._admission.doubt(now_s)  # no other message shows that the provider is reachable
-        delay_s = self._backoff.delay_s(entry.attempts, self._uniform, failure.retry_after_s)
-        self._window.retry(entry, now_s, now_s + delay_s)
+        self._blame.doubt(now_s, entry, turn, failure)
+        self._window.retry(entry, now_s, now_s + self._delay_s(entry, failure))
         if self._phase.draining:
             self.let_go()
+
+    def _delay_s(self, entry: Entry, failure: CallFailure) -> float:
+        delay_s = self._backoff.delay_s(entry.attempts, self._uniform, failure.retry_after_s)
+        if self._phase.draining and failure.retry_after_s is None:
+            return min(delay_s, DRAIN_DELAY_S)
+        return delay_s
+
+    def _say_that_it_is_alone(self, entry: Entry, how: str) -> None:
+        """One line for a message that failed again and again while others were answered."""
+        log.warning(
+            "%s is given up after %d failed attempts (%s): others were answered meanwhile",
+            entry.message.coordinates,
+            entry.attempts,
+            how,
+        )
+
+    def judged(self, entry: Entry, outcome: Extracted | Rejected) -> None:
+        """The extractor has come to an outcome."""
+        if (
+            isinstance(outcome, Rejected)
+            and outcome.reason is Reason.BAD_REQUEST
+            and entry.attempts
+        ):
+            self._say_that_it_is_alone(entry, "refused")
+        self.answer(entry, outcome)
 
     def let_go(self) -> None:
         """Forget messages for which nothing has to be paid again; see `Window.let_go`."""
@@ -85,12 +117,7 @@ class Answering:
         self._publishing.end_traces()
 
     def _given_up(self, entry: Entry, turn: Turn, failure: CallFailure) -> Outcome | None:
-        if exhausted(
-            entry.attempts_that_count,
-            self._bounds.attempts_max,
-            turn.started_s,
-            self._admission.last_success_s,
-        ):
+        if self._blame.gives_up(entry, turn, failure):
             return self._postponed(entry) or given_up(entry, failure)
         return self._overstayed(entry) if self._asking.overstays(entry) else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from functools import reduce
+from functools import partial, reduce
 
 from service import clock
 from service.core.admission.admission import Admission, Turn
@@ -105,7 +105,7 @@ class Asking:
                 if not done and not cut_off and not hedged and self._may_hedge(entry, turn):
                     hedged = True
                     second = calls.create_task(self._once(entry))
-                    second.add_done_callback(self._second_ended)
+                    second.add_done_callback(partial(self._second_ended, entry.route))
                     running.add(second)
             stream = self._streaming.of(entry)  # read now: the end of the call's task forgets it
             for call in running:
@@ -165,10 +165,9 @@ class Asking:
         self._admission.admit(now_s, estimate)
         return True
 
-    def _second_ended(self, _: asyncio.Task[Result]) -> None:
-        """Give back the second call's own slot, also where its task never came to its first
-        step."""
-        self._admission.release()
+    def _second_ended(self, route: str, _: asyncio.Task[Result]) -> None:
+        """A second call has a slot of its own, which comes back whether it has begun or not."""
+        self._admission.release(route)
 
     def overstays(self, entry: Entry) -> bool:
         """Whether the message has gone without an answer for `message_timeout_s`, and others are
@@ -185,5 +184,5 @@ class Asking:
         now_s = clock.now_s()
         age_s = now_s - entry.first_called_s
         return age_s >= self._bounds.message_timeout_s and others_succeed(
-            now_s, self._admission.last_success_s
+            now_s, self._admission.last_success_s(entry.route)
         )

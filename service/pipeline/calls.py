@@ -1,7 +1,8 @@
 """From the queue to an answer: which message is called next, and what comes of its attempt.
 
-Rules of this file: a call's slot and its charge are given back exactly once, whether its task
-came to its first step or not. While the circuit is not closed, only probes go out, one at a time.
+Rules of this file: what a call holds (its slot, its charge) is given back exactly once, whether
+its task came to its first step or not. While the circuit of a route is not closed, nothing goes out
+on it but what asks whether it is back, one at a time; what waits for other routes goes on.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import partial
 
 from service import clock
 from service.core.admission.admission import BUDGETS, NO_SLOT, Admission, Cause, Hold, Turn
+from service.core.admission.budgets import NO_TOKENS, Estimate
 from service.core.admission.guard import Guard
 from service.core.admission.shares import share
 from service.core.errors import CallFailure, NoRoom, ServiceFailure, TransientFailure
@@ -24,6 +26,7 @@ from service.pipeline.asking import Asking
 from service.pipeline.outcomes import (
     CutOff,
     Result,
+    earliest,
     from_the_cache,
 )
 from service.pipeline.probing import Probing
@@ -56,7 +59,7 @@ class Calls:
         self._phase, self._tasks, self._conditions = phase, tasks, conditions
         self._probing, self._answering = probing, answering
         self._asking, self._publishing = asking, publishing
-        self._hold: Hold | None = None  # why the queue waits; None: admission lets calls start
+        self._holds: dict[str, Hold] = {}  # by route: why what is queued for it waits
         self._lags: Mapping[Partition, int | None] = {}
         self._turns: dict[Entry, Turn] = {}  # of the calls that have a slot now
         self._alone: Entry | None = None  # the only call that may run now
@@ -64,40 +67,62 @@ class Calls:
 
     # --- admission -------------------------------------------------------------------------------
 
+    def queue(self, entry: Entry) -> None:
+        """A message is ready for its first call."""
+        entry.route = self._extractor.route(None)
+        self._window.queue(entry)
+
     def admit(self) -> None:
         """Start calls as far as admission allows, and set a timer where a later look is needed."""
         if not self._tasks.is_open or not self._phase.may_call:
             return
-        now_s = clock.now_s()
-        if not self._admission.closed:
-            self._wake_at(self._probing.when_due(now_s, self.admit))
-            return
-        ask_again_s, held = self._requeue(now_s), self.waits_for_budget
-        self._hold = None
-        while (entry := self._window.next_queued()) is not None:
-            if self._alone is not None or (entry.alone and self._window.calling):
-                break  # the end of a running call calls `admit` again
+        now_s, held = clock.now_s(), self.waits_for_budget
+        ask_again_s = self._probing.when_due(now_s, self.admit, self._try)
+        self._holds = {route: Hold(None, Cause.CIRCUIT) for route in self._admission.broken}
+        if not self._admission.all_broken:  # else who waits for another attempt is in no hurry
+            ask_again_s = earliest(ask_again_s, self._requeue(now_s))
+        while (entry := self._window.next_queued(self._holds)) is not None:
+            if not self._may_begin(entry):
+                break  # the end of a call goes on with it
             if (held_s := self._guard.wait_s(now_s)) > 0.0:
-                ask_again_s = _earlier(ask_again_s, now_s + held_s)
+                ask_again_s = earliest(ask_again_s, now_s + held_s)
                 break
-            if self._admission.full(now_s):
-                self._hold = NO_SLOT
+            hold: Hold | None = NO_SLOT
+            estimate = NO_TOKENS
+            if not self._admission.full(now_s, entry.route):
+                estimate = self._extractor.estimate(entry.text, entry.progress)
+                hold = self._admission.hold(now_s, estimate)
+            if hold is None:
+                self._begin(entry, estimate, now_s)
+                continue
+            self._holds[entry.route] = hold
+            if self._admission.all_busy:
                 break
-            estimate = self._extractor.estimate(entry.text, entry.progress)
-            self._hold = self._admission.hold(now_s, estimate)
-            if self._hold is not None:
-                if self._hold.wait_s is not None:
-                    ask_again_s = _earlier(ask_again_s, now_s + self._hold.wait_s)
-                break
-            self._observe(Admitted(now_s - entry.since_s))
-            self._window.call_next(now_s)
-            self._guard.began(now_s)
-            if entry.alone:
-                self._alone = entry
-            self._start(entry, self._admission.admit(now_s, estimate))
+            if hold.wait_s is not None:
+                ask_again_s = earliest(ask_again_s, now_s + hold.wait_s)
         if held and not self.waits_for_budget:
             self._conditions.look()  # there may be room to fetch
         self._wake_at(ask_again_s)
+
+    def _may_begin(self, entry: Entry) -> bool:
+        """Nobody runs who must be alone, nor must this one be while others run."""
+        return self._alone is None and not (entry.alone and self._window.calling)
+
+    def _try(self, entry: Entry, estimate: Estimate) -> bool:
+        """Start a message that stands for a probe."""
+        now_s = clock.now_s()
+        if not self._may_begin(entry) or self._guard.wait_s(now_s) > 0.0:
+            return False
+        self._begin(entry, estimate, now_s)
+        return True
+
+    def _begin(self, entry: Entry, estimate: Estimate, now_s: float) -> None:
+        self._observe(Admitted(now_s - entry.since_s))
+        self._window.call(entry, now_s)
+        self._guard.began(now_s)
+        if entry.alone:
+            self._alone = entry
+        self._start(entry, self._admission.admit(now_s, estimate))
 
     def _requeue(self, now_s: float) -> float | None:
         """Queue the retries that are due, as many as the quota allows. Returns when to look for
@@ -108,16 +133,22 @@ class Calls:
         return None if due_s is None else max(due_s, now_s + admission.retry_wait_s(now_s))
 
     @property
+    def cannot_begin(self) -> bool:
+        """The route on which messages begin is not there: fetching more makes no sense."""
+        return not self._admission.closed(self._extractor.route(None))
+
+    @property
     def waits_for_budget(self) -> bool:
-        """Whether the queue waits for a budget, so that fetching more messages makes no sense."""
-        if self._hold is None or self._hold.cause not in BUDGETS:
+        """What is queued for the first route waits for it: fetching more makes no sense."""
+        hold = self._holds.get(self._extractor.route(None))
+        if hold is None or hold.cause not in BUDGETS:
             return False
         return self._window.next_queued() is not None
 
     @property
     def held(self) -> bool:
-        """Whether admission keeps the queue waiting (slots, a budget, a cooldown)."""
-        return self._hold is not None
+        """Something keeps what is queued waiting: slots, a budget, a cooldown."""
+        return bool(self._holds)
 
     def waits(self, now_s: float) -> Mapping[Cause, float]:
         """Seconds until the next call may start, by cause; slots are not among the causes."""
@@ -167,14 +198,15 @@ class Calls:
         if self._turns.get(entry) is turn:  # `_call` has never begun, so no request was sent
             self._admission.unused(clock.now_s(), turn.estimate)
             self._give_back(entry)
+            self._probing.ended(entry, turn.estimate.route)
             self._wake_at(clock.now_s())  # the slot is free for another
 
     def _give_back(self, entry: Entry) -> None:
-        del self._turns[entry]
+        turn = self._turns.pop(entry)
         if self._alone is entry:
             self._alone = None
         self._window.call_ended(entry)
-        self._admission.release()
+        self._admission.release(turn.estimate.route)
         self._conditions.moved_on()
 
     async def _call(self, entry: Entry, turn: Turn) -> None:
@@ -187,6 +219,7 @@ class Calls:
                 with trace.asking():
                     result = await ask(entry, turn)
         except asyncio.CancelledError:
+            self._probing.ended(entry, turn.estimate.route)
             self._wake_at(clock.now_s())  # the slot is free for another
             raise
         finally:
@@ -196,14 +229,15 @@ class Calls:
             case CutOff():
                 self._answering.cut_off(entry)
             case NoRoom():
-                self._provider_answers(turn)
+                self._answering.succeeded(turn)
                 self._go_on_later(entry, result)
             case CallFailure():
                 self._answering.failed(entry, turn, result)
             case _:
                 if not from_the_cache(result):
-                    self._provider_answers(turn)
-                self._answering.answer(entry, result)
+                    self._answering.succeeded(turn)
+                self._answering.judged(entry, result)
+        self._probing.ended(entry, turn.estimate.route)
         self.admit()
         await self._publishing.hand_over(entry.holding, entry.lane)
 
@@ -221,16 +255,8 @@ class Calls:
         if spent.cached:
             self._admission.unused(clock.now_s(), turn.estimate)
 
-    def _provider_answers(self, turn: Turn) -> None:
-        now_s = clock.now_s()
-        if self._admission.succeeded(now_s, turn):
-            self._window.wake_retries(now_s)
-
     def _go_on_later(self, entry: Entry, paused: NoRoom) -> None:
         if not entry.holding.lost:
             entry.progress = paused.progress
+            entry.route = self._extractor.route(entry.progress)
             self._window.queue_first(entry, clock.now_s())
-
-
-def _earlier(one_s: float | None, other_s: float) -> float:
-    return other_s if one_s is None else min(one_s, other_s)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from service import clock
-from service.core.admission.admission import Admission
 from service.core.admission.guard import Guard
 from service.core.events import Dropped, Observe, Spared, Taken
 from service.core.messages import Batch, Message, Outcome, Partition
@@ -32,7 +31,6 @@ class Intake:
         source: Source,
         decode: Callable[[Message], str | Outcome],
         window: Window,
-        admission: Admission,
         guard: Guard,
         phase: Phase,
         conditions: Conditions,
@@ -43,7 +41,7 @@ class Intake:
         observe: Observe,
     ) -> None:
         self._source, self._decode, self._bounds = source, decode, bounds
-        self._window, self._admission, self._guard = window, admission, guard
+        self._window, self._guard = window, guard
         self._phase, self._conditions = phase, conditions
         self._calls, self._answering = calls, answering
         self._publishing, self._observe = publishing, observe
@@ -73,7 +71,7 @@ class Intake:
             return 0
         if self._window.size_bytes >= self._bounds.window_bytes:
             return 0
-        if not self._admission.closed or self._calls.waits_for_budget:
+        if self._calls.cannot_begin or self._calls.waits_for_budget:
             return 0
         room = self._bounds.window - self._window.messages
         if (tries := self._guard.room(self._window.messages, clock.now_s())) is not None:
@@ -95,7 +93,7 @@ class Intake:
             decoded = died_before(entry) or self._decode(message)
             if isinstance(decoded, str):
                 entry.text = decoded
-                self._window.queue(entry)
+                self._calls.queue(entry)
             else:
                 self._answering.answer(entry, decoded)
                 self._publishing.start(entry)

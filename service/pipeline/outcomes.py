@@ -136,18 +136,29 @@ def from_the_cache(outcome: Extracted | Rejected) -> bool:
     return outcome.provenance is not None and outcome.provenance.cached
 
 
-def sentence(failure: CallFailure) -> str:
-    """The sentence in /readyz while the circuit is open."""
+def sentence(failure: CallFailure, route: str) -> str:
+    """What readiness says while the route's circuit is open."""
+    model = f"the model {route}" if route else "the model"
     if isinstance(failure, ServiceFailure):
-        return f"calls to the model fail ({failure.reason}): {failure.remedy}"
-    return f"calls to the model fail ({failure.reason}); they are tried again"
+        return f"calls to {model} fail ({failure.reason}): {failure.remedy}"
+    return f"calls to {model} fail ({failure.reason}); they are tried again"
 
 
-def tell_the_circuit(admission: Admission, now_s: float, failure: CallFailure) -> None:
-    """Report a failed call or probe to the circuit."""
+def tell_the_circuit(
+    admission: Admission, now_s: float, route: str, failure: CallFailure, *, service: bool
+) -> None:
+    """A call on the route, or a probe, was not answered; `service`: nor will be any other."""
     admission.failed(
         now_s,
-        sentence(failure),
-        service=isinstance(failure, ServiceFailure),
+        sentence(failure, route),
+        service=service,
         retry_after_s=failure.retry_after_s,
+        route=route,
     )
+
+
+def earliest(one_s: float | None, other_s: float | None) -> float | None:
+    """Of two moments, each of which may be none."""
+    if one_s is None or other_s is None:
+        return one_s if other_s is None else other_s
+    return min(one_s, other_s)

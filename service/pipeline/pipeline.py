@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 from service import clock
 from service.core.admission.admission import Admission, Limits
-from service.core.admission.circuit import Circuit
 from service.core.admission.guard import Guard
 from service.core.admission.retry import Uniform
 from service.core.events import Abandoned, Observe
@@ -25,6 +24,7 @@ from service.core.tracker import Given, Progress
 from service.core.window import Holding, Window
 from service.pipeline.answering import Answering
 from service.pipeline.asking import Asking
+from service.pipeline.blame import Blame
 from service.pipeline.bounds import Bounds
 from service.pipeline.calls import Calls
 from service.pipeline.commits import Commits
@@ -60,7 +60,7 @@ class Pipeline:
         """With `streams`, records are published while the model still writes. `admission` has to be
         the extractor's; without it, slots are the only limit."""
         self._bounds, self._observe = bounds, observe
-        self._admission = admission or Admission(Limits(bounds.concurrency), Circuit(uniform))
+        self._admission = admission or Admission(Limits(bounds.concurrency), uniform)
         self._guard = Guard(bounds.guard)
         self._window = Window(bounds.ordering, suspects=bounds.concurrency)
         self._phase, self._tasks = Phase(), Tasks()
@@ -90,18 +90,20 @@ class Pipeline:
             uniform=uniform,
         )
         asking = Asking(extractor, self._admission, streaming, self._commits, bounds, observe)
+        probing = Probing(extractor, self._window, self._admission, self._phase, *running)
         self._answering = Answering(
+            extractor,
             self._window,
             self._admission,
             self._phase,
             asking,
+            Blame(self._admission, probing, bounds),
             self._publishing,
             bounds,
             observe=observe,
             uniform=uniform,
             wall_clock=wall_clock,
         )
-        probing = Probing(extractor, self._window, self._admission, self._phase, *running)
         self._calls = Calls(
             extractor,
             *shared,
@@ -116,7 +118,9 @@ class Pipeline:
         self._intake = Intake(
             source,
             decode,
-            *shared,
+            self._window,
+            self._guard,
+            self._phase,
             self._conditions,
             self._calls,
             self._answering,
@@ -175,6 +179,7 @@ class Pipeline:
         self._phase.drain()
         self._admission.finish(finishing=self._phase.finishing)
         self._answering.let_go()
+        self._window.wake_retries(clock.now_s())  # what is left is all that is waited for
         drained = await self._conditions.until(
             lambda: self._phase.forced or not self._window.messages, self._bounds.drain_timeout_s
         )

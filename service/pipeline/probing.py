@@ -1,24 +1,32 @@
-"""Probes: while the circuit is not closed, one tiny call at a time looks if the provider is
-back."""
+"""While a route's circuit is not closed, one call at a time asks whether the provider is back.
+
+Two of three tries are probes, small calls with a fixed text that belong to no message. The third is
+a message that waits, each time another: a guardrail may refuse the probe's text alone.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 from functools import partial
+from typing import TypeAlias
 
 from service import clock
 from service.core.admission.admission import Admission
-from service.core.errors import CallFailure
+from service.core.admission.budgets import Estimate
+from service.core.errors import CallFailure, ServiceFailure
 from service.core.phase import Phase
-from service.core.window import Window
-from service.pipeline.outcomes import tell_the_circuit
+from service.core.window import Entry, Window
+from service.pipeline.outcomes import earliest, tell_the_circuit
 from service.pipeline.tasks import Conditions, Tasks
 from service.ports import Extractor
 
+Begin: TypeAlias = Callable[[Entry, Estimate], bool]
+"""Starts a message's call, where it may begin now; says whether it did."""
+
 
 class Probing:
-    """Sends probes; owns the one that runs."""
+    """What is out on each route to see: a probe, or a message."""
 
     def __init__(
         self,
@@ -31,58 +39,98 @@ class Probing:
     ) -> None:
         self._extractor, self._window, self._admission = extractor, window, admission
         self._phase, self._tasks, self._conditions = phase, tasks, conditions
-        self._running: asyncio.Task[None] | None = None
+        self._running: dict[str, asyncio.Task[None]] = {}  # probes
+        self._messages: dict[str, Entry] = {}  # that are out instead of a probe
 
-    def when_due(self, now_s: float, again: Callable[[], None]) -> float | None:
-        """Send a probe if one is due; returns when to look again. The probe's end calls `again`.
+    def when_due(self, now_s: float, again: Callable[[], None], begin: Begin) -> float | None:
+        """Send what is due; returns when to ask again. The end of each try calls `again`.
 
         Only one probe runs at a time, even where the circuit has closed and opened again meanwhile.
         In a drain a probe goes out only where a message waits for it, so that the message can
         finish before the deadline.
         """
-        wait_s = self._admission.probe_wait_s(now_s)
-        if wait_s is None or self._running is not None:
-            return None
-        if self._phase.draining and not self._window.waits_for_a_call:
-            return None  # the end of a running call calls `admit` again
-        if wait_s > 0.0:
-            return now_s + wait_s
-        self._admission.probing(now_s)
-        self._running = self._tasks.start_alone(self._probe, again)
-        if self._running is None:
-            self._admission.probe_cancelled()
-        else:
-            self._running.add_done_callback(partial(self._called_off, again))
-        return None
+        ask_again_s: float | None = None
+        for route in self._admission.broken:
+            wait_s = self._admission.probe_wait_s(now_s, route)
+            if wait_s is None or route in self._running:
+                continue
+            if self._phase.draining and not self._window.waits_for_a_call:
+                continue  # the end of a call asks again
+            if wait_s > 0.0:
+                ask_again_s = earliest(ask_again_s, now_s + wait_s)
+            elif not self._tried(now_s, route, begin):
+                self._start(now_s, route, again)
+        return ask_again_s
 
-    def _called_off(self, again: Callable[[], None], probe: asyncio.Task[None]) -> None:
-        """The probe was cancelled, maybe before its first step, and nothing is known: another may
-        go out."""
-        if self._running is probe:
-            self._running = None
-            self._admission.probe_cancelled()
+    # --- a message -------------------------------------------------------------------------------
+
+    def _tried(self, now_s: float, route: str, begin: Begin) -> bool:
+        """Whether a message goes out, with a slot and a charge as any other."""
+        if not self._admission.wants_a_message(route):
+            return False
+        entry = self._window.waiting_for(route, now_s)
+        if entry is None:
+            return False
+        estimate = self._extractor.estimate(entry.text, entry.progress)
+        if not self._admission.has_room(now_s, estimate):
+            return False
+        self._messages[route] = entry
+        self._admission.trying(route)
+        if begin(entry, estimate):
+            return True
+        self.ended(entry, route)
+        return False
+
+    def stands_for_a_probe(self, entry: Entry, route: str) -> bool:
+        """Whether its call says how the provider is, although the circuit is not closed."""
+        return self._messages.get(route) is entry
+
+    def ended(self, entry: Entry, route: str) -> None:
+        """A call of the message is over. If it stood for a probe and has told nothing of the
+        provider (cut off, answered from the cache), another may go."""
+        if self._messages.get(route) is entry:
+            del self._messages[route]
+            self._admission.probe_cancelled(route)
+
+    # --- a probe ---------------------------------------------------------------------------------
+
+    def _start(self, now_s: float, route: str, again: Callable[[], None]) -> None:
+        self._admission.probing(now_s, route)
+        probe = self._tasks.start_alone(self._probe, route, again)
+        if probe is None:
+            self._admission.probe_cancelled(route)
+            return
+        self._running[route] = probe
+        probe.add_done_callback(partial(self._called_off, route, again))
+
+    def _called_off(self, route: str, again: Callable[[], None], probe: asyncio.Task[None]) -> None:
+        """A probe that was cancelled, before its first step or later, has told nothing."""
+        if self._running.get(route) is probe:
+            del self._running[route]
+            self._admission.probe_cancelled(route)
             asyncio.get_running_loop().call_soon(self._tasks.called_back, again)
 
-    async def _probe(self, again: Callable[[], None]) -> None:
+    async def _probe(self, route: str, again: Callable[[], None]) -> None:
         """Sends one probe for all queued messages: is the provider reachable, and does it accept
         the settings that every request shares?"""
         failure = None
         try:
-            await self._extractor.probe()
+            await self._extractor.probe(route)
         except CallFailure as found:
             failure = found
-        self._running = None
+        self._running.pop(route, None)
         now_s = clock.now_s()
         if failure is None:
-            self._admission.probe_succeeded(now_s)
+            self._admission.probe_succeeded(now_s, route)
             self._window.wake_retries(now_s)
         else:
-            self._admission.cool_down(now_s, failure.retry_after_s)
-            tell_the_circuit(self._admission, now_s, failure)
+            self._admission.cool_down(now_s, failure.retry_after_s, route)
+            service = isinstance(failure, ServiceFailure)
+            tell_the_circuit(self._admission, now_s, route, failure, service=service)
         self._conditions.moved_on()
         again()
 
     def close(self) -> None:
-        """Cancel the probe that runs."""
-        if self._running is not None:
-            self._running.cancel()
+        """The probes that run are called off."""
+        for probe in self._running.values():
+            probe.cancel()

@@ -29,7 +29,7 @@ from service.core.messages import (
 )
 from service.core.phase import Phase
 from service.core.window import Entry, Holding, Window
-from service.pipeline.outcomes import too_large
+from service.pipeline.outcomes import from_the_cache, too_large
 from service.pipeline.tasks import Conditions, Tasks
 from service.ports import Sink, Trace
 
@@ -161,6 +161,8 @@ class Publishing:
     def _tell_the_guard(self, outcome: Outcome) -> None:
         if not isinstance(outcome, Extracted | Rejected):
             return
+        if isinstance(outcome, Rejected) and from_the_cache(outcome):
+            return  # one call that several messages shared has told of it already
         before = self._guard.tripped
         reason = outcome.reason if isinstance(outcome, Rejected) else None
         self._guard.finished(reason, clock.now_s())

@@ -86,7 +86,7 @@ class Reporting:
             return State.WAITING_FOR_KAFKA
         if self._phase.tenure is not Tenure.HELD:
             return State.REBALANCING
-        if not self._admission.closed:
+        if self._calls.cannot_begin:
             return State.WAITING_FOR_PROVIDER
         if self._guard.tripped:
             return State.GUARDED
@@ -120,7 +120,7 @@ class Reporting:
         sentences = (
             first,
             group.problem,
-            self._admission.outage,
+            *self._admission.outages,
             self._guard.problem,
             self._admission.spend_exceeded(now_s),
         )

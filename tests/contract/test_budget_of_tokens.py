@@ -79,6 +79,9 @@ class Clocked(Meter):
     def told(self, now_s: float, allowance: Allowance) -> None:
         raise AssertionError("the endpoint says nothing of limits")
 
+    def answered(self, now_s: float, route: str) -> None:
+        raise AssertionError("nothing is asked again")
+
 
 @pytest.mark.parametrize("text_of", [csv, pretty_json, short, cyrillic, mixed])
 async def test_the_budget_is_not_overdrawn(

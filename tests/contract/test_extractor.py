@@ -952,6 +952,9 @@ class Ear:
         assert allowance.asked_at_s <= now_s
         self.allowances.append(allowance)
 
+    def answered(self, now_s: float, route: str) -> None:
+        assert route == MODEL
+
 
 @asynccontextmanager
 async def metered(ear: Ear, **extraction: Any) -> AsyncIterator[OpenAIExtractor]:
@@ -1031,9 +1034,9 @@ async def test_a_probe_is_a_call_as_any_other_and_nobody_reads_its_answer(
         monkeypatch.setenv("OPENAI_BASE_URL", endpoint.url)
         async with started() as extractor:
             for _ in range(3):
-                await extractor.probe()
+                await extractor.probe(MODEL)
             with pytest.raises(TransientFailure):
-                await extractor.probe()
+                await extractor.probe(MODEL)
             with pytest.raises(ServiceFailure):
-                await extractor.probe()
+                await extractor.probe(MODEL)
         assert endpoint.total() == 5

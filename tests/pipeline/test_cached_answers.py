@@ -56,7 +56,7 @@ def test_a_failure_of_many_is_one_failure() -> None:
     model = Model()
     model.scripts["text"] = [TransientFailure("connection")]
     stage.extractor = CachedExtractor(  # type: ignore[assignment]
-        model, ScriptedStore(), "identity", stage.events.append
+        model, ScriptedStore(), stage.events.append
     )
     stage.pipeline = stage.new_pipeline()
     for n in range(12):

@@ -47,7 +47,7 @@ class TellingExtractor(FakeExtractor):
         finally:
             self.observe(Called("m", result, 0.1, 7, 3, purpose=self.purpose))
 
-    async def probe(self) -> None:
+    async def probe(self, route: str = "") -> None:
         self.observe(Called("m", "validated", 0.1, purpose="probe"))
         await super().probe()
 

@@ -341,7 +341,10 @@ class FakeExtractor:
     def estimate(self, text: str, progress: object | None) -> Estimate:
         return Estimate(self.tokens(text), self.tokens(text))
 
-    async def probe(self) -> None:
+    def route(self, progress: object | None) -> str:
+        return ""
+
+    async def probe(self, route: str = "") -> None:
         self.probes += 1
         await asyncio.sleep(self.latency_s(PROBE))
         failure = self.probe_fails or self.always

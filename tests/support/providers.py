@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from service.core.admission.admission import Admission, Limits, Turn
-from service.core.admission.circuit import Circuit
 from service.core.admission.retry import Backoff
 
 ROUND_TRIP_S = 0.05
@@ -77,7 +76,7 @@ class Simulation:
     def __init__(self, provider: Provider, seed: int, *, workers: int = 1, slots: int = 50) -> None:
         self.provider, self.chance = provider, random.Random(seed)
         self.workers = [
-            Worker(Admission(Limits(slots), Circuit(self.chance.uniform))) for _ in range(workers)
+            Worker(Admission(Limits(slots), self.chance.uniform)) for _ in range(workers)
         ]
         self.now_s = 0.0
         self._numbers = itertools.count()
@@ -100,7 +99,7 @@ class Simulation:
     def _start(self, worker: Worker) -> None:
         """As many as may; then again when it is said that one may."""
         admission = worker.admission
-        if admission.probe_wait_s(self.now_s) == 0.0 and admission.outage is not None:
+        if admission.probe_wait_s(self.now_s) == 0.0 and admission.outages:
             self._probe(worker)
         while (hold := admission.hold(self.now_s)) is None:
             self._send(worker)
@@ -150,5 +149,5 @@ class Simulation:
     def _refused(self, worker: Worker, turn: Turn, retry_after_s: float | None) -> None:
         worker.admission.release()
         worker.admission.failed(self.now_s, "refused", service=False, retry_after_s=retry_after_s)
-        worker.admission.overloaded(self.now_s, turn, "rate_limited", retry_after_s)
+        worker.admission.overloaded(self.now_s, turn, "", "rate_limited", retry_after_s)
         self._start(worker)

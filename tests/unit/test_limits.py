@@ -2,10 +2,11 @@
 
 import pytest
 
-from service.core.admission.admission import RESTART_SLOTS, Admission, Cause, Hold, Limits
+from service.core.admission.admission import Admission, Cause, Hold, Limits
 from service.core.admission.budgets import NO_TOKENS, Allowance, Estimate, Quota
 from service.core.admission.circuit import CIRCUIT_FAILURES, PROBE_CAP_S, Circuit, CircuitState
 from service.core.admission.retry import RETRIES_SAVED
+from service.core.admission.route import RESTART_SLOTS
 
 
 def upper(low: float, high: float) -> float:
@@ -13,7 +14,7 @@ def upper(low: float, high: float) -> float:
 
 
 def of(slots: int = 2, **limits: float) -> Admission:
-    return Admission(Limits(slots, **limits), Circuit(upper))  # type: ignore[arg-type]
+    return Admission(Limits(slots, **limits), upper)  # type: ignore[arg-type]
 
 
 def held(admission: Admission, now_s: float, estimate: Estimate = NO_TOKENS) -> Hold:
@@ -80,7 +81,7 @@ def test_a_row_of_failures_opens_the_circuit() -> None:
         admission.failed(0, "down", service=False)
     assert admission.hold(0) is None
     admission.failed(0, "down", service=False)
-    assert admission.outage == "down"
+    assert admission.outages == ("down",)
     assert held(admission, 0) == Hold(4, Cause.CIRCUIT)
     assert held(admission, 4).cause is Cause.CIRCUIT
     admission.probing(4)
@@ -117,8 +118,8 @@ def test_an_outage_takes_back_what_it_seemed_to_say() -> None:
     turns = [admission.admit(n / 100) for n in range(50)]
     for turn in turns:
         admission.failed(1, "down", service=False)
-        admission.overloaded(1, turn, "rate_limited", None)
-    assert not admission.closed
+        admission.overloaded(1, turn, "", "rate_limited", None)
+    assert not admission.closed()
     assert admission.limit == 50
     assert admission.pace_per_s is None
 

@@ -44,6 +44,12 @@ def taken(window: Window, one: Message) -> Entry:
     return entry
 
 
+def called_next(window: Window, now_s: float = 0) -> Entry:
+    entry = window.next_queued()
+    assert entry is not None
+    return window.call(entry, now_s)
+
+
 def test_a_stale_message_is_not_taken() -> None:
     """Another epoch, an unknown partition, a known offset: none of them enters."""
     window = full(2)
@@ -56,11 +62,11 @@ def test_a_stale_message_is_not_taken() -> None:
 def test_a_lost_holding_leaves_nothing_behind() -> None:
     """Messages and bytes go back to zero, and what was queued or waiting never comes up."""
     window = full(4)
-    called = window.call_next(0)
-    waiting = window.call_next(0)
+    called = called_next(window)
+    waiting = called_next(window)
     window.call_ended(waiting)
     window.retry(waiting, now_s=0, due_s=1)
-    handed = window.call_next(0)
+    handed = called_next(window)
     window.call_ended(handed)
     window.answered(handed, Skipped(), 0)
     assert window.hand_over(handed.holding, handed.lane, 0) is handed
@@ -76,7 +82,7 @@ def test_a_lost_holding_leaves_nothing_behind() -> None:
 def test_lost_messages_do_not_pile_up_behind_a_kept_one() -> None:
     """However often a partition is lost, its messages are not kept in memory."""
     window = full(2)
-    retried = window.call_next(0)
+    retried = called_next(window)
     window.call_ended(retried)
     window.retry(retried, now_s=0, due_s=1)
     other, kept = Partition("in", 1), {WHERE: given(1)}
@@ -98,31 +104,31 @@ def test_due_retries_come_before_the_queue_the_earliest_first() -> None:
     """A retry keeps its place: it does not go to the end."""
     window = full(3)
     for due_s in (2.0, 1.0):
-        entry = window.call_next(0)
+        entry = called_next(window)
         window.call_ended(entry)
         window.retry(entry, 0, due_s)
     window.requeue_due(0.5, most=9)
     assert window.next_retry_s == 1.0
     window.requeue_due(2.0, most=9)
-    assert [window.call_next(2).message.offset for _ in range(3)] == [1, 0, 2]
+    assert [called_next(window, 2).message.offset for _ in range(3)] == [1, 0, 2]
 
 
 def test_a_retry_that_is_turned_away_again_and_again_lets_others_go_first() -> None:
     """One call at a time, and it would have them all."""
     window = full(3)
-    entry = window.call_next(0)
+    entry = called_next(window)
     window.call_ended(entry)
     entry.attempts = FIRST_MAX
     window.retry(entry, 0, 1.0)
     window.requeue_due(1.0, most=9)
-    assert [window.call_next(1).message.offset for _ in range(3)] == [1, 2, 0]
+    assert [called_next(window, 1).message.offset for _ in range(3)] == [1, 2, 0]
 
 
 def test_retries_are_woken_but_for_what_the_provider_asked() -> None:
     """Their own backoff is over at once; a Retry-After is not. No more come than may."""
     window = full(3)
     for offset in range(3):
-        entry = window.call_next(0)
+        entry = called_next(window)
         window.call_ended(entry)
         entry.not_before_s = 20.0 if offset == 1 else 0.0
         window.retry(entry, 0, due_s=30.0)
@@ -136,7 +142,7 @@ def test_retries_are_woken_but_for_what_the_provider_asked() -> None:
 def test_a_wake_makes_no_retry_later() -> None:
     """Whatever stands in the entry, what was due at a moment is due then or before."""
     window = full(1)
-    entry = window.call_next(0)
+    entry = called_next(window)
     window.call_ended(entry)
     entry.not_before_s = 86_400.0
     window.retry(entry, 0, due_s=900.0)
@@ -156,7 +162,7 @@ def test_let_go_forgets_what_waits() -> None:
     """Messages that wait for a slot or another attempt go, wherever they stand; the map keeps what
     has finished behind them."""
     window = full(6)
-    entries = [window.call_next(0) for _ in range(4)]
+    entries = [called_next(window) for _ in range(4)]
     window.call_ended(entries[0])
     window.retry(entries[0], 0, 99)
     finish(window, entries[3])
@@ -172,7 +178,7 @@ def test_let_go_keeps_what_a_paid_answer_waits_for() -> None:
     window.assign({WHERE: given(1)})
     for offset in range(4):
         window.queue(taken(window, message(offset)))
-    first, second = window.call_next(0), window.call_next(0)
+    first, second = called_next(window), called_next(window)
     window.call_ended(first)
     window.retry(first, 0, 99)
     window.call_ended(second)
@@ -192,7 +198,7 @@ def test_a_crowded_map_closes_its_partition_until_it_fits_again() -> None:
         entry = taken(window, message(offset))
         if offset and random.random() < 0.5:
             window.queue(entry)
-            finish(window, window.call_next(0))
+            finish(window, called_next(window))
         else:
             entries.append(entry)
     window.measure()
@@ -200,7 +206,7 @@ def test_a_crowded_map_closes_its_partition_until_it_fits_again() -> None:
     assert window.crowded() == {WHERE}
     for entry in entries[: len(entries) * 3 // 4]:
         window.queue(entry)
-        finish(window, window.call_next(0))
+        finish(window, called_next(window))
     window.measure()
     assert window.crowded() == frozenset()
 
@@ -220,7 +226,7 @@ def test_a_partition_is_closed_before_its_unfinished_messages_could_overfill_the
     Random(7).shuffle(order)
     for number, entry in enumerate(order):
         window.queue(entry)
-        finish(window, window.call_next(0))
+        finish(window, called_next(window))
         if number % 500 == 0:
             runs = holding.progress(clean=False).runs
             assert decode(encode(runs, MAP_CHARS_MAX)) == runs
@@ -246,13 +252,13 @@ def test_a_map_is_measured_again_where_much_has_changed() -> None:
     holding = window.held[WHERE]
     entries = [taken(window, message(offset)) for offset in range(MEASURE_AGAIN)]
     window.queue(entries[5])
-    finish(window, window.call_next(0))
+    finish(window, called_next(window))
     window.crowded()
     measured = holding.map_fullness
     assert measured > 0.0
     for entry in entries[10::2]:
         window.queue(entry)
-        finish(window, window.call_next(0))
+        finish(window, called_next(window))
     window.crowded()
     assert holding.map_fullness == measured
     for offset in range(MEASURE_AGAIN, 2 * MEASURE_AGAIN):
@@ -294,7 +300,7 @@ def test_a_partition_is_closed_while_its_map_is_still_whole() -> None:
             entry = taken(window, message(offset))
             if offset and random.random() < 0.5:
                 window.queue(entry)
-                finish(window, window.call_next(0))
+                finish(window, called_next(window))
             offset += 1
         window.measure()
         runs = window.held[WHERE].progress(clean=False).runs
@@ -329,7 +335,7 @@ def test_progress_clears_the_count_and_a_clean_end_does_not_add_to_it() -> None:
     holding = window.held[WHERE]
     assert holding.progress(clean=False).unclean_ends == 3
     assert holding.progress(clean=True).unclean_ends == 2
-    finish(window, window.call_next(0))
+    finish(window, called_next(window))
     assert holding.progress(clean=False) == Progress(1)
 
 

@@ -92,7 +92,10 @@ class Model:
     def estimate(self, text: str, progress: object | None) -> Estimate:
         return Estimate(0, 0)
 
-    async def probe(self) -> None:
+    def route(self, progress: object | None) -> str:
+        return ""
+
+    async def probe(self, route: str) -> None:
         self.probing += 1
         try:
             if self.probing > 1:

@@ -8,7 +8,6 @@ from typing import Any
 
 from service.app import bounds, limits
 from service.core.admission.admission import Admission
-from service.core.admission.circuit import Circuit
 from service.core.errors import Stop
 from service.core.events import Event
 from service.core.messages import Message, Outcome, Skipped
@@ -28,7 +27,7 @@ class Worker:
         self.number, self.settings, self.wire = number, settings, wire
         self.ledger = provider.ledger
         self.events: dict[str, int] = defaultdict(int)
-        self.admission = Admission(limits(settings), Circuit(self._uniform))
+        self.admission = Admission(limits(settings), self._uniform)
         self.model = Model(provider, self, self.admission)
         self.sink = KafkaSink(settings, self._observe)
         self.source = KafkaSource(settings, self._observe, self.sink.transactions)

@@ -1,7 +1,9 @@
 """Admission: whether one more call may start now, and if not, why and when to ask again.
 
-A call needs a slot, room in the budgets of requests, tokens and money, its turn in the pace, no
-cooldown and a closed circuit. Each of these has a file of its own; this file joins their answers.
+What a call needs: a slot, room in the budgets of requests, tokens and money; and of its route its
+turn in the pace, no cooldown, a closed circuit. Each of these is a file of its own; here they are
+one answer. A route is named by the estimate of the call; where nobody tells routes apart there is
+one, without a name.
 
 Every call is charged here before it is sent. The first call of an attempt is charged when it gets
 its slot. For a further call (a re-ask, another model) the extractor asks `again`; where there is no
@@ -18,21 +20,11 @@ from typing import Protocol
 
 from service.core.admission.budgets import NO_TOKENS, Allowance, Budget, Estimate
 from service.core.admission.circuit import Circuit, CircuitState
-from service.core.admission.pace import Pace
-from service.core.admission.retry import RetryQuota
+from service.core.admission.retry import RetryQuota, Uniform
+from service.core.admission.route import Route, Untroubled
 from service.core.admission.slots import Slots
 from service.core.admission.spend import Spend
-
-RESTART_SLOTS = 4
-"""After a cooldown or an outage, this many calls may run beside those that still do. It is enough
-to be at full speed after a few round trips, and too few to overload the provider at once."""
-
-RESTART_GROWTH = 2
-"""By how many slots each answer raises the limit after a restart. With the slot that the answer
-itself frees, the number of calls triples in a round trip."""
-
-RATE_LIMITED = "rate_limited"
-"""The `reason` of a call's failure with status 429."""
+from service.core.admission.suspicion import Suspicion
 
 
 class Cause(StrEnum):
@@ -98,48 +90,66 @@ class Meter(Protocol):
     def told(self, now_s: float, allowance: Allowance) -> None:
         """An answer's headers have told the provider's limits."""
 
+    def answered(self, now_s: float, route: str) -> None:
+        """A further call of a message was answered, whatever comes of the message."""
+
 
 class Admission:
     """All limits in one; for one event loop."""
 
-    def __init__(self, limits: Limits, circuit: Circuit) -> None:
-        self._circuit = circuit
-        self._slots = Slots(limits.slots)
-        self._pace = Pace()
+    def __init__(self, limits: Limits, uniform: Uniform) -> None:
+        self._slots_max, self._uniform = limits.slots, uniform
+        self._routes: dict[str, Route] = {}
         self._requests = Budget(limits.requests_per_minute, smallest_burst=1.0)
         self._tokens = Budget(limits.tokens_per_minute, smallest_burst=1.0)
         self._spend = Spend(limits.spend_usd_per_hour)
         self._retries = RetryQuota()
         self.busy = 0
-        self._cooldown_until_s = 0.0
         self.share = 1.0
-        self.last_success_s: float | None = None
-        """When a call or a probe was last answered; None: never. It shows that the provider was
-        reachable then."""
         self._finishing = False
-        self._restarting = False  # True from a cooldown or an outage to the first call after it
-        self._restart_slots: int | None = None  # the limit after a restart, while it is the smaller
+
+    def _route(self, name: str) -> Route:
+        route = self._routes.get(name)
+        if route is None:
+            route = Route(Slots(self._slots_max), Circuit(self._uniform))
+            self._routes[name] = route
+        return route
 
     @property
     def limit(self) -> int:
-        """Calls that may be in flight now."""
-        limit = int(self._slots.limit)
-        return limit if self._restart_slots is None else min(limit, self._restart_slots)
+        """Calls that may be in flight now: of the route that bears most of them."""
+        return max((route.limit for route in self._routes.values()), default=self._slots_max)
+
+    def closed(self, route: str = "") -> bool:
+        """Calls go through: the route's circuit is closed."""
+        return self._route(route).closed
 
     @property
-    def closed(self) -> bool:
-        """Whether the circuit is closed, so that calls may go out."""
-        return self._circuit.state is CircuitState.CLOSED
+    def broken(self) -> tuple[str, ...]:
+        """The routes whose circuit is not closed."""
+        return tuple(name for name, route in self._routes.items() if not route.closed)
 
     @property
-    def outage(self) -> str | None:
-        """A sentence for a person: why the circuit is not closed. None: it is closed."""
-        return self._circuit.reason
+    def all_broken(self) -> bool:
+        """There are routes, and no circuit is closed."""
+        return bool(self._routes) and not any(route.closed for route in self._routes.values())
+
+    @property
+    def outages(self) -> tuple[str, ...]:
+        """Why circuits are not closed: a sentence for a person each."""
+        reasons = (route.circuit.reason for route in self._routes.values())
+        return tuple(reason for reason in reasons if reason is not None)
 
     @property
     def pace_per_s(self) -> float | None:
-        """Calls a second; None: the provider has no hidden limit of the rate that we met."""
-        return self._pace.rate_per_s
+        """Calls a second, where the provider's hidden rate had to be found; of all routes the
+        lowest."""
+        paces = (route.pace.rate_per_s for route in self._routes.values())
+        return min((pace for pace in paces if pace is not None), default=None)
+
+    def last_success_s(self, route: str = "") -> float | None:
+        """When a call of the route, or its probe, was last answered: the provider is there."""
+        return self._route(route).last_success_s
 
     @property
     def finishing(self) -> bool:
@@ -160,10 +170,10 @@ class Admission:
     # --- asking ----------------------------------------------------------------------------------
 
     def hold(self, now_s: float, estimate: Estimate = NO_TOKENS) -> Hold | None:
-        """Why no call may start now; None: one may. Asking charges nothing."""
-        if self.full(now_s):
+        """None: a call may start. Asking changes nothing that matters to others."""
+        if self.full(now_s, estimate.route):
             return NO_SLOT
-        if self._circuit.state is CircuitState.PROBING:
+        if self.probe_is_out(estimate.route):
             return Hold(None, Cause.CIRCUIT)
         waits = self.waits(now_s, estimate)
         if not waits:
@@ -171,50 +181,55 @@ class Admission:
         cause = max(waits, key=waits.__getitem__)
         return Hold(waits[cause], cause)
 
-    def full(self, now_s: float) -> bool:
-        """Whether all slots that may be in use now are in use."""
-        self._restart_now(now_s)
-        return self.busy >= self.limit
+    @property
+    def all_busy(self) -> bool:
+        """There is no slot left, on whatever route."""
+        return self.busy >= self._slots_max
+
+    def full(self, now_s: float, route: str = "") -> bool:
+        """All slots that may be in use now on this route are."""
+        to_use = self._route(route)
+        to_use.restart_now(now_s)
+        return self.all_busy or to_use.busy >= to_use.limit
 
     def waits(self, now_s: float, estimate: Estimate = NO_TOKENS) -> Mapping[Cause, float]:
-        """Seconds until the next call may start, by cause; slots are not among the causes."""
+        """Seconds to wait by each cause that holds the next call up; slots apart."""
+        route = self._route(estimate.route)
         waits = (
-            self._requests.wait_s(now_s, 1.0, 1.0),
-            self._tokens.wait_s(now_s, estimate.tokens, estimate.tokens_max),
-            self._spend.wait_s(now_s, self.busy),
-            self._pace.wait_s(now_s),
-            self._cooldown_until_s - now_s,
-            self._circuit_s(now_s),
+            *self._budget_waits(now_s, estimate),
+            route.pace.wait_s(now_s),
+            route.cooldown_until_s - now_s,
+            route.circuit_wait_s(now_s),
         )
         if max(waits) <= 0.0:  # nearly always so; asked before each call, so this has to be quick
             return {}
         return {cause: wait_s for cause, wait_s in zip(Cause, waits, strict=True) if wait_s > 0.0}
 
-    def _circuit_s(self, now_s: float) -> float:
-        """Seconds until the circuit lets a call start. It is never 0 while the circuit is not
-        closed, even where a probe is due: only a probe may go then."""
-        if self._circuit.state is CircuitState.CLOSED:
-            return 0.0
-        return max(self._circuit.wait_s(now_s) or 0.0, 1e-3)
-
-    def _restart_now(self, now_s: float) -> None:
-        over = now_s >= self._cooldown_until_s and self._circuit.state is CircuitState.CLOSED
-        if self._restarting and over:
-            self._restarting, self._restart_slots = False, self.busy + RESTART_SLOTS
+    def _budget_waits(self, now_s: float, estimate: Estimate) -> tuple[float, float, float]:
+        route = estimate.route
+        return (
+            self._requests.wait_s(now_s, 1.0, 1.0, route),
+            self._tokens.wait_s(now_s, estimate.tokens, estimate.tokens_max, route),
+            self._spend.wait_s(now_s, self.busy),
+        )
 
     # --- one call --------------------------------------------------------------------------------
 
     def admit(self, now_s: float, estimate: Estimate = NO_TOKENS) -> Turn:
-        """Take a slot and charge the call; allowed only after `hold` returned None."""
-        assert self.busy < self._slots.most, "no free slot"
+        """Take a slot and what the call needs; only after `hold` gave None, or as a probe."""
+        assert self.busy < self._slots_max, "no free slot"
+        route = self._route(estimate.route)
         self.busy += 1
+        route.busy += 1
         self.charge(now_s, estimate)
-        return Turn(now_s, self.busy, estimate)
+        return Turn(now_s, route.busy, estimate)
 
-    def release(self) -> None:
+    def release(self, route: str = "") -> None:
         """Give the slot back; exactly once for each `admit`."""
-        assert self.busy > 0, "a slot was given back twice"
+        to_free = self._route(route)
+        assert to_free.busy > 0, "a slot was given back twice"
         self.busy -= 1
+        to_free.busy -= 1
 
     def again(self, now_s: float, estimate: Estimate) -> bool:
         """Charge a further call of a message that has a slot. False: there is no room, and the
@@ -225,10 +240,10 @@ class Admission:
         return True
 
     def charge(self, now_s: float, estimate: Estimate) -> None:
-        """Charge a call that goes out, whether there is room or not."""
-        self._requests.take(now_s, 1.0, 1.0)
-        self._tokens.take(now_s, estimate.tokens, estimate.tokens_max)
-        self._pace.started(now_s)
+        """A call goes out, room or not."""
+        self._requests.take(now_s, 1.0, 1.0, estimate.route)
+        self._tokens.take(now_s, estimate.tokens, estimate.tokens_max, estimate.route)
+        self._route(estimate.route).pace.started(now_s)
 
     def unused(self, now_s: float, estimate: Estimate) -> None:
         """Give back what was charged for a call that was not made (an answer from the cache)."""
@@ -240,95 +255,115 @@ class Admission:
         self._tokens.correct(now_s, estimate.tokens, tokens)
 
     def told(self, now_s: float, allowance: Allowance) -> None:
-        """An answer's headers have told the provider's limits."""
+        """An answer's headers spoke of the provider's limits."""
+        route, asked_at_s = allowance.route, allowance.asked_at_s
         if allowance.requests is not None:
-            self._requests.heard(now_s, allowance.requests, allowance.asked_at_s)
+            self._requests.heard(now_s, allowance.requests, asked_at_s, route=route)
         if allowance.tokens is not None:
             refused = None if allowance.refused is None else allowance.refused.tokens_max
-            self._tokens.heard(now_s, allowance.tokens, allowance.asked_at_s, refused)
+            self._tokens.heard(now_s, allowance.tokens, asked_at_s, refused, route)
 
     # --- what came of it -------------------------------------------------------------------------
 
     def succeeded(self, now_s: float, turn: Turn) -> bool:
-        """A call was answered. True: the circuit was not closed until now."""
-        self._slots.succeeded(now_s, turn.started_s, turn.in_flight)
-        self._pace.succeeded(turn.started_s)
+        """A call was answered. True: the route's circuit was not closed until now."""
         self._retries.succeeded()
-        if self._restart_slots is not None:
-            self._restart_slots += RESTART_GROWTH
-            if self._restart_slots >= self._slots.limit:
-                self._restart_slots = None
-        return self._answered(now_s)
+        route = self._route(turn.estimate.route)
+        return self._reopened(route.succeeded(now_s, turn.started_s, turn.in_flight))
 
-    def _answered(self, now_s: float) -> bool:
-        """The provider is reachable. True: the circuit was not closed until now."""
-        self.last_success_s = now_s
-        reopened = self._circuit.succeeded()
+    def answered(self, now_s: float, route: str) -> None:
+        """A further call of a message was answered, whatever comes of the message."""
+        self._reopened(self._route(route).answers(now_s))
+
+    def _reopened(self, reopened: bool) -> bool:
         if reopened:
-            self._restarting = True
             self._retries.forgive()
         return reopened
 
     def overloaded(
-        self, now_s: float, turn: Turn, reason: str, retry_after_s: float | None
+        self, now_s: float, turn: Turn, route: str, reason: str, retry_after_s: float | None
     ) -> None:
-        """A call was refused for overload, or not answered in time."""
-        self.cool_down(now_s, retry_after_s)
-        if self._circuit.state is not CircuitState.CLOSED:
-            return  # it failed because of the outage, not because of too many calls
-        limited = reason == RATE_LIMITED
-        by_slots = self._slots.overloaded(now_s, turn.started_s, turn.in_flight, limited=limited)
-        if limited and not by_slots:
-            self._pace.refused(now_s, turn.started_s)
+        """A call on `route` was turned away, or not answered in time."""
+        self.cool_down(now_s, retry_after_s, route)
+        in_flight = turn.in_flight if turn.estimate.route == route else None
+        self._route(route).overloaded(now_s, turn.started_s, in_flight, reason)
 
-    def cool_down(self, now_s: float, retry_after_s: float | None) -> None:
-        """No call starts for this time; afterwards they start slowly, unless a pace is in force and
-        sees to that."""
-        if retry_after_s is None:
-            return
-        self._cooldown_until_s = max(self._cooldown_until_s, now_s + retry_after_s)
-        self._restarting = self._restarting or self._pace.rate_per_s is None
+    def cool_down(self, now_s: float, retry_after_s: float | None, route: str = "") -> None:
+        """Nobody starts until then; afterwards slowly, where no pace sees to that."""
+        self._route(route).cool_down(now_s, retry_after_s)
 
     def failed(
-        self, now_s: float, sentence: str, *, service: bool, retry_after_s: float | None = None
+        self,
+        now_s: float,
+        sentence: str,
+        *,
+        service: bool,
+        retry_after_s: float | None = None,
+        route: str = "",
     ) -> None:
         """A call, or a probe, was not answered."""
-        opened = self._circuit.failed(now_s, sentence, service=service, retry_after_s=retry_after_s)
-        if opened:
-            self._slots.outage()
-            self._pace.outage()
+        self._route(route).fails(now_s, sentence, service=service, retry_after_s=retry_after_s)
 
     def spent(self, now_s: float, usd: float) -> None:
         """An answer has cost this much, which may be 0."""
         self._spend.spent(now_s, usd)
 
-    def doubt(self, now_s: float) -> None:
-        """Nothing shows whether the provider is reachable: a probe goes out at once."""
-        self._circuit.doubt(now_s)
+    def doubt(self, now_s: float, route: str = "") -> None:
+        """Nobody knows whether the provider is there: a probe goes out at once."""
+        self._route(route).circuit.doubt(now_s)
+
+    # --- whose fault it is -----------------------------------------------------------------------
+
+    def suspect(self, route: str, before: Suspicion | None, *, shared: bool) -> Suspicion:
+        """A message's call on the route has failed; what that says of the message itself."""
+        return self._route(route).suspect(route, before, shared=shared)
+
+    def nobody_else(self, suspicion: Suspicion) -> bool:
+        """No call of others has begun on its route since a message's failure, or is under way."""
+        route = self._route(suspicion.route)
+        return not route.busy and route.answered <= suspicion.since.answered
+
+    def untroubled(self, route: str) -> Untroubled:
+        """The route as it is now, for `take_back`."""
+        return self._route(route).untroubled
+
+    def take_back(self, route: str, before: Untroubled) -> None:
+        """Refusals that were about one message alone have taught nothing of the route."""
+        self._route(route).take_back(before)
 
     # --- probes ----------------------------------------------------------------------------------
 
-    @property
-    def probe_is_out(self) -> bool:
-        return self._circuit.state is CircuitState.PROBING
+    def probe_is_out(self, route: str = "") -> bool:
+        return self._route(route).circuit.state is CircuitState.PROBING
 
-    def probe_wait_s(self, now_s: float) -> float | None:
-        """Seconds until a probe may start; None: a probe is out, and only its answer changes
-        that."""
-        return self._circuit.wait_s(now_s)
+    def probe_wait_s(self, now_s: float, route: str = "") -> float | None:
+        """0: a probe may start; a number: ask again then; None: only an answer changes it."""
+        return self._route(route).circuit.wait_s(now_s)
 
-    def probing(self, now_s: float) -> None:
-        """A probe goes out, which takes no slot; allowed only after `probe_wait_s` returned 0."""
-        self._circuit.probing()
-        self.charge(now_s, NO_TOKENS)
+    def wants_a_message(self, route: str) -> bool:
+        """Whether the next try is a message instead of the probe, and there is a slot for it."""
+        return self._route(route).circuit.wants_a_message and not self.all_busy
 
-    def probe_succeeded(self, now_s: float) -> bool:
-        """A probe was answered. True: the circuit was not closed until now."""
-        return self._answered(now_s)
+    def has_room(self, now_s: float, estimate: Estimate) -> bool:
+        """The budgets have room for a call, be its route there or not."""
+        return max(self._budget_waits(now_s, estimate)) <= 0.0
 
-    def probe_cancelled(self) -> None:
-        """The probe was cancelled without an answer: another may go out."""
-        self._circuit.cancelled()
+    def trying(self, route: str) -> None:
+        """A message goes out to see, as a probe does; it is charged as any other."""
+        self._route(route).circuit.probing()
+
+    def probing(self, now_s: float, route: str = "") -> None:
+        """A probe goes out, which takes no slot; only after `probe_wait_s` gave 0."""
+        self._route(route).circuit.probing()
+        self.charge(now_s, Estimate(route=route))
+
+    def probe_succeeded(self, now_s: float, route: str = "") -> bool:
+        """The provider is there. True: the circuit was not closed until now."""
+        return self._reopened(self._route(route).answers(now_s))
+
+    def probe_cancelled(self, route: str = "") -> None:
+        """It was called off without an answer: another may go."""
+        self._route(route).circuit.cancelled()
 
     # --- retries ---------------------------------------------------------------------------------
 

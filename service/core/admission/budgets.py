@@ -44,6 +44,8 @@ class Estimate:
 
     tokens: int = 0
     tokens_max: int = 0
+    route: str = ""
+    """On which it goes out."""
 
 
 NO_TOKENS = Estimate()
@@ -67,6 +69,7 @@ class Allowance:
     asked_at_s: float
     requests: Quota | None = None
     tokens: Quota | None = None
+    route: str = ""
     refused: Estimate | None = None
     """The estimate that the call was charged with, where it was refused for a limit; else None."""
 
@@ -161,15 +164,22 @@ class ProviderQuota:
 
 
 class Budget:
-    """A budget of requests or of tokens: the smaller of our share and of the provider's limit."""
+    """Requests, or tokens: the smaller of our own share and of what the route's provider takes."""
 
     def __init__(self, per_minute: int | None, smallest_burst: float = 0.0) -> None:
         """`per_minute` is for all workers together; None: only the provider's limit counts."""
         self._per_minute, self._smallest_burst = per_minute, smallest_burst
-        self._provider = ProviderQuota()
+        self._providers: dict[str, ProviderQuota] = {}  # by route
+        self._share = 1.0
         self._own: Bucket | None = None
         if per_minute is not None:
             self._own = Bucket.full(*self._rate_and_burst(1.0))
+
+    def _provider(self, route: str) -> ProviderQuota:
+        provider = self._providers.get(route)
+        if provider is None:
+            provider = self._providers[route] = ProviderQuota(self._share)
+        return provider
 
     def _rate_and_burst(self, share: float) -> tuple[float, float]:
         assert self._per_minute is not None
@@ -177,19 +187,21 @@ class Budget:
         return rate_per_s, max(self._smallest_burst, rate_per_s * BURST_S)
 
     def set_share(self, now_s: float, share: float) -> None:
-        """Sets our part of the budget, 0 to 1, from now on."""
-        self._provider.share = share
+        """Our part of it, from now on."""
+        self._share = share
+        for provider in self._providers.values():
+            provider.share = share
         if self._own is not None:
             self._own.change(now_s, *self._rate_and_burst(share))
 
-    def wait_s(self, now_s: float, amount: float, amount_max: float) -> float:
+    def wait_s(self, now_s: float, amount: float, amount_max: float, route: str = "") -> float:
         own_s = 0.0 if self._own is None else self._own.wait_s(now_s, amount)
-        return min(WAIT_MAX_S, max(own_s, self._provider.wait_s(now_s, amount_max)))
+        return min(WAIT_MAX_S, max(own_s, self._provider(route).wait_s(now_s, amount_max)))
 
-    def take(self, now_s: float, amount: float, amount_max: float) -> None:
+    def take(self, now_s: float, amount: float, amount_max: float, route: str = "") -> None:
         if self._own is not None:
             self._own.take(now_s, amount)
-        self._provider.take(now_s, amount_max)
+        self._provider(route).take(now_s, amount_max)
 
     def correct(self, now_s: float, estimated: float, used: float) -> None:
         """Replace an estimate by what was used. The provider's quota needs no correction: its
@@ -198,6 +210,11 @@ class Budget:
             self._own.take(now_s, used - estimated)
 
     def heard(
-        self, now_s: float, quota: Quota, asked_at_s: float, refused: float | None = None
+        self,
+        now_s: float,
+        quota: Quota,
+        asked_at_s: float,
+        refused: float | None = None,
+        route: str = "",
     ) -> None:
-        self._provider.heard(now_s, quota, asked_at_s, refused)
+        self._provider(route).heard(now_s, quota, asked_at_s, refused)

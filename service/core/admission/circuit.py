@@ -20,6 +20,10 @@ PROBE_JITTER_S = 2.0
 """The most that is added at random to a Retry-After before the probe goes out, so that not all
 workers send theirs at once."""
 
+MESSAGE_EVERY = 3
+"""Each so many-th try is a message that waits instead of the probe: a guardrail may refuse the
+probe's text alone."""
+
 
 class CircuitState(StrEnum):
     CLOSED = "closed"  # calls go through
@@ -41,13 +45,14 @@ class Circuit:
     reason: str | None = None
     failures: int = 0
     openings: int = 0
+    tries: int = 0  # to see whether it is over, since the last success
     reopen_at_s: float = 0.0
 
     def succeeded(self) -> bool:
         """A call was answered; True: the circuit was not closed until now."""
         reopened = self.state is not CircuitState.CLOSED
         self.state, self.reason = CircuitState.CLOSED, None
-        self.failures = self.openings = 0
+        self.failures = self.openings = self.tries = 0
         return reopened
 
     def failed(
@@ -86,6 +91,11 @@ class Circuit:
         if self.state is CircuitState.PROBING:
             self.state = CircuitState.OPEN
 
+    @property
+    def wants_a_message(self) -> bool:
+        """Whether the next try is a message that waits, not the probe's text."""
+        return (self.tries + 1) % MESSAGE_EVERY == 0
+
     def wait_s(self, now_s: float) -> float | None:
         """Seconds until a probe may start, or any call where the circuit is closed. None: a probe
         is out, and only its answer changes that."""
@@ -101,3 +111,4 @@ class Circuit:
         """A probe goes out; allowed only after `wait_s` returned 0."""
         assert self.state is CircuitState.OPEN, f"a probe while {self.state}"
         self.state = CircuitState.PROBING
+        self.tries += 1

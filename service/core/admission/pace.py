@@ -111,6 +111,13 @@ class Pace:
             self._low = self._found = self._fitted or 0.0
             self._grown_s = 0.0
 
+    def take_back(self) -> None:
+        """What was read from refusals is wrong: they were about one message alone, and nobody
+        knows of a limit."""
+        self.rate_per_s, self._cut_at_s = None, float("-inf")
+        self._low = self._found = self._grown_s = 0.0
+        self._row, self._searching = 0, False
+
     def _limit(self, rate: float, now_s: float) -> float:
         accepted = self._accepted / (now_s - self._cut_at_s)
         return (rate + min(rate, accepted)) / 2.0

@@ -12,11 +12,15 @@ cap is applied in one place, `asked_to_wait_s`, when a failure is created."""
 OTHERS_SUCCEED_WITHIN_S = 60.0
 """A success of another message within this time shows that the provider is not the cause."""
 
+RATE_LIMITED = "rate_limited"
+"""The reason of a failure that came with a 429."""
+
 OVERLOAD = frozenset({"rate_limited", "overloaded", "timeout"})
 """Reasons of failures that show that we send too much at once."""
 
 NEVER_THE_MESSAGE = frozenset({"rate_limited", "overloaded"})
-"""Reasons of failures that a message cannot cause: they don't count towards its `attempts_max`."""
+"""Failures that hardly a message is the cause of: they don't count towards its attempts, unless
+others are answered meanwhile (core/admission/suspicion.py)."""
 
 
 def asked_to_wait_s(retry_after_s: float | None) -> float | None:

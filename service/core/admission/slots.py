@@ -108,3 +108,8 @@ class Slots:
         too many calls, and are taken back."""
         self.limit = max(self.limit, self.fitted)
         self.refused_at = float("inf")
+
+    def take_back(self, limit: float) -> None:
+        """What was read from refusals is wrong: they were about one message alone."""
+        self.limit = max(self.limit, limit)
+        self.refused_at = float("inf")

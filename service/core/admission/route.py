@@ -1,0 +1,141 @@
+"""A route: one endpoint, model and parameters, and what its own answers say of it.
+
+A second model's 401 is not healed by the first one's answers. So circuit, slots, pace, cooldown and
+the last success belong to the route; slots altogether and the user's own budgets are shared by all
+of them (`Admission`). Rules of this file: time comes in as seconds of a monotonic clock; nothing
+waits here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from service.core.admission.circuit import Circuit, CircuitState
+from service.core.admission.pace import Pace
+from service.core.admission.retry import RATE_LIMITED
+from service.core.admission.slots import Slots
+from service.core.admission.suspicion import Suspicion, Tally
+
+RESTART_SLOTS = 4
+"""With so many calls more than are running it goes on after a cooldown or an outage: enough to
+be at full speed after a few round trips, too few to be a blow."""
+
+RESTART_GROWTH = 2
+"""Slots more for each answer, and the one that the answer frees: threefold for a round trip."""
+
+
+@dataclass(frozen=True, slots=True)
+class Untroubled:
+    """Of a route before a message's first refusal: how it is once that was only the message's."""
+
+    slots: float
+    paced: bool
+
+
+@dataclass(slots=True, eq=False)
+class Route:
+    """How many calls it bears, how fast, and whether it answers at all."""
+
+    slots: Slots
+    circuit: Circuit
+    pace: Pace = field(default_factory=Pace)
+    busy: int = 0
+    last_success_s: float | None = None
+    """When a call, or a probe, was last answered: the provider is there."""
+    cooldown_until_s: float = 0.0
+    answered: int = 0
+    failed: int = 0
+    _restarting: bool = False  # from a cooldown or an outage to the first call after it
+    _restart_slots: int | None = None  # until the slots are all in use again
+
+    @property
+    def limit(self) -> int:
+        """Calls that may be in flight now."""
+        limit = int(self.slots.limit)
+        return limit if self._restart_slots is None else min(limit, self._restart_slots)
+
+    @property
+    def closed(self) -> bool:
+        """Calls go through: the circuit is closed."""
+        return self.circuit.state is CircuitState.CLOSED
+
+    def circuit_wait_s(self, now_s: float) -> float:
+        """While it is not closed only a probe may go, so that a call never may."""
+        return 0.0 if self.closed else max(self.circuit.wait_s(now_s) or 0.0, 1e-3)
+
+    def restart_now(self, now_s: float) -> None:
+        """The first call behind a cooldown or an outage is about to start."""
+        if self._restarting and now_s >= self.cooldown_until_s and self.closed:
+            self._restarting, self._restart_slots = False, self.busy + RESTART_SLOTS
+
+    # --- what came of a call ---------------------------------------------------------------------
+
+    def succeeded(self, now_s: float, started_s: float, in_flight: int) -> bool:
+        """A call was answered. True: the circuit was not closed until now."""
+        self.slots.succeeded(now_s, started_s, in_flight)
+        self.pace.succeeded(started_s)
+        if self._restart_slots is not None:
+            self._restart_slots += RESTART_GROWTH
+            if self._restart_slots >= self.slots.limit:
+                self._restart_slots = None
+        return self.answers(now_s)
+
+    def answers(self, now_s: float) -> bool:
+        """The provider is there. True: the circuit was not closed until now."""
+        self.last_success_s = now_s
+        self.answered += 1
+        reopened = self.circuit.succeeded()
+        self._restarting = self._restarting or reopened
+        return reopened
+
+    def overloaded(
+        self, now_s: float, started_s: float, in_flight: int | None, reason: str
+    ) -> None:
+        """A call was turned away, or not answered in time; `in_flight` is None where it began on
+        another route, and nothing can be read from the number."""
+        if not self.closed:
+            return  # a leftover of the outage, not of our being too many
+        limited = reason == RATE_LIMITED
+        by_slots = in_flight is not None and self.slots.overloaded(
+            now_s, started_s, in_flight, limited=limited
+        )
+        if limited and not by_slots:
+            self.pace.refused(now_s, started_s)
+
+    def cool_down(self, now_s: float, retry_after_s: float | None) -> None:
+        """Nobody starts until then; afterwards slowly, where no pace sees to that."""
+        if retry_after_s is None:
+            return
+        self.cooldown_until_s = max(self.cooldown_until_s, now_s + retry_after_s)
+        self._restarting = self._restarting or self.pace.rate_per_s is None
+
+    def fails(
+        self, now_s: float, sentence: str, *, service: bool, retry_after_s: float | None
+    ) -> None:
+        """A call, or a probe, was not answered."""
+        opened = self.circuit.failed(now_s, sentence, service=service, retry_after_s=retry_after_s)
+        if opened:
+            self.slots.outage()
+            self.pace.outage()
+
+    # --- whose fault it is -----------------------------------------------------------------------
+
+    def suspect(self, name: str, before: Suspicion | None, *, shared: bool) -> Suspicion:
+        """A message's call has failed; `before` is what was known of it, `shared`: another message
+        has told of this very call."""
+        now = Tally(self.answered, self.failed)
+        self.failed += not shared
+        since = Tally(self.answered + self.busy, self.failed)
+        if before is None or before.route != name:
+            return Suspicion(name, since)
+        return before.again(now, since)
+
+    @property
+    def untroubled(self) -> Untroubled:
+        return Untroubled(self.slots.limit, self.pace.rate_per_s is not None)
+
+    def take_back(self, before: Untroubled) -> None:
+        """Refusals that were about one message alone have taught nothing."""
+        self.slots.take_back(before.slots)
+        if not before.paced:
+            self.pace.take_back()

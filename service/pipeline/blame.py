@@ -1,0 +1,95 @@
+"""Whose fault a failed call is: everybody waits where it is the route's, one message where not.
+
+Rules of this file: a route is blamed for what others would meet too; a message for what it alone
+meets while others are answered. Quota, credentials, model and settings are never the message's.
+"""
+
+from __future__ import annotations
+
+from service.core.admission.admission import Admission, Turn
+from service.core.admission.retry import NEVER_THE_MESSAGE, OVERLOAD, exhausted
+from service.core.admission.suspicion import Suspicion
+from service.core.errors import CallFailure, ServiceFailure, TransientFailure, Unclear
+from service.core.window import Entry
+from service.pipeline.bounds import Bounds
+from service.pipeline.outcomes import tell_the_circuit
+from service.pipeline.probing import Probing
+
+
+class Blame:
+    """Reads what others were told, and tells the route or remembers it with the message."""
+
+    def __init__(self, admission: Admission, probing: Probing, bounds: Bounds) -> None:
+        self._admission, self._probing = admission, probing
+        self._attempts_max = bounds.attempts_max
+
+    def failed(self, now_s: float, entry: Entry, turn: Turn, failure: CallFailure) -> None:
+        """A call for the message has failed; told before its attempts are counted."""
+        route = route_of(turn, failure)
+        if not self._suspect(entry, route, shared=failure.shared).its_own:
+            self._blame_the_route(now_s, entry, turn, failure)
+
+    def _suspect(self, entry: Entry, route: str, *, shared: bool) -> Suspicion:
+        """What the first refusals of a message have taught of the route is taken back once they
+        are its own, unless others were refused too."""
+        before = entry.suspicion
+        found = self._admission.suspect(route, before, shared=shared)
+        if before is None or before.route != route:
+            entry.untroubled = self._admission.untroubled(route)
+        elif found.its_own and not before.its_own and not found.others_failed:
+            assert entry.untroubled is not None, "it is set with the first failure on a route"
+            self._admission.take_back(route, entry.untroubled)
+        entry.suspicion = found
+        return found
+
+    def _blame_the_route(
+        self, now_s: float, entry: Entry, turn: Turn, failure: CallFailure
+    ) -> None:
+        """One call counts once, however many waited; and while a probe is out, its answer counts,
+        not that of a call from before. A refusal that says nothing stops intake until the route
+        has answered at all; afterwards it is one failure in a row, like any other.
+        """
+        route = route_of(turn, failure)
+        unclear = isinstance(failure, Unclear)
+        known = not unclear or self._admission.last_success_s(route) is None
+        a_try = self._probing.stands_for_a_probe(entry, route)
+        if not failure.shared and (a_try or not self._admission.probe_is_out(route)):
+            service = isinstance(failure, ServiceFailure) and known
+            tell_the_circuit(self._admission, now_s, route, failure, service=service)
+        if failure.reason in OVERLOAD:
+            self._admission.overloaded(now_s, turn, route, failure.reason, failure.retry_after_s)
+
+    def gives_up(self, entry: Entry, turn: Turn, failure: CallFailure) -> bool:
+        """Whether the message has failed often enough while others succeeded."""
+        if self._fails_alone(entry, failure):
+            return True
+        success_s = self._admission.last_success_s(route_of(turn, failure))
+        return exhausted(entry.attempts_that_count, self._attempts_max, turn.started_s, success_s)
+
+    def _fails_alone(self, entry: Entry, failure: CallFailure) -> bool:
+        """By chance no message fails so often: also where the kind of its failures (429, 503) is
+        hardly ever a message's fault."""
+        if entry.attempts < self._attempts_max or not isinstance(failure, TransientFailure):
+            return False
+        return entry.suspicion is not None and entry.suspicion.certain
+
+    def doubt(self, now_s: float, entry: Entry, turn: Turn, failure: CallFailure) -> None:
+        """Send a probe where nobody else has shown that the provider is there."""
+        if entry.attempts_that_count >= self._attempts_max or self._only_witness(entry, failure):
+            self._admission.doubt(now_s, route_of(turn, failure))
+
+    def _only_witness(self, entry: Entry, failure: CallFailure) -> bool:
+        by_evidence = failure.reason in NEVER_THE_MESSAGE or isinstance(failure, Unclear)
+        if not by_evidence or entry.attempts < 2 or entry.suspicion is None:
+            return False
+        return self._admission.nobody_else(entry.suspicion)
+
+
+def counts(failure: CallFailure) -> bool:
+    """Whether the message may be the cause by the failure's kind alone."""
+    return not isinstance(failure, ServiceFailure) and failure.reason not in NEVER_THE_MESSAGE
+
+
+def route_of(turn: Turn, failure: CallFailure) -> str:
+    """The route on which the call failed; an attempt may have gone on to another one."""
+    return turn.estimate.route if failure.route is None else failure.route
