@@ -1598,6 +1598,62 @@ TAKEN_AWAY = (
         "if False:",
         (UNIT_SETTINGS + "credentials_in_an_address_are_not_repeated",),
     ),
+    Mutation(
+        "bounded: a forged reason steers the terminal",
+        "service/commands/dead_letters.py",
+        'f"{number} {one_line(reason)}"',
+        'f"{number} {reason}"',
+        ("tests/unit/test_letters.py::test_no_part_of_the_list_steers_a_terminal",),
+    ),
+    Mutation(
+        "bounded: JSON of a letter steers the terminal",
+        "service/commands/dead_letters.py",
+        "        each if each.isprintable() else json.dumps(each)[1:-1]\n",
+        "        each\n",
+        ("tests/unit/test_letters.py::test_no_part_of_the_list_steers_a_terminal",),
+    ),
+    Mutation(
+        "bounded: a reader that has left is a failure",
+        "service/commands/output.py",
+        "        raise SystemExit(0) from None\n",
+        "        raise\n",
+        ("tests/unit/test_cli.py::test_a_reader_that_has_left_is_no_error",),
+    ),
+    Mutation(
+        "bounded: a connection gets the number of a closed stream",
+        "service/commands/output.py",
+        "    for number in (0, 1, 2):\n",
+        "    for number in ():\n",
+        ("tests/unit/test_cli.py::test_closed_streams_are_no_error",),
+    ),
+    Mutation(
+        "bounded: a plan of no latency ends in a traceback",
+        "service/commands/cli.py",
+        "typer.Option(min=0.001, max=1e6,",
+        "typer.Option(min=0, max=1e6,",
+        ("tests/unit/test_cli.py::test_a_plan_of_impossible_numbers_is_a_sentence",),
+    ),
+    Mutation(
+        "bounded: the demo spends a key that happens to be in the shell",
+        "service/demo/app.py",
+        "        if self._own_endpoint:\n",
+        "        if any(map(os.environ.get, ENDPOINT_VARIABLES)):\n",
+        ("tests/unit/test_demo.py::test_the_local_model_is_the_default",),
+    ),
+    Mutation(
+        "bounded: the demo's service sees a key that happens to be in the shell",
+        "service/demo/app.py",
+        'if own_endpoint else ("SLUICE_", "OPENAI_")',
+        "if True else ()",
+        ("tests/unit/test_demo.py::test_a_key_of_the_shell_is_not_used_unasked",),
+    ),
+    Mutation(
+        "bounded: the demo waits without a word",
+        "service/demo/download.py",
+        "        if silent_s >= SILENT_S and not said:\n",
+        "        if False:\n",
+        ("tests/unit/test_demo.py::test_what_is_waited_for_is_told_once",),
+    ),
 )
 
 WALKED = {

@@ -19,6 +19,7 @@ from service.kafka.sending.sizes import record_max_bytes
 from service.kafka.sink import DEADLINE_FACTOR
 from service.kafka.transactions.transactions import PREFIX, try_transactions
 from service.llm.extractor import OpenAIExtractor
+from service.llm.records import load_record_type
 from service.llm.stores import look_at_store
 from service.settings import Settings, warnings
 
@@ -32,17 +33,19 @@ Look: TypeAlias = Callable[[Settings], Awaitable[tuple[str, ...]]]
 """Returns what is well, then what to know besides; raises `Stop` with what to do."""
 
 
-def check(settings: Settings, *, call: bool, say: Say = print) -> int:
+def check(settings: Settings, *, call: bool, origin: str = "defaults", say: Say = print) -> int:
     """Look at everything, in the order in which a run needs it; returns the exit code.
 
-    `call` makes one real call to the model, which costs its tokens.
+    `call` makes one real call to the model, which costs its tokens. `origin` says where the
+    settings come from.
     """
-    return asyncio.run(_check(settings, call, say))
+    return asyncio.run(_check(settings, call, origin, say))
 
 
-async def _check(settings: Settings, call: bool, say: Say) -> int:
+async def _check(settings: Settings, call: bool, origin: str, say: Say) -> int:
     report = _Report(say)
-    report.good("settings", ("understood", *warnings(settings)))
+    report.good("settings", (f"understood: {origin}", *warnings(settings)))
+    has_record = await report.look("record", _record, settings)
     in_kafka = _IN_KAFKA if settings.delivery.mode == "at_least_once" else (*_IN_KAFKA, _ONCE)
     if await report.look("broker", _broker, settings):
         for name, look in in_kafka:
@@ -50,7 +53,10 @@ async def _check(settings: Settings, call: bool, say: Say) -> int:
     else:
         for name, _ in in_kafka:
             say(f"- {name:<12} not looked at: no broker")
-    await report.look("model", _call if call else _model, settings)
+    if has_record:
+        await report.look("model", _call if call else _model, settings)
+    else:
+        say(f"- {'model':<12} not looked at: no record")
     if settings.cache.mode != "off":
         await report.look("cache", _cache, settings)
     if settings.telemetry.tracing:
@@ -79,6 +85,14 @@ class _Report:
             self.code = max(self.code, 2 if isinstance(stop, WrongSettings) else 1)
             return False
         return True
+
+
+async def _record(settings: Settings) -> tuple[str, ...]:
+    extraction = settings.extraction
+    record = load_record_type(extraction.record, extraction.cardinality, settings.output.key_field)
+    fields = ", ".join(record.schema.get("properties", ())) or "no fields"
+    many = "any number" if record.many else "one"
+    return (f"{extraction.record}, {many} for each message: {fields}",)
 
 
 # --- Kafka ------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
+from service.commands.output import OutputClosed, printing
 from service.core.errors import FAILED, WRONG, Stop, WrongSettings
 
 if TYPE_CHECKING:
@@ -46,8 +48,15 @@ app.add_typer(topics, name="topics")
 
 def main() -> None:
     """What `sluice` and `python -m service` run; always raises `SystemExit`."""
+    with printing():
+        _main()
+
+
+def _main() -> NoReturn:
     try:
         app()
+    except OutputClosed:
+        raise
     except WrongSettings as error:
         _fail(str(error), WRONG)
     except Stop as error:
@@ -56,10 +65,12 @@ def main() -> None:
         from service.telemetry.logs import shown
 
         _fail(shown(error), FAILED)
+    sys.exit(0)
 
 
 def _fail(text: str, code: int) -> NoReturn:
-    print(text, file=sys.stderr)
+    with suppress(OSError):  # nobody reads it
+        print(text, file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -123,6 +134,13 @@ def demo(
     example: Annotated[
         Literal["person", "ticket"], typer.Option(help="What to take from the texts.")
     ] = "person",
+    endpoint: Annotated[
+        bool,
+        typer.Option(
+            "--endpoint",
+            help="Ask the model at OPENAI_BASE_URL with the key of the environment; it may cost.",
+        ),
+    ] = False,
     picture: Annotated[
         Path | None, typer.Option(hidden=True, help="Keep the last screen as an SVG file.")
     ] = None,
@@ -130,7 +148,7 @@ def demo(
     """See it work: an embedded Kafka and a small language model on this machine."""
     from service.demo.app import demo as run_demo
 
-    raise typer.Exit(run_demo(messages, example, picture))
+    raise typer.Exit(run_demo(messages, example, picture, endpoint=endpoint))
 
 
 @app.command()
@@ -144,8 +162,9 @@ def check(
     settings = _settings(config)
     _quiet()
     from service.commands.check import check as run_check
+    from service.settings.reading import origin
 
-    raise typer.Exit(run_check(settings, call=call))
+    raise typer.Exit(run_check(settings, call=call, origin=origin(config, os.environ)))
 
 
 @app.command()
@@ -176,20 +195,32 @@ def _print_schema(settings: Settings) -> None:
 
 @app.command()
 def plan(
-    messages: Annotated[float, typer.Option(min=0, help="Messages a second.")],
-    latency: Annotated[float, typer.Option(min=0, help="Seconds that half of the calls take.")],
+    messages: Annotated[float, typer.Option(min=0, max=1e9, help="Messages a second.")],
+    latency: Annotated[
+        float,
+        typer.Option(min=0.001, max=1e6, help="Seconds that half of the calls take."),
+    ],
     sigma: Annotated[
         float, typer.Option(min=0, max=3, help="Spread of the latency (lognormal); 0: none.")
     ] = 1.0,
     calls: Annotated[
-        float, typer.Option(min=1, help="Calls for a message, re-asks and retries included.")
+        float,
+        typer.Option(min=1, max=1e6, help="Calls for a message, re-asks and retries included."),
     ] = 1.0,
-    tokens_input: Annotated[float, typer.Option(min=0, help="Of one call.")] = 0.0,
-    tokens_output: Annotated[float, typer.Option(min=0, help="Of one call.")] = 0.0,
-    price_input: Annotated[float, typer.Option(min=0, help="USD for a million tokens.")] = 0.0,
-    price_output: Annotated[float, typer.Option(min=0, help="USD for a million tokens.")] = 0.0,
-    requests_per_minute: Annotated[float, typer.Option(min=0, help="The provider's limit.")] = 0.0,
-    tokens_per_minute: Annotated[float, typer.Option(min=0, help="The provider's limit.")] = 0.0,
+    tokens_input: Annotated[float, typer.Option(min=0, max=1e9, help="Of one call.")] = 0.0,
+    tokens_output: Annotated[float, typer.Option(min=0, max=1e9, help="Of one call.")] = 0.0,
+    price_input: Annotated[
+        float, typer.Option(min=0, max=1e9, help="USD for a million tokens.")
+    ] = 0.0,
+    price_output: Annotated[
+        float, typer.Option(min=0, max=1e9, help="USD for a million tokens.")
+    ] = 0.0,
+    requests_per_minute: Annotated[
+        float, typer.Option(min=0, max=1e9, help="The provider's limit.")
+    ] = 0.0,
+    tokens_per_minute: Annotated[
+        float, typer.Option(min=0, max=1e9, help="The provider's limit.")
+    ] = 0.0,
     load: Annotated[
         float, typer.Option(min=0.05, max=1, help="Share of the slots busy at this rate.")
     ] = 0.8,

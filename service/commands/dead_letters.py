@@ -53,20 +53,25 @@ async def _list(
             reasons[letter.reason or "unknown"] += 1
             again += redriven.when_ms(letter) is not None
             if as_json and not count:
-                print(json.dumps(as_object(letter, redriven), ensure_ascii=False))
+                print(as_json_line(as_object(letter, redriven)))
             elif not count:
                 table.add_row(*(Text(cell) for cell in _row(letter, redriven)))
     if as_json and count:
-        print(json.dumps({"letters": reasons.total(), "redriven": again, "reasons": reasons}))
+        print(as_json_line({"letters": reasons.total(), "redriven": again, "reasons": reasons}))
     if as_json:
         return 0
     if table.row_count:
         console = Console()
         console = console if console.is_terminal else Console(width=WIDTH_WITHOUT_TERMINAL)
         console.print(table)
-    counts = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common())
-    print(f"{reasons.total()} dead letters ({counts or 'none'}), {again} of them redriven")
+    print(counted(reasons, again))
     return 0
+
+
+def counted(reasons: Counter[str], redriven: int) -> str:
+    """The list's last line."""
+    counts = ", ".join(f"{number} {one_line(reason)}" for reason, number in reasons.most_common())
+    return f"{reasons.total()} dead letters ({counts or 'none'}), {redriven} of them redriven"
 
 
 def _table() -> Table:
@@ -76,13 +81,13 @@ def _table() -> Table:
 
 def _row(letter: Letter, redriven: Redriven) -> Iterator[str]:
     yield place(letter.at)
-    yield str(letter.origin)
-    yield plain(letter.reason)
+    yield one_line(str(letter.origin))
+    yield one_line(letter.reason)
     yield plain((letter.detail.splitlines() or [""])[0])[:DETAIL_SHOWN_MAX]
     yield moment(letter.written_ms)
     yield str(letter.attempts)
-    yield plain(letter.said("sluice.model"))
-    yield plain(letter.said("sluice.cost.usd"))
+    yield one_line(letter.said("sluice.model"))
+    yield one_line(letter.said("sluice.cost.usd"))
     at_ms = redriven.when_ms(letter)
     yield "" if at_ms is None else moment(at_ms)
 
@@ -103,7 +108,7 @@ async def _show(settings: Settings, at: tuple[int, int], *, as_json: bool) -> in
         topic = settings.dead_letters.topic
         raise CannotRun(f"No dead letter stands at {at[0]}:{at[1]} of {topic}.")
     if as_json:
-        print(json.dumps(as_object(letter, redriven), ensure_ascii=False))
+        print(as_json_line(as_object(letter, redriven)))
         return 0
     for name, text in _everything(letter, redriven):
         first, *more = text.split("\n")
@@ -115,7 +120,7 @@ async def _show(settings: Settings, at: tuple[int, int], *, as_json: bool) -> in
 
 def _everything(letter: Letter, redriven: Redriven) -> Iterator[tuple[str, str]]:
     yield "letter", str(letter.at)
-    yield "origin", str(letter.origin)
+    yield "origin", plain(str(letter.origin))
     yield "written", moment(letter.written_ms)
     failed_ms, first_ms = letter.history.first_failed_at_ms, letter.history.timestamp_ms
     yield "first failed", moment(failed_ms)
@@ -195,6 +200,19 @@ def plain(text: str) -> str:
     return "".join(
         each if each.isprintable() or each == "\n" else each.encode("unicode_escape").decode()
         for each in text
+    )
+
+
+def one_line(text: str) -> str:
+    """The same, where there is room for one line."""
+    return plain(text).replace("\n", "\\n")
+
+
+def as_json_line(value: object) -> str:
+    """JSON with other scripts' letters as they are, and what steers a terminal escaped."""
+    return "".join(
+        each if each.isprintable() else json.dumps(each)[1:-1]
+        for each in json.dumps(value, ensure_ascii=False)
     )
 
 

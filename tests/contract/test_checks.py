@@ -80,9 +80,11 @@ async def test_all_is_well(mock_kafka: EmbeddedBroker, endpoint: Endpoint) -> No
         mock_kafka.create_topic(name, 2)
     code, said = await checked(given)
     assert code == 0
-    assert list(said) == ["settings", "broker", "topics", "permissions", "group", "model"]
+    assert list(said) == ["settings", "record", "broker", "topics", "permissions", "group", "model"]
     assert all(len(lines) == 1 and lines[0].startswith("✓ ") for lines in said.values())
     assert "all-in (2), all-out (2), all-dead (2)" in said["topics"][0]
+    assert said["record"] == [f"✓ {given.extraction.record}, one for each message: name, age"]
+    assert MODEL in said["model"][0]
     assert endpoint.total() == 0
 
 
@@ -135,8 +137,9 @@ async def test_wrong_record_is_a_wrong_setting(
     wrong = {**given.model_dump(), "extraction": {"record": "no.such.module:Model"}}
     code, said = await checked(Settings.model_validate(wrong))
     assert code == 2
-    assert said["model"][0].startswith("✗ ")
-    assert "extraction.record" in said["model"][0]
+    assert said["record"][0].startswith("✗ ")
+    assert "extraction.record" in said["record"][0]
+    assert said["model"] == ["- not looked at: no record"]
     assert said["broker"][0].startswith("✓ ")
 
 
@@ -145,7 +148,7 @@ async def test_warnings_of_the_settings(mock_kafka: EmbeddedBroker, endpoint: En
     given = settings(mock_kafka.bootstrap_servers)
     hasty = {**given.model_dump(), "delivery": {"drain_timeout_s": 1}}
     _, said = await checked(Settings.model_validate(hasty))
-    assert said["settings"][0] == "✓ understood"
+    assert said["settings"][0] == "✓ understood: defaults"
     assert said["settings"][1].startswith("! delivery.drain_timeout_s is 1")
 
 

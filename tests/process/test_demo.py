@@ -102,10 +102,10 @@ async def test_ends_by_itself() -> None:
 
 
 async def test_own_endpoint() -> None:
-    """With OPENAI_BASE_URL set the calls go there, and no local model is started."""
+    """With --endpoint the calls go to OPENAI_BASE_URL, and no local model is started."""
     async with Endpoint() as endpoint:
         mark = uuid.uuid4().hex
-        async with demo(mark, "--messages", "12", **scripted(endpoint)) as process:
+        async with demo(mark, "--endpoint", "--messages", "12", **scripted(endpoint)) as process:
             said = (await process.communicate())[0].decode()
             assert process.returncode == 0, said
             assert "12 messages, 11 records, 1 rejected" in said
@@ -118,7 +118,7 @@ async def test_stops_clean(number: signal.Signals) -> None:
     """Ctrl-C and SIGTERM: a summary, exit code 0, no stack trace, no process left."""
     async with Endpoint() as endpoint:
         mark = uuid.uuid4().hex
-        async with demo(mark, **scripted(endpoint)) as process:
+        async with demo(mark, "--endpoint", **scripted(endpoint)) as process:
             await first_record(process)
             assert len(marked(mark)) == 2  # the demo and the service
             process.send_signal(number)
@@ -133,7 +133,7 @@ async def test_killed() -> None:
     """Even a kill -9 of the demo leaves no process behind."""
     async with Endpoint() as endpoint:
         mark = uuid.uuid4().hex
-        async with demo(mark, **scripted(endpoint)) as process:
+        async with demo(mark, "--endpoint", **scripted(endpoint)) as process:
             await first_record(process)
             process.kill()
             await process.wait()
@@ -143,7 +143,7 @@ async def test_killed() -> None:
 async def test_wrong_endpoint_is_a_sentence() -> None:
     """An endpoint that is no URL ends the demo with what is wrong and no stack trace."""
     mark = uuid.uuid4().hex
-    async with demo(mark, "--messages", "1", OPENAI_BASE_URL="nowhere") as process:
+    async with demo(mark, "--endpoint", "--messages", "1", OPENAI_BASE_URL="nowhere") as process:
         said = (await process.communicate())[0].decode()
         assert process.returncode == 1
         assert "OPENAI_BASE_URL" in said

@@ -12,6 +12,7 @@ import pytest
 
 from service import app as application
 from service import workers
+from service.commands import check as check_command
 from service.commands.cli import main
 from service.settings import reading
 from service.settings.wording import table
@@ -192,6 +193,79 @@ def test_start_over_is_handed_on(
         monkeypatch.setattr(module, "run", lambda *_, **all_: told.append(all_["start_over"]) or 0)
     assert sluice("run", "--workers", count, *arguments)[0] == 0
     assert told == [said]
+
+
+def test_check_says_where_settings_come_from(
+    sluice: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The file by its whole path, and the variables over it by name."""
+    told: list[str] = []
+    monkeypatch.setattr(check_command, "check", lambda *_, **all_: told.append(all_["origin"]) or 0)
+    sluice("check")
+    (tmp_path / "sluice.yaml").write_text("kafka: {group_id: x}")
+    sluice("check")
+    sluice("check", SLUICE_KAFKA__GROUP_ID="y")
+    assert told == [
+        "defaults alone, no sluice.yaml here",
+        f"{tmp_path}/sluice.yaml",
+        f"{tmp_path}/sluice.yaml, and over it SLUICE_KAFKA__GROUP_ID",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("--latency", "0", "greater than or equal to 0.001"),
+        ("--messages", "nan", "less than or equal to"),
+        ("--messages", "inf", "less than or equal to"),
+        ("--tokens-input", "1e308", "less than or equal to"),
+    ],
+)
+def test_a_plan_of_impossible_numbers_is_a_sentence(
+    sluice: Run, name: str, value: str, said: str
+) -> None:
+    """No figure that is let in ends in a traceback; the others end with 2 and the option."""
+    code, _, err = sluice("plan", "--messages", "1", "--latency", "1", name, value)
+    assert code == 2
+    assert said in " ".join(err.replace("│", " ").split())
+
+
+def command(*arguments: str, **streams: int) -> subprocess.Popen[str]:
+    """`sluice` as a process of its own."""
+    return subprocess.Popen(
+        (sys.executable, "-m", "service", *arguments), stderr=subprocess.PIPE, text=True, **streams
+    )
+
+
+def test_a_reader_that_has_left_is_no_error() -> None:
+    """`sluice schema --settings | head -1`: exit code 0, nothing on stderr."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    with command("schema", "--settings", stdout=writes) as process:
+        os.close(writes)
+        assert process.stderr is not None
+        assert (process.stderr.read(), process.wait()) == ("", 0)
+
+
+def test_a_reader_that_has_left_does_not_hide_a_failure() -> None:
+    """The exit code is the command's where it had ended before."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    with command("schema", "--config", "none.yaml", stdout=writes) as process:
+        os.close(writes)
+        assert process.stderr is not None
+        assert (process.stderr.read()[:9], process.wait()) == ("none.yaml", 2)
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_error(closed: str) -> None:
+    """Whatever is closed before the start: exit code 0, and no connection gets its number."""
+    inside = "from service.commands.output import printing"
+    program = f"{inside}\nwith printing():\n    import os, sys; sys.exit(os.open('/dev/null', 0))"
+    line = f'"{sys.executable}" -m service schema --settings {closed}'
+    assert subprocess.run(line, shell=True, stdout=subprocess.DEVNULL).returncode == 0
+    line = f'"{sys.executable}" -c "{program}" {closed}'
+    assert subprocess.run(line, shell=True, stdout=subprocess.DEVNULL).returncode > 2
 
 
 def test_version(sluice: Run) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import subprocess
 import sys
 import zipfile
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from rich.console import Console
 
-from service.core.errors import CannotRun
+from service.core.errors import CannotRun, WrongSettings
 from service.core.events import Called, Finished
 from service.core.messages import Reason
 from service.demo import app as demo_app
@@ -23,6 +25,7 @@ from service.demo.figures import Figures, quantile, read_figures
 from service.demo.texts import ABOUT_ORDERS, ABOUT_PEOPLE, PASTED_LOG, UNREADABLE
 from service.demo.view import Board, Extraction, Rejection, line, screen, summary
 from service.telemetry.metrics import Metrics
+from tests.support import virtual_time
 
 ROOT = Path(__file__).parents[2]
 
@@ -213,6 +216,55 @@ async def test_offline_is_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     with pytest.raises(CannotRun, match=r"could not be fetched.*OPENAI_BASE_URL"):
         await download.fetch_model(lambda done, total: None)
     assert list((tmp_path / "kafka-sluice").iterdir()) == []
+
+
+def test_what_is_waited_for_is_told_once(tmp_path: Path) -> None:
+    """While nothing arrives, one sentence after some seconds; none while the model comes."""
+    said: list[str] = []
+
+    async def watched(seconds: float, *, growing: bool) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds), asyncio.TaskGroup() as tasks:
+                tasks.create_task(download.watch(tmp_path, lambda done, total: None, said.append))
+                while growing:
+                    with (tmp_path / "part").open("ab") as file:
+                        file.write(b"x")
+                    await asyncio.sleep(download.SILENT_S / 2)
+
+    virtual_time.run(watched(60, growing=True))
+    assert said == []
+    virtual_time.run(watched(60, growing=False))
+    assert said == [download.WAITING]
+
+
+def test_a_key_of_the_shell_is_not_used_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --endpoint neither the demo nor its service sees it; with it both do."""
+    for name in demo_app.ENDPOINT_VARIABLES:
+        monkeypatch.setenv(name, "sk-of-the-shell")
+    assert "sk-of-the-shell" not in demo_app._environment("k:1", 1, 1, own_endpoint=False).values()
+    theirs = demo_app._environment("k:1", 1, 1, own_endpoint=True)
+    assert theirs["OPENAI_API_KEY"] == "sk-of-the-shell"
+
+
+async def test_the_local_model_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key in the shell alone leads to no endpoint: the local model is fetched."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-shell")
+
+    async def fetched(*_: object) -> Path:
+        raise CannotRun("the local model")
+
+    monkeypatch.setattr(demo_app, "fetch_model", fetched)
+    quiet = demo_app._Demo(1, EXAMPLES["person"], "person", None, own_endpoint=False)
+    with pytest.raises(CannotRun, match="the local model"):
+        await quiet.run()
+
+
+def test_an_endpoint_that_is_not_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--endpoint without a variable names those that it looks for."""
+    for name in demo_app.ENDPOINT_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(WrongSettings, match="OPENAI_BASE_URL, OPENAI_API_KEY"):
+        demo_app.demo(1, endpoint=True)
 
 
 def test_relative_cache_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,25 @@
 """A dead letter, read back and shown."""
 
 import io
+import json
 import sys
+from collections import Counter
 
 import pytest
 from aiokafka.structs import ConsumerRecord
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.commands.dead_letters import _confirmed, as_object, moment, plain, shown
+from service.commands.dead_letters import (
+    _confirmed,
+    _row,
+    as_json_line,
+    as_object,
+    counted,
+    moment,
+    plain,
+    shown,
+)
 from service.core.errors import CannotRun
 from service.core.history import History
 from service.core.messages import Headers, Message, Partition, Provenance, Reason, Rejected
@@ -174,3 +185,19 @@ def test_without_anybody_to_ask_nothing_is_sent(
     with pytest.raises(CannotRun, match="add --yes"):
         _confirmed(Plan(sent=2, left={Left.ALREADY: [letter()]}))
     assert "1 were sent again before; --again sends them once more (2:5)" in capsys.readouterr().out
+
+
+STEERING = "in\x1b[2Jvalid\x9b31m\u202e\n"
+
+
+def test_no_part_of_the_list_steers_a_terminal() -> None:
+    """A forged reason or topic is shown by its escapes: in the table, the last line and JSON."""
+    names = {"sluice.error.reason", "__dlq.errors.topic", "sluice.model", "sluice.error.detail"}
+    headers = ((n, STEERING.encode() if n in names else value) for n, value in letter().headers)
+    forged = Letter.of(record(tuple(headers)))
+    assert forged is not None
+    cells = [*_row(forged, Redriven({}))]
+    line = counted(Counter({STEERING: 2}), 0)
+    json_line = as_json_line(as_object(forged, Redriven({})))
+    assert all(each.isprintable() for each in (*cells, line, json_line))
+    assert json.loads(json_line)["reason"] == STEERING
