@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaError
+from aiokafka.structs import RecordMetadata
 
 from tests.chaos.evidence import (
     Evidence,
@@ -241,9 +242,11 @@ class Scene:
                         waiting.append(
                             await producer.send(self.input, text, key, partition=partition)
                         )
-                for each in waiting:
-                    done = await each
+                acknowledged, failed = await all_settled(waiting)
+                for done in acknowledged:
                     self.sent[done.partition] = max(self.sent[done.partition], done.offset + 1)
+                if failed:
+                    raise failed[0]
                 await asyncio.sleep(0.1)
         finally:
             with suppress(TimeoutError):
@@ -345,6 +348,20 @@ class Scene:
             struck=self.struck,
             uncommitted=uncommitted,
         )
+
+
+async def all_settled(
+    sent: Sequence[asyncio.Future[RecordMetadata]],
+) -> tuple[list[RecordMetadata], list[BaseException]]:
+    """What was acknowledged of it, and why the others were not, once all of it is settled.
+
+    None is left unread: a log that was cut fails hundreds at once, and asyncio prints each that
+    nobody looked at.
+    """
+    if sent:
+        await asyncio.wait(sent)
+    failed = [error for each in sent if (error := each.exception()) is not None]
+    return [each.result() for each in sent if each.exception() is None], failed
 
 
 def message(number: int, partition: int) -> tuple[bytes, bytes]:
