@@ -65,6 +65,11 @@ WRITERS = "service/kafka/transactions/writer.py"
 WATCHDOG = "service/kafka/group/watchdog.py"
 STORED = "service/kafka/client/stored.py"
 HEADERS = "service/kafka/headers.py"
+COMMITTING = "service/kafka/group/committing.py"
+MEMBER = "service/kafka/group/member.py"
+POSITIONS = "service/kafka/group/positions.py"
+READING = "service/kafka/group/reading.py"
+RESTORE = "service/kafka/group/restore.py"
 
 WAY = "tests/pipeline/test_way.py::test_"
 ADMISSION = "tests/pipeline/test_admission.py::test_"
@@ -118,8 +123,8 @@ TAKEN_AWAY = (
     ),
     Mutation(
         "1 a late commit is sent in the generation of another owner",
-        SOURCE,
-        "if holdings != self._holdings_of(holdings):",
+        COMMITTING,
+        "if held != self._held_of(held):",
         "if False:",
         (CONTRACT + "a_commit_does_not_outlive_its_assignment[real_kafka]",),
     ),
@@ -133,7 +138,7 @@ TAKEN_AWAY = (
     Mutation(
         "2 a poll returns messages while a revoke waits for the ones before",
         SOURCE,
-        "if self._membership.reassigning or not holdings.restored.is_set():",
+        "if not member.settled:",
         "if False:",
         (CONTRACT + "nothing_is_read_or_committed_until_it_is_known_whose_it_is[real_kafka]",),
     ),
@@ -146,7 +151,7 @@ TAKEN_AWAY = (
     ),
     Mutation(
         "3 a commit that a rebalance refuses is an error that nobody expects",
-        SOURCE,
+        COMMITTING,
         "            raise _commit_failed(error) from error\n",
         "            raise\n",
         (CONTRACT + "a_refused_commit_is_neither_done_nor_an_end",),
@@ -174,7 +179,7 @@ TAKEN_AWAY = (
     ),
     Mutation(
         "5 a revoke waits for a commit that waits for the group",
-        SOURCE,
+        COMMITTING,
         "await within(COMMIT_S, self._commit_while_held(partitions))",
         "await self._commit_while_held(partitions)",
         (CONTRACT + "a_commit_without_an_answer_fails_in_time[mock_kafka]",),
@@ -195,7 +200,7 @@ TAKEN_AWAY = (
     ),
     Mutation(
         "6 a partition of a topic that was made again is kept",
-        HOLDINGS,
+        READING,
         "            and self._is_the_topic_it_was(partition.topic, topic_ids)\n",
         "",
         (UNIT_HOLDINGS + "a_partition_of_a_topic_made_again_is_not_kept",),
@@ -209,8 +214,8 @@ TAKEN_AWAY = (
     ),
     Mutation(
         "7 a new group that is idle forgets at a rebalance where it began",
-        HOLDINGS,
-        "if marks and self._given is given:",
+        RESTORE,
+        "if marks and self._holdings.unrestored is given:",
         "if False:",
         (UNIT_HOLDINGS + "idle_rebalances_leave_the_offset_where_it_is",),
     ),
@@ -408,7 +413,7 @@ TAKEN_AWAY = (
     ),
     Mutation(
         "13 a partition is read on from where the client left it",
-        HOLDINGS,
+        POSITIONS,
         "        self._consumer.seek(TopicPartition(*partition), holding.next)\n",
         "",
         (UNIT_HOLDINGS + "the_same_member_in_the_next_generation_keeps_its_partition",),
@@ -552,7 +557,7 @@ TAKEN_AWAY = (
     ),
     Mutation(
         "16 the client's pause of the restore does not end",
-        HOLDINGS,
+        POSITIONS,
         "        self._consumer.resume(TopicPartition(*partition))\n",
         "",
         (UNIT_HOLDINGS + "the_same_member_in_the_next_generation_keeps_its_partition",),
@@ -575,21 +580,21 @@ TAKEN_AWAY = (
     ),
     Mutation(
         "18 a partition is kept under another member id",
-        HOLDINGS,
+        READING,
         "if (before.member_id, before.generation + 1) != (given.member_id, given.generation):",
         "if before.generation + 1 != given.generation:",
         (UNIT_HOLDINGS + "a_partition_that_another_may_have_had_starts_anew",),
     ),
     Mutation(
         "19 a partition is kept although a generation was missed",
-        HOLDINGS,
+        READING,
         "if (before.member_id, before.generation + 1) != (given.member_id, given.generation):",
         "if before.member_id != given.member_id:",
         (UNIT_HOLDINGS + "a_partition_that_another_may_have_had_starts_anew",),
     ),
     Mutation(
         "20 a partition is kept although another process has stored its offset",
-        HOLDINGS,
+        READING,
         "ours[each] for each in ours if ours[each].wrote(stored[each])",
         "ours[each] for each in ours",
         (UNIT_HOLDINGS + "a_partition_that_another_may_have_had_starts_anew",),
@@ -603,7 +608,7 @@ TAKEN_AWAY = (
     ),
     Mutation(
         "18-20 a member that stood still goes on with what it had",
-        HOLDINGS,
+        READING,
         "kept = {each: ours[each] for each in ours if ours[each].wrote(stored[each])}",
         "kept = dict(self._before.holdings) if self._before else {}",
         (CONTRACT + "a_member_that_stood_still_holds_nothing_of_before",),
@@ -617,15 +622,15 @@ TAKEN_AWAY = (
     ),
     Mutation(
         "21 messages are fetched before the restore has ended",
-        HOLDINGS,
+        MEMBER,
         "        self._consumer.pause(*partitions)  # until it is known from where to fetch\n",
         "",
         (UNIT_HOLDINGS + "nothing_is_held_before_its_restore",),
     ),
     Mutation(
         "21 a slow restore holds what was revoked meanwhile",
-        HOLDINGS,
-        "if self._given is given and not self._membership.reassigning:",
+        RESTORE,
+        "if self._holdings.unrestored is given and not self._membership.reassigning:",
         "if True:",
         (HAND_OVER + "a_restore_that_is_overtaken_behind_its_read_holds_nothing",),
     ),
@@ -652,8 +657,8 @@ TAKEN_AWAY = (
     ),
     Mutation(
         "9 a worker that was put out by its name puts the other out",
-        HOLDINGS,
-        "if not self._membership.member_id and await self.is_put_out():",
+        MEMBER,
+        "if not self.membership.member_id and await self.name.is_put_out():",
         "if False:",
         (UNIT_HOLDINGS + "whoever_is_put_out_by_his_name_does_not_join_again",),
     ),
@@ -762,8 +767,8 @@ TAKEN_AWAY = (
     ),
     Mutation(
         "23 the mark of an unclean end stands only in memory",
-        HOLDINGS,
-        "if marks and self._given is given:",
+        RESTORE,
+        "if marks and self._holdings.unrestored is given:",
         "if False:",
         (UNIT_HOLDINGS + "the_end_of_a_holder_is_counted_before_he_holds",),
     ),
@@ -913,7 +918,7 @@ TAKEN_AWAY = (
     Mutation(
         "28 an outcome goes into a transaction before the restore has ended",
         TRANSACTIONS,
-        "if writer is not None and self.ledger.takes(partition):",
+        "if writer is not None and self._ledger.takes(partition):",
         "if writer is not None:",
         (ONCE + "nothing_is_taken_before_the_restore_has_ended",),
     ),
@@ -964,14 +969,14 @@ TAKEN_AWAY = (
     ),
     Mutation(
         "30 what Kafka holds is read before the older producer is fenced",
-        HOLDINGS,
-        "            if not unfenced:\n                return {**stored",
-        "            if True:\n                return {**stored",
+        READING,
+        "            if not unfenced:\n                stable = await",
+        "            if True:\n                stable = await",
         (SUPERVISION + "a_mark_in_doubt_is_fenced_before_it_is_made_again",),
     ),
     Mutation(
         "30 a mark in doubt is made again without a fence",
-        HOLDINGS,
+        RESTORE,
         "        given.fenced.difference_update(marks)\n",
         "",
         (SUPERVISION + "a_mark_in_doubt_is_fenced_before_it_is_made_again",),
@@ -1009,36 +1014,36 @@ TAKEN_AWAY = (
     ),
     Mutation(
         "73 whoever sees a cut reads on once the log has grown again",
-        HOLDINGS,
+        POSITIONS,
         "if holding.next > found.end or holding.cut_at is not None:",
         "if holding.next > found.end:",
         (UNIT_HOLDINGS + "a_log_that_was_cut_is_not_read_on_when_it_has_grown",),
     ),
     Mutation(
         "73 a rebalance forgets that a log was cut",
-        HOLDINGS,
-        "        if holding.cut_at is not None:\n            self._broken",
-        "        if False:\n            self._broken",
+        POSITIONS,
+        "        if holding.cut_at is not None:\n            self.unreadable",
+        "        if False:\n            self.unreadable",
         (UNIT_HOLDINGS + "a_log_that_was_cut_is_not_read_on_when_it_has_grown",),
     ),
     Mutation(
         "73 a cut that a reader finds is not stored",
-        HOLDINGS,
+        POSITIONS,
         "        await self._store_traces()\n",
         "",
         (UNIT_HOLDINGS + "a_log_that_was_cut_is_not_read_on_when_it_has_grown",),
     ),
     Mutation(
         "73 a cut that a start finds is not stored",
-        HOLDINGS,
+        RESTORE,
         "        marks |= self._traces(held_out, stored)\n",
         "",
         (UNIT_HOLDINGS + "a_cut_that_a_start_finds_is_stored",),
     ),
     Mutation(
         "73 a cut whose trace could not be stored is forgotten",
-        HOLDINGS,
-        "            if at is None or each not in self._cuts\n",
+        RESTORE,
+        "            if at is None or each not in self._remembered.cuts\n",
         "            if True\n",
         (UNIT_HOLDINGS + "a_cut_whose_trace_could_not_be_stored_is_not_forgotten",),
     ),
@@ -1058,8 +1063,8 @@ TAKEN_AWAY = (
     ),
     Mutation(
         "74 --start-over holds for later cuts too",
-        HOLDINGS,
-        "for each in held_out.keys() - self._had}",
+        RESTORE,
+        "for each in held_out.keys() - self._remembered.had}",
         "for each in held_out.keys()}",
         (UNIT_HOLDINGS + "a_cut_log_is_started_over_where_it_was_cut",),
     ),
@@ -1072,7 +1077,7 @@ TAKEN_AWAY = (
     ),
     Mutation(
         "75 a group without offsets starts without a line",
-        HOLDINGS,
+        RESTORE,
         "            self._tell_of_starts(taken, stored, bounds)\n",
         "",
         (UNIT_HOLDINGS + "a_group_without_offsets_is_told_before_it_starts",),
@@ -1107,16 +1112,16 @@ TAKEN_AWAY = (
     ),
     Mutation(
         "77 another leader's messages are handed out unverified",
-        HOLDINGS,
+        POSITIONS,
         "        if holding.trail.fetched(offset, batches):\n",
         "        holding.trail.fetched(offset, batches)\n        if False:\n",
         (UNIT_HOLDINGS + "another_leaders_messages_wait_until_it_is_known_that_nothing_is_cut",),
     ),
     Mutation(
         "77 a rebalance forgets that another leader's messages are unverified",
-        HOLDINGS,
-        "        if holding.trail.unverified is not None:\n            self._broken",
-        "        if False:\n            self._broken",
+        POSITIONS,
+        "        if holding.trail.unverified is not None:\n            self.unreadable",
+        "        if False:\n            self.unreadable",
         (UNIT_HOLDINGS + "a_rebalance_does_not_forget_what_is_to_be_verified",),
     ),
     Mutation(
@@ -1142,21 +1147,21 @@ TAKEN_AWAY = (
     ),
     Mutation(
         "30 a partition that was fenced is not told of",
-        HOLDINGS,
-        "            self._taken_by_another,\n",
+        MEMBER,
+        "            self.restore.taken_by_another,\n",
         "",
         (HAND_OVER + "a_partition_that_is_held_nowhere_is_told_of",),
     ),
     Mutation(
         "30 a partition that was fenced during the restore of another is forgotten",
-        HOLDINGS,
-        "self._given = given if left else None",
-        "self._given = given if held_out else None",
+        RESTORE,
+        "self._holdings.unrestored = given if left else None",
+        "self._holdings.unrestored = given if held_out else None",
         (HAND_OVER + "a_partition_fenced_during_the_restore_of_another_is_restored",),
     ),
     Mutation(
         "30 a partition that was fenced behind the read counts as read",
-        HOLDINGS,
+        RESTORE,
         "        bounds = await self._offsets.bounds(given.partitions)\n",
         "        bounds = await self._offsets.bounds(given.partitions)\n"
         "        fresh = given.partitions - kept.keys() - self.held.keys()\n",
@@ -1164,8 +1169,8 @@ TAKEN_AWAY = (
     ),
     Mutation(
         "30 an offset that is read too early cancels running calls",
-        HOLDINGS,
-        "if _now_s() < stale_until_s and any(",
+        READING,
+        "if clock.now_s() < stale_until_s and any(",
         "if False and any(",
         (
             HAND_OVER + "an_earlier_offset_of_our_own_is_read_again",
@@ -1174,9 +1179,9 @@ TAKEN_AWAY = (
     ),
     Mutation(
         "30 a restore goes on from before a commit that cannot be read yet",
-        HOLDINGS,
-        "return {**stored, **await self._stable(fresh)}, topic_ids, kept, fresh",
-        "return stored, topic_ids, kept, fresh",
+        READING,
+        "stable = await self._stable(fresh)",
+        "stable = {each: stored[each] for each in fresh}",
         (HAND_OVER + "a_commit_that_cannot_be_read_yet_is_waited_for_behind_the_fence",),
     ),
     Mutation(
@@ -1188,15 +1193,15 @@ TAKEN_AWAY = (
     ),
     Mutation(
         "30 an offset that Kafka has forgotten is waited for without end",
-        HOLDINGS,
-        "if _now_s() < stale_until_s and any(",
+        READING,
+        "if clock.now_s() < stale_until_s and any(",
         "if any(",
         (HAND_OVER + "an_offset_that_stays_earlier_is_the_truth",),
     ),
     Mutation(
         "30 a restore that was overtaken fences the new owner",
-        HOLDINGS,
-        "if self._given is not given or self._membership.reassigning:",
+        READING,
+        "if self._holdings.unrestored is not given or self._membership.reassigning:",
         "if False:",
         (HAND_OVER + "a_restore_that_is_overtaken_while_it_reads_fences_nobody",),
     ),
@@ -1209,37 +1214,37 @@ TAKEN_AWAY = (
     ),
     Mutation(
         "30 the writer of a mark fences the new owner",
-        HOLDINGS,
-        "        self._marking.clear()\n",
+        MEMBER,
+        "        self.holdings.marking.clear()\n",
         "",
         (HAND_OVER + "a_mark_that_failed_opens_no_producer_after_a_revoke",),
     ),
     Mutation(
         "30 a writer asks the ledger of a client that is gone",
         TRANSACTIONS,
-        " and writer.ledger is self.ledger",
+        " and writer.ledger is self._ledger",
         "",
         (HAND_OVER + "an_epoch_without_use_is_not_taken_over_from_another_client",),
     ),
     Mutation(
         "30 a replacement cancels a revoke that is under way",
-        HOLDINGS,
+        MEMBER,
         "        async with self._letting_go:\n            held,",
         "        if True:\n            held,",
         (HAND_OVER + "a_replacement_waits_for_a_revoke",),
     ),
     Mutation(
         "30 a client that is given up gathers while a rebalance waits for it",
-        HOLDINGS,
+        MEMBER,
         "                    self._transactions.hurry(on=True)\n                if held:",
         "                    pass\n                if held:",
         (HAND_OVER + "a_replacement_gathers_no_longer",),
     ),
     Mutation(
         "30 a revoke lets the group go on before a replaced client has committed",
-        HOLDINGS,
-        "        async with self._letting_go:\n            if self._revoked",
-        "        if True:\n            if self._revoked",
+        MEMBER,
+        "        async with self._letting_go:\n            self._overtake()",
+        "        if True:\n            self._overtake()",
         (HAND_OVER + "a_revoke_waits_for_a_replacement",),
     ),
     Mutation(

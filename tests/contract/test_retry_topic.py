@@ -10,7 +10,7 @@ from aiokafka import TopicPartition
 from service.core.history import History
 from service.core.messages import Message, Partition, Postponed
 from service.demo.broker import EmbeddedBroker
-from service.kafka.source import KafkaSource
+from service.kafka.group.fetching import Fetching
 from tests.support.sinks import Kafka as Outputs
 from tests.support.sources import Kafka as Inputs
 from tests.support.sources import member
@@ -46,13 +46,13 @@ async def test_it_comes_when_it_is_due_and_holds_nobody_up(
     """Until the first one that is not due is due, its partition is left alone and others go on;
     what comes then is complete and in order."""
     rewinds: list[object] = []
-    rewind = KafkaSource._rewind
+    rewind = Fetching._rewind
 
-    def counted(source: KafkaSource, partitions: Iterable[TopicPartition]) -> None:
+    def counted(source: Fetching, partitions: Iterable[TopicPartition]) -> None:
         rewinds.append(partitions)
         rewind(source, partitions)
 
-    monkeypatch.setattr(KafkaSource, "_rewind", counted)
+    monkeypatch.setattr(Fetching, "_rewind", counted)
     kafka = Inputs(mock_kafka.bootstrap_servers, mock_kafka)
     topic, later = await kafka.topic(), await kafka.topic()
     due_ms = int(time.time() * 1000) + 6_000

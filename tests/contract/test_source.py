@@ -269,7 +269,7 @@ async def test_an_error_is_heard_without_a_wait(kafka: Kafka) -> None:
         error = OffsetOutOfRangeError({where: 1})
         consumer._fetcher._records[where] = FetchError(error=error, backoff=0)
         with pytest.raises(OffsetOutOfRangeError):
-            one.source._membership.fetched(where, 1)
+            one.source._member.membership.fetched(where, 1)
         assert where not in consumer._fetcher._records, "nothing of it would be fetched any more"
         await kafka.send(topic, "b")
         await one.until(lambda: one.texts == ["a", "b"])
@@ -279,7 +279,7 @@ async def test_what_cannot_be_read_holds_its_own_partition_only(
     kafka: Kafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others go on, the sentence says where it stands, and it is tried again."""
-    monkeypatch.setattr("service.kafka.group.holdings.RESTORE_AGAIN_S", 0.3)
+    monkeypatch.setattr("service.kafka.group.positions.MEND_AGAIN_S", 0.3)
     topic, group = await kafka.topic(2), topics.unique_name("g")
     await kafka.send(topic, "a", partition=0)
     await kafka.send(topic, "b", partition=1)
@@ -573,7 +573,7 @@ async def test_the_leaders_epoch_is_stored_with_what_was_read(real: Kafka) -> No
         await one.until(lambda: len(one.messages) == 3)
         await one.commit({part(topic): Progress(1, (1, 1))})
         assert ":E0" in (await topics.committed(real.servers, group, topic, 1))[0][1]
-        found = await one.source._offsets.epoch_ends({part(topic): 0})
+        found = await one.source._member.offsets.epoch_ends({part(topic): 0})
         assert found == {part(topic): 3}
     async with member(real, topic, group) as another:
         await another.until(lambda: len(another.epochs) == 1)
@@ -589,7 +589,7 @@ async def test_a_broker_that_knows_no_epochs_is_read_all_the_same(
     await kafka.send(topic, "a")
     async with member(kafka, topic, group) as one:
         await one.until(lambda: len(one.messages) == 1)
-        assert await one.source._offsets.epoch_ends({part(topic): 0}) == {}
+        assert await one.source._member.offsets.epoch_ends({part(topic): 0}) == {}
 
 
 async def test_a_log_that_ends_before_its_reader_is_held_out_for_good(kafka: Kafka) -> None:
@@ -599,9 +599,11 @@ async def test_a_log_that_ends_before_its_reader_is_held_out_for_good(kafka: Kaf
     async with member(kafka, topic, group) as one:
         await one.until(lambda: len(one.messages) == 2)
         await one.commit({part(topic): 2})
-        holdings = one.source._started
+        of_group = one.source._member
+        assert of_group is not None
+        holdings = of_group.holdings
         holdings.held[part(topic)].next = 9  # as if seven more had been read
-        holdings.broken(part(topic))
+        of_group.positions.cannot_read(part(topic))
         await one.until(lambda: ":H2" in holdings.held[part(topic)].stored.metadata)
         await kafka.send(topic, *"cdefghijk")
         await one.turn()
@@ -851,7 +853,7 @@ async def test_a_commit_without_an_answer_fails_in_time(
 
     How each commit ended is told: a refusal is no failure.
     """
-    monkeypatch.setattr("service.kafka.source.COMMIT_S", 0.3)
+    monkeypatch.setattr("service.kafka.group.committing.COMMIT_S", 0.3)
     topic, group = await kafka.topic(), topics.unique_name("g")
 
     async def never(self: Membership) -> None:
@@ -936,7 +938,7 @@ async def test_a_restore_that_fails_is_repeated(
     kafka: Kafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Offsets that cannot be read are read again; nothing starts without them."""
-    monkeypatch.setattr("service.kafka.group.holdings.RESTORE_AGAIN_S", 0.3)
+    monkeypatch.setattr("service.kafka.group.restore.RESTORE_AGAIN_S", 0.3)
     topic, group = await kafka.topic(), topics.unique_name("g")
     await kafka.send(topic, "a", "b")
     await kafka.store(group, topic, {0: 1})
@@ -963,7 +965,7 @@ async def test_a_broker_that_lags_behind_a_new_partition_is_waited_for(
     kafka: Kafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The group gives out a partition that the broker we ask has not heard of: asked again."""
-    monkeypatch.setattr("service.kafka.group.holdings.RESTORE_AGAIN_S", 0.3)
+    monkeypatch.setattr("service.kafka.group.restore.RESTORE_AGAIN_S", 0.3)
     topic, group = await kafka.topic(2), topics.unique_name("g")
     await kafka.send(topic, "a", partition=1)
     partitions = GroupOffsets.partitions

@@ -130,7 +130,7 @@ def fail(consumer: AIOKafkaConsumer, monkeypatch: pytest.MonkeyPatch) -> None:
         raise KafkaError("again")
 
     monkeypatch.setattr(consumer._coordinator, "check_errors", raising)
-    monkeypatch.setattr("service.kafka.source.FAILING_S", 1.0)
+    monkeypatch.setattr("service.kafka.group.fetching.FAILING_S", 1.0)
 
 
 def _consumer(one: Member[KafkaSource]) -> AIOKafkaConsumer:
@@ -270,7 +270,7 @@ async def test_what_cannot_be_read_is_no_silence(
     real: Kafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is held and said on its own; another client would not read it either."""
-    monkeypatch.setattr("service.kafka.group.holdings.RESTORE_AGAIN_S", 0.0)
+    monkeypatch.setattr("service.kafka.group.positions.MEND_AGAIN_S", 0.0)
     topic, group = await real.topic(2), topics.unique_name("g")
     await real.send(topic, "a", partition=0)
     await real.send(topic, "b", partition=1)
@@ -585,7 +585,9 @@ async def test_a_commit_does_not_wait_for_a_topic_of_the_same_name(
         with pytest.raises(CommitFailed, match="topic"):
             await one.commit({part(topic): 0})
         assert asked == 1
-        assert one.source._started.to_store(part(topic)) is None, "for a transaction neither"
+        assert one.source._member.holdings.to_store(part(topic)) is None, (
+            "for a transaction neither"
+        )
         async with asyncio.TaskGroup() as tasks:
             watch = tasks.create_task(one.source.supervise())
             await one.until(lambda: not one.source._supervision.doubtful)

@@ -17,7 +17,8 @@ from service.core.tracker import Progress
 from service.kafka.client.stable_offsets import UnstableOffset
 from service.kafka.client.stored import Stored
 from service.kafka.group.group_offsets import GroupOffsets
-from service.kafka.group.holdings import Holdings
+from service.kafka.group.holdings import Remembered
+from service.kafka.group.member import Member as GroupMember
 from service.kafka.group.starts import Bounds
 from service.kafka.transactions.producer import TransactionalProducer
 from service.kafka.transactions.transactions import Transactions
@@ -146,6 +147,7 @@ class OneWorker:
         self.slow_opens: HeldUp | None = None
         self.opened: list[Partition] = []
         self.doubtful: set[str] = set()
+        self.remembered = Remembered()
         self.transactions = Transactions(
             lambda _: None,
             group_id="g",
@@ -162,8 +164,7 @@ class OneWorker:
 
     def join(self) -> None:
         """Another client takes the place of the one before, as in the source."""
-        before: Holdings | None = getattr(self, "holdings", None)
-        self.holdings = Holdings(
+        self.member = GroupMember(
             settings(Kafka("127.0.0.1:1"), TOPIC, "g"),
             self.group,
             self.offsets,
@@ -171,14 +172,14 @@ class OneWorker:
             self.pipeline.told.append,
             SimpleNamespace(on_generation_assignment=lambda _: None),
             self.transactions,
+            remembered=self.remembered,
+            doubtful=lambda: self.doubtful,
         )
-        self.holdings.doubtful = lambda: self.doubtful
-        self.transactions.ledger = self.holdings
-        if before is not None:
-            self.holdings.follow(before)
+        self.holdings = self.member.holdings
+        self.transactions.ask(self.holdings)
 
     async def given(self, *partitions: Partition) -> None:
-        await self.holdings.on_assigned({TopicPartition(*each) for each in partitions})
+        await self.member.on_assigned({TopicPartition(*each) for each in partitions})
 
     async def publish(self, partition: Partition, offset: int) -> str:
         """Returns ok, or why it was not published."""
@@ -193,8 +194,8 @@ class OneWorker:
     async def poll_for(self, seconds: float) -> None:
         """What polls do about what is given and not held; each sees that none is forgotten."""
         for _ in range(round(seconds / POLL_S)):
-            await self.holdings.see_to_the_rest()
-            self.holdings._assert_whole()
+            await self.member.see_to_the_rest()
+            self.holdings.assert_whole()
             await asyncio.sleep(POLL_S)
 
     async def _open(self, partition: Partition) -> TransactionalProducer:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from service.kafka import sink, source
+from service.kafka import sink
 from service.kafka.client import deadlines, private
+from service.kafka.group import committing
 from service.kafka.sending import producers
 from service.pipeline import commits
 from service.settings import Settings
@@ -13,7 +14,7 @@ CLOSING_S = 30.0
 """What the chart allows beyond drain and call; the bounds below must fit."""
 
 BOUNDS_S = (
-    commits.FINAL_COMMITS_S + source.COMMIT_S,  # the last commits
+    commits.FINAL_COMMITS_S + committing.COMMIT_S,  # the last commits
     deadlines.STOP_S + private.ABANDON_S,  # leaving the group
     sink.FLUSH_TIMEOUT_S,
     producers.CLOSE_TIMEOUT_S,

@@ -12,7 +12,7 @@ import pytest
 from aiokafka.errors import KafkaError
 
 from service.kafka.client.stored import Stored
-from service.kafka.group.holdings import STALE_S
+from service.kafka.group.reading import STALE_S
 from service.kafka.transactions.producer import Fenced
 from service.kafka.transactions.transactions import STUCK_S
 from tests.support import virtual_time
@@ -45,11 +45,11 @@ def test_a_topic_in_doubt_does_not_lose_a_writer() -> None:
         await worker.poll_for(STUCK_S + 1.0)
         assert not waiting.done()
         assert len(worker.opened) == 1, "an epoch was taken for a topic that may be another"
-        assert "no new producer while its topic is in doubt" in (worker.holdings.problem or "")
+        assert "no new producer while its topic is in doubt" in (worker.member.problem or "")
         worker.doubtful.clear()
         assert await waiting == "ok"
         assert await worker.publish(P, 5) == "ok"
-        assert worker.holdings.problem is None
+        assert worker.member.problem is None
 
     play(scene)
 
@@ -86,10 +86,10 @@ def test_a_partition_fenced_during_the_restore_of_another_is_restored() -> None:
         assert await worker.publish(Q, 4) != "ok"
         held_up.gate.set()
         await restoring
-        assert "in[1]" in (worker.holdings.problem or "")
+        assert "in[1]" in (worker.member.problem or "")
         await worker.poll_for(4.0)
         assert worker.holdings.held.keys() == {P, Q}
-        assert worker.holdings.problem is None
+        assert worker.member.problem is None
         assert [await worker.publish(each, 5) for each in (P, Q)] == ["ok", "ok"]
 
     play(scene)
@@ -127,11 +127,11 @@ def test_a_partition_that_is_held_nowhere_is_told_of() -> None:
         await worker.given(P, Q)
         worker.fails[P] = Fenced()
         await worker.publish(P, 4)
-        assert worker.holdings.problem is not None
-        assert "Another producer has taken the place" in worker.holdings.problem
+        assert worker.member.problem is not None
+        assert "Another producer has taken the place" in worker.member.problem
         assert not worker.holdings.takes(P)
         await worker.poll_for(4.0)
-        assert worker.holdings.problem is None
+        assert worker.member.problem is None
 
     play(scene)
 
@@ -140,7 +140,7 @@ def test_a_partition_that_is_held_nowhere_is_told_of() -> None:
 
 
 async def rebalance(worker: OneWorker) -> None:
-    await worker.holdings.on_revoked()
+    await worker.member.on_revoked()
     worker.group.generation += 1
     await worker.given(P, Q)
 
@@ -171,7 +171,7 @@ def test_none_is_earlier_than_the_first_mark() -> None:
         worker.offsets.stale[P] = worker.offsets.stale[Q] = [None] * 6
         await rebalance(worker)
         assert worker.pipeline.epochs == epochs
-        assert worker.holdings.problem is None
+        assert worker.member.problem is None
 
     play(scene)
 
@@ -250,7 +250,7 @@ def test_a_restore_that_is_overtaken_while_it_reads_fences_nobody() -> None:
         held_up = worker.offsets.before_reading = HeldUp()
         first = asyncio.create_task(worker.given(P, Q))
         await held_up.asked.wait()
-        await worker.holdings.on_revoked()
+        await worker.member.on_revoked()
         worker.offsets.before_reading = None
         worker.group.generation += 1
         await worker.given(Q)
@@ -267,13 +267,13 @@ def test_a_restore_that_is_overtaken_behind_its_read_holds_nothing() -> None:
 
     async def scene(worker: OneWorker) -> None:
         await worker.given(P)
-        await worker.holdings.on_revoked()
+        await worker.member.on_revoked()
         stored, held_up = dict(worker.group.stored), HeldUp()
         worker.offsets.before_bounds = held_up
         worker.group.generation += 2  # it starts anew
         restoring = asyncio.create_task(worker.given(P))
         await held_up.asked.wait()
-        await worker.holdings.on_revoked()
+        await worker.member.on_revoked()
         held_up.gate.set()
         await restoring
         assert worker.holdings.held == {}
@@ -290,7 +290,7 @@ def test_a_revoke_ends_the_fences_that_wait() -> None:
         held_up = worker.slow_opens = HeldUp()
         first = asyncio.create_task(worker.given(P, Q))
         await held_up.asked.wait()
-        await worker.holdings.on_revoked()
+        await worker.member.on_revoked()
         worker.slow_opens = None
         held_up.gate.set()
         await first
@@ -306,7 +306,7 @@ def test_a_mark_that_failed_opens_no_producer_after_a_revoke() -> None:
         held_up = worker.slow_commits[P] = HeldUp()
         restoring = asyncio.create_task(worker.given(P))
         await held_up.asked.wait()
-        await worker.holdings.on_revoked()
+        await worker.member.on_revoked()
         worker.fails[P] = KafkaError("no answer")
         held_up.gate.set()
         await restoring
@@ -325,7 +325,7 @@ def test_an_epoch_without_use_is_not_taken_over_from_another_client() -> None:
         held_up = worker.offsets.before_bounds = HeldUp()
         first = asyncio.create_task(worker.given(P))
         await held_up.asked.wait()  # fenced, and nothing has begun under the epoch
-        await worker.holdings.hand_back()
+        await worker.member.hand_back()
         worker.offsets.before_bounds = None
         held_up.gate.set()
         await first
@@ -352,9 +352,9 @@ def test_a_replacement_waits_for_a_revoke() -> None:
             drained.append(await worker.publish(P, 3))
 
         worker.pipeline.when_revoked = drain
-        revoke = asyncio.create_task(worker.holdings.on_revoked())
+        revoke = asyncio.create_task(worker.member.on_revoked())
         await draining.asked.wait()
-        handing_back = asyncio.create_task(worker.holdings.hand_back())
+        handing_back = asyncio.create_task(worker.member.hand_back())
         await asyncio.sleep(1.0)
         assert not handing_back.done()
         draining.gate.set()
@@ -380,7 +380,7 @@ def test_a_replacement_gathers_no_longer() -> None:
 
         worker.pipeline.when_revoked = drain
         began_s = asyncio.get_running_loop().time()
-        await worker.holdings.hand_back()
+        await worker.member.hand_back()
         assert drained == ["ok"]
         assert asyncio.get_running_loop().time() - began_s < 1.0
 
@@ -400,9 +400,9 @@ def test_a_revoke_waits_for_a_replacement() -> None:
             drained.append(await worker.publish(P, 3))
 
         worker.pipeline.when_revoked = drain
-        handing_back = asyncio.create_task(worker.holdings.hand_back())
+        handing_back = asyncio.create_task(worker.member.hand_back())
         await draining.asked.wait()
-        revoke = asyncio.create_task(worker.holdings.on_revoked())
+        revoke = asyncio.create_task(worker.member.on_revoked())
         await asyncio.sleep(1.0)
         assert not revoke.done()
         draining.gate.set()

@@ -18,11 +18,13 @@ from aiokafka.protocol.group import SyncGroupRequest, SyncGroupRequest_v3
 
 from service.core.messages import Partition
 from service.core.tracker import Progress
-from service.kafka.client.instances import NameTaken, began, this_process
+from service.kafka.client.instances import began, this_process
 from service.kafka.client.stored import Mark, Stored, read, to_store
-from service.kafka.group import holdings as holdings_module
+from service.kafka.group import name as name_module
 from service.kafka.group.group_offsets import GroupOffsets
-from service.kafka.group.holdings import Holdings
+from service.kafka.group.holdings import Remembered
+from service.kafka.group.member import Member as GroupMember
+from service.kafka.group.name import NameTaken
 from service.kafka.group.starts import Bounds
 from service.settings import Start
 from tests.support.sources import Kafka, Member, settings
@@ -110,21 +112,24 @@ class Worker:
         self.group = group or (Group() if before is None else before.group)
         self.offsets = Offsets(self.group)
         self.pipeline: Member[Any] = Member(None)
-        self.holdings = Holdings(
-            settings(Kafka("127.0.0.1:1"), P.topic, "g", **sections),
+        given = settings(Kafka("127.0.0.1:1"), P.topic, "g", **sections)
+        self.remembered = Remembered(given.kafka.group_instance_id, start_over=start_over)
+        self.member = GroupMember(
+            given,
             self.group,
             self.offsets,
             self.pipeline,
             self.pipeline.told.append,
             SimpleNamespace(on_generation_assignment=lambda _: None),
-            start_over=start_over,
+            remembered=self.remembered,
         )
+        self.holdings, self.positions = self.member.holdings, self.member.positions
 
     async def given(self) -> None:
-        await self.holdings.on_assigned({TopicPartition(*P)})
+        await self.member.on_assigned({TopicPartition(*P)})
 
     async def rebalance(self) -> None:
-        await self.holdings.on_revoked()
+        await self.member.on_revoked()
         self.group.generation += 1
         await self.given()
 
@@ -139,8 +144,8 @@ class Worker:
 
     async def look(self) -> None:
         """As the next poll does when it is time."""
-        self.holdings._mend_at_s = self.holdings._restore_at_s = 0.0
-        await self.holdings.see_to_the_rest()
+        self.positions.mend_at_s = self.holdings.restore_at_s = 0.0
+        await self.member.see_to_the_rest()
 
     async def follower(self, *, start_over: bool = False) -> Worker:
         """The next process, which is given the partition."""
@@ -210,7 +215,7 @@ async def test_a_partition_that_another_may_have_had_starts_anew(
 ) -> None:
     """Under a new epoch, from what Kafka stores, whatever this process had read of it."""
     before = worker.epoch
-    await worker.holdings.on_revoked()
+    await worker.member.on_revoked()
     happens(worker.group)
     offset = worker.group.stored[P].offset
     worker.group.generation += 1
@@ -233,7 +238,7 @@ async def test_a_partition_of_a_topic_made_again_is_not_kept(worker: Worker) -> 
     worker.group.topic_ids = {P.topic: "B"}
     await worker.rebalance()
     assert worker.holdings.held == {}
-    assert "has been deleted since" in (worker.holdings.problem or "")
+    assert "has been deleted since" in (worker.member.problem or "")
     found = read(worker.group.stored[P])
     assert found is not None
     assert found[1].topic_id == "A", "the offset passes for one of the new topic"
@@ -268,7 +273,7 @@ async def test_the_end_of_a_holder_is_counted_before_he_holds(worker: Worker) ->
     """Each process that takes it over counts one more, before any message can come; one that
     takes it over from itself lives."""
     for nonce, unclean_ends in (("a", 1), ("b", 2), ("b", 2), ("c", 3)):
-        worker.holdings._nonce = nonce * 16
+        worker.remembered.nonce = nonce * 16
         worker.group.member_id += "x"
         await worker.rebalance()
         found = read(worker.group.stored[P])
@@ -292,7 +297,7 @@ async def read_up_to_90_and_cut_at_50(worker: Worker) -> None:
     worker.commit(Progress(90))
     worker.holdings.held[P].next = 90
     worker.offsets.end = 50
-    worker.holdings.broken(P)  # the fetch at 90 has raised
+    worker.positions.cannot_read(P)  # the fetch at 90 has raised
     await worker.look()
 
 
@@ -300,19 +305,19 @@ async def test_a_log_that_was_cut_is_not_read_on_when_it_has_grown(worker: Worke
     """Not by who saw it, not through a rebalance, not by the next process: with a sentence."""
     await read_up_to_90_and_cut_at_50(worker)
     assert "in[0] has been read up to offset 90, but the log ends at 50:" in (
-        worker.holdings.problem or ""
+        worker.member.problem or ""
     )
     worker.offsets.end = 95
     await worker.look()
-    assert worker.holdings.readable == []
-    assert "has grown since" in (worker.holdings.problem or "")
+    assert worker.positions.readable == []
+    assert "has grown since" in (worker.member.problem or "")
     await worker.rebalance()
-    assert worker.holdings.readable == []
+    assert worker.positions.readable == []
     assert worker.group.position is None
-    assert "from 50" in (worker.holdings.problem or "")
+    assert "from 50" in (worker.member.problem or "")
     after = await worker.follower()
     assert after.holdings.held == {}
-    assert "sluice run --start-over" in (after.holdings.problem or "")
+    assert "sluice run --start-over" in (after.member.problem or "")
     await after.look()
     assert after.holdings.held == {}
 
@@ -332,7 +337,7 @@ async def test_a_cut_whose_trace_could_not_be_stored_is_not_forgotten(
     worker.group.member_id += "x"
     await worker.rebalance()
     assert worker.holdings.held == {}
-    assert "from 50" in (worker.holdings.problem or "")
+    assert "from 50" in (worker.member.problem or "")
     found = read(worker.group.stored[P])
     assert found is not None
     assert found[1].cut_at == 50
@@ -354,7 +359,7 @@ async def test_a_log_that_was_cut_and_has_grown_between_two_processes_is_found(
     worker: Worker,
 ) -> None:
     """By the leader's epoch that is stored, though nobody has seen the log shorter."""
-    worker.holdings.fetched(P, 7, batch(5, 3) + batch(90, 3))
+    worker.positions.fetched(P, 7, batch(5, 3) + batch(90, 3))
     worker.commit(Progress(90, (2, 8)))
     assert ":E3" in worker.group.stored[P].metadata
     worker.offsets.epoch_end = {3: 100}
@@ -362,7 +367,7 @@ async def test_a_log_that_was_cut_and_has_grown_between_two_processes_is_found(
     worker.offsets.end, worker.offsets.epoch_end = 200, {3: 95}
     after = await worker.follower()
     assert after.holdings.held == {}
-    assert "read up to offset 100, but the log ends at 95, and" in (after.holdings.problem or "")
+    assert "read up to offset 100, but the log ends at 95, and" in (after.member.problem or "")
 
 
 @pytest.mark.parametrize(
@@ -372,36 +377,36 @@ async def test_another_leaders_messages_wait_until_it_is_known_that_nothing_is_c
     worker: Worker, epoch_end: int | None, position: int | None
 ) -> None:
     """They are not handed out before; where brokers say nothing it goes on."""
-    worker.holdings.fetched(P, 7, batch(7, 3))
+    worker.positions.fetched(P, 7, batch(7, 3))
     worker.holdings.held[P].next = 100
     worker.group.pause(TopicPartition(*P))
-    worker.holdings.fetched(P, 100, batch(100, 4))
-    assert worker.holdings.readable == []
-    assert not worker.holdings.may_be_read(P)
+    worker.positions.fetched(P, 100, batch(100, 4))
+    assert worker.positions.readable == []
+    assert not worker.positions.may_be_read(P)
     worker.offsets.end = 200
     worker.offsets.epoch_end = {} if epoch_end is None else {3: epoch_end}
     await worker.look()
     assert worker.group.position == position
-    assert bool(worker.holdings.readable) == (position is not None)
+    assert bool(worker.positions.readable) == (position is not None)
     if position is None:
         assert worker.commit(Progress(98)).metadata.endswith(":E3:H95")
-        assert "but the log ends at 95, and has grown" in (worker.holdings.problem or "")
+        assert "but the log ends at 95, and has grown" in (worker.member.problem or "")
 
 
 async def test_a_map_that_reaches_into_another_epoch_is_stored_with_it(worker: Worker) -> None:
     """The cut may lie between the next offset and what is finished beyond it."""
-    worker.holdings.fetched(P, 7, batch(7, 3) + batch(50, 4))
+    worker.positions.fetched(P, 7, batch(7, 3) + batch(50, 4))
     assert ":E4" in worker.commit(Progress(40, (5, 10))).metadata
     assert ":E3" in worker.commit(Progress(40, (5, 5))).metadata
 
 
 async def test_a_rebalance_does_not_forget_what_is_to_be_verified(worker: Worker) -> None:
     """The partition is kept, and still not read before it is known."""
-    worker.holdings.fetched(P, 7, batch(7, 3))
+    worker.positions.fetched(P, 7, batch(7, 3))
     worker.holdings.held[P].next = 100
-    worker.holdings.fetched(P, 100, batch(100, 4))
+    worker.positions.fetched(P, 100, batch(100, 4))
     await worker.rebalance()
-    assert worker.holdings.readable == []
+    assert worker.positions.readable == []
     worker.offsets.epoch_end = {3: 100}
     await worker.look()
     assert worker.group.position == 100
@@ -434,7 +439,7 @@ async def test_a_cut_log_is_started_over_where_it_was_cut(worker: Worker) -> Non
     after.group.member_id += "x"  # not kept
     await after.rebalance()
     assert after.holdings.held == {}
-    assert "--start-over" in (after.holdings.problem or "")
+    assert "--start-over" in (after.member.problem or "")
 
 
 async def test_a_topic_made_again_is_started_over_as_a_new_group_would(worker: Worker) -> None:
@@ -465,7 +470,7 @@ async def test_a_group_without_offsets_is_told_before_it_starts(
 async def test_nothing_is_held_before_its_restore(worker: Worker) -> None:
     """While Kafka has not said what it holds, the partition is paused and nobody hears of it."""
     told = len(worker.pipeline.assignments)
-    await worker.holdings.on_revoked()
+    await worker.member.on_revoked()
     worker.offsets.gate.clear()
     worker.group.generation += 1
     restoring = asyncio.create_task(worker.given())
@@ -482,13 +487,13 @@ async def test_nothing_is_held_before_its_restore(worker: Worker) -> None:
 
 async def test_a_restore_that_is_overtaken_by_a_revoke_holds_nothing(worker: Worker) -> None:
     """What it has read may be another's by now, and so is the partition."""
-    await worker.holdings.on_revoked()
+    await worker.member.on_revoked()
     worker.offsets.gate.clear()
     worker.group.generation += 1
     restoring = asyncio.create_task(worker.given())
     await asyncio.sleep(0)
     stored = dict(worker.group.stored)
-    await worker.holdings.on_revoked()
+    await worker.member.on_revoked()
     worker.offsets.gate.set()
     await restoring
     assert worker.holdings.held == {}
@@ -508,7 +513,7 @@ async def test_whoever_is_fenced_in_a_revoke_does_not_fence_back(
     async def fenced() -> int:
         before = worker.offsets.asked
         worker.holdings.fenced(P)
-        await worker.holdings.see_to_the_rest()
+        await worker.member.see_to_the_rest()
         return worker.offsets.asked - before
 
     asked: list[int] = []
@@ -517,7 +522,7 @@ async def test_whoever_is_fenced_in_a_revoke_does_not_fence_back(
         asked.append(await fenced())
 
     worker.pipeline.when_revoked = in_the_revoke
-    await worker.holdings.on_revoked()
+    await worker.member.on_revoked()
     assert asked == [0]
     worker.group.generation += 1
     await worker.given()
@@ -564,10 +569,10 @@ async def test_whoever_is_put_out_by_his_name_does_not_join_again(
 ) -> None:
     """Nothing is finished or committed any more, the client stays in the callback, and the next
     poll ends the process with a sentence."""
-    monkeypatch.setattr(holdings_module, "PUT_OUT_AGAIN_S", 0.0)
+    monkeypatch.setattr(name_module, "PUT_OUT_AGAIN_S", 0.0)
     named.group.rival, named.group.deaf = True, deaf
     with pytest.raises(TimeoutError):
-        await asyncio.wait_for(named.holdings.on_revoked(), 0.1)
+        await asyncio.wait_for(named.member.on_revoked(), 0.1)
     assert isinstance(named.holdings.fatal, NameTaken)
     assert "worker-0" in str(named.holdings.fatal)
     assert named.holdings.held == {}
@@ -576,7 +581,7 @@ async def test_whoever_is_put_out_by_his_name_does_not_join_again(
 
 async def test_whoever_was_away_for_too_long_joins_again(named: Worker) -> None:
     """The group has forgotten him and knows nobody else of his name."""
-    await asyncio.wait_for(named.holdings.on_revoked(), 1)
+    await asyncio.wait_for(named.member.on_revoked(), 1)
     assert named.holdings.fatal is None
     assert named.pipeline.revokes == 1
 
@@ -588,7 +593,7 @@ async def test_a_name_is_free_once_nobody_runs_who_bears_it(named: Worker) -> No
     parent = replace(own, pid=os.getppid(), began=began(os.getppid()) or 0)
     for free in (own, replace(parent, began=1), replace(parent, host="0" * 8)):
         named.group.stored[P] = to_store(Progress(5), replace(ANOTHER, bearer=free))
-        await named.holdings.see_that_the_name_is_free()
+        await named.member.name.see_that_it_is_free()
     named.group.stored[P] = to_store(Progress(5), replace(ANOTHER, bearer=parent))
     with pytest.raises(NameTaken, match=f"Process {parent.pid} .* worker-0"):
-        await named.holdings.see_that_the_name_is_free()
+        await named.member.name.see_that_it_is_free()

@@ -48,8 +48,6 @@ FILE_LINES_MAX = 800
 
 TO_SPLIT = {
     "service.core.admission.admission",
-    "service.kafka.group.holdings",
-    "service.kafka.source",
     "service.llm.extractor",
     "service.pipeline.calls",
 }
@@ -404,7 +402,6 @@ def test_a_task_in_a_group_is_fine(source: str) -> None:
         ("service.kafka.client.stored", "from service.kafka.group.starts import HeldOut"),
         ("service.kafka.sending.queues", "from service.kafka.transactions import writer"),
         ("service.kafka.transactions.writer", "from service.kafka.group import holdings"),
-        ("service.kafka.group.holdings", "from service.kafka import source"),
         ("service.kafka.letters.written", "def f():\n import service.kafka.sink"),
     ],
 )

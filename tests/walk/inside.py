@@ -176,7 +176,7 @@ def left_over(pipeline: Pipeline) -> list[str]:
 
 
 def holdings_of(source: KafkaSource) -> Holdings | None:
-    return source._holdings
+    return None if source._member is None else source._member.holdings
 
 
 def consumer_of(source: KafkaSource) -> Any:
@@ -190,22 +190,21 @@ def set_wall_clock(source: KafkaSource, wall_s: Callable[[], float]) -> None:
 def forgotten(source: KafkaSource, assigned: AbstractSet[Partition]) -> set[Partition]:
     """Partitions that the group has given and that are neither held, nor to be restored, nor held
     out with a sentence."""
-    holdings = source._holdings
-    if holdings is None or holdings._closed or not holdings.restored.is_set():
+    member = source._member
+    if member is None or member.holdings.closed or not member.settled:
         return set()
-    if source._membership.reassigning:
-        return set()
-    given = frozenset() if holdings._given is None else holdings._given.partitions
-    return set(assigned - holdings.held.keys() - given - holdings._held_out.keys())
+    holdings = member.holdings
+    given = frozenset() if holdings.unrestored is None else holdings.unrestored.partitions
+    return set(assigned - holdings.held.keys() - given - member.restore.held_out.keys())
 
 
 def held_out(source: KafkaSource) -> set[Partition]:
     """Partitions of which a person has to say from where to read, and is told so."""
-    holdings = source._holdings
-    if holdings is None:
+    member = source._member
+    if member is None:
         return set()
-    told = {each for each, problem in holdings._broken.items() if problem}
-    return told | holdings._held_out.keys()
+    told = {each for each, problem in member.positions.unreadable.items() if problem}
+    return told | member.restore.held_out.keys()
 
 
 def sink_left_over(sink: KafkaSink) -> list[str]:

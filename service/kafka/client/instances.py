@@ -15,8 +15,6 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.core.errors import WrongSettings
-
 TEXT = re.compile(r"[0-9a-f]{8}\.[0-9a-f]{8}\.[0-9]{1,7}\.[0-9]{1,12}", re.ASCII)
 """How it stands in the metadata: `Bearer.text`."""
 
@@ -81,29 +79,3 @@ def has_lived_on(former: Bearer | None, own: Bearer | None) -> bool:
     if former is None or own is None or not former.shares_its_name_with(own):
         return False
     return former.host != own.host or former.lives_beside(own)
-
-
-class NameTaken(WrongSettings):
-    """Two workers have one name."""
-
-
-def put_out(name: str, group_id: str) -> NameTaken:
-    """For whoever runs the worker that has lost its place."""
-    return NameTaken(
-        f"Another worker has joined the group {group_id} under kafka.group_instance_id {name} and "
-        f"taken this one's place, so this one ends. {_REMEDY}"
-    )
-
-
-def in_use(name: str, group_id: str, pid: int) -> NameTaken:
-    """For whoever starts a second worker of a name."""
-    return NameTaken(
-        f"Process {pid} on this machine reads for the group {group_id} under "
-        f"kafka.group_instance_id {name}, and would be put out by this one. {_REMEDY}"
-    )
-
-
-_REMEDY = (
-    "Give each worker a name of its own (with limits.workers above 1 each gets a number behind "
-    "it), or leave kafka.group_instance_id out."
-)

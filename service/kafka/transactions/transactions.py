@@ -122,7 +122,7 @@ class Transactions:
 
     `create` makes a client for a transactional id, with `transactional_options(deadline_s)`;
     `refused` hears of batches that were too large, `observe` of producers that were replaced.
-    `ledger` is set before the first fence. Must be used within the task group that it is given.
+    Must be used within the task group that it is given.
     """
 
     def __init__(
@@ -151,7 +151,12 @@ class Transactions:
         self._turn = asyncio.Semaphore(FENCES_AT_ONCE)
         self._ending: dict[TransactionalProducer, asyncio.Task[None] | None] = {}
         self._hurried = self._stopped = False
-        self.ledger: Ledger | None = None
+        self._ledger: Ledger | None = None
+
+    def ask(self, ledger: Ledger) -> None:
+        """From now on this one says what Kafka holds and is to hold; told before the first fence,
+        and again where another client takes the place of the one before."""
+        self._ledger = ledger
 
     # --- whose a partition is --------------------------------------------------------------------
 
@@ -186,7 +191,7 @@ class Transactions:
         """Whether a writer stands under an epoch without use, for the ledger of now: that of a
         client that was replaced knows no partition any more."""
         writer = self._writers.get(partition)
-        return writer is not None and writer.unused and writer.ledger is self.ledger
+        return writer is not None and writer.unused and writer.ledger is self._ledger
 
     def stop_fencing(self) -> None:
         """Fences that are not done yet are left: the partitions may be another's by now."""
@@ -231,9 +236,9 @@ class Transactions:
         withdraws it, unless its commit is asked for already.
         """
         writer = self._writers.get(partition)
-        assert self.ledger is not None, "set before the first fence"
+        assert self._ledger is not None, "set before the first fence"
         # Late outcomes of an older assignment come while the new one is restored.
-        if writer is not None and self.ledger.takes(partition):
+        if writer is not None and self._ledger.takes(partition):
             return writer.hand_over(offset, outputs, on_failure)
         on_failure()
         return _failed(PublishFailed(f"{partition} is not held"))
@@ -241,8 +246,8 @@ class Transactions:
     def has_room(self, partition: Partition) -> bool:
         """Whether an outcome without outputs may finish by itself: the completed map surely holds
         it, and those of transactions that are under way. Otherwise it is to be handed over."""
-        assert self.ledger is not None, "set before the first fence"
-        return self.ledger.has_room(partition)
+        assert self._ledger is not None, "set before the first fence"
+        return self._ledger.has_room(partition)
 
     async def commit(self, partitions: Collection[Partition]) -> None:
         """Store what the ledger says for these, each in its next transaction.
@@ -368,12 +373,12 @@ class Transactions:
         del self._ending[producer]
 
     def _means(self) -> Means:
-        assert self.ledger is not None, "the source sets it at its start"
+        assert self._ledger is not None, "the source sets it at its start"
         return Means(
             turn=self._turn,
             open=self._open,
             end=self._end,
-            ledger=self.ledger,
+            ledger=self._ledger,
             batch_max_bytes=self._batch_max_bytes,
             refused=self._refused,
             observe=self._observe,
