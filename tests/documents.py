@@ -81,11 +81,11 @@ WORDS = (
     ("circuit", "open while everything fails; then only probes go out", "Circuit"),
     ("guard", "stops intake when too much is rejected", "Guard"),
     ("drain", "take nothing more and finish what is in flight, under a deadline", "Pipeline"),
-    ("holding", "a partition that the group has given to this member", "Holdings"),
+    ("holding", "a partition that the group has given to this member", "HeldPartition"),
     (
         "restore",
         "reading a partition's offset and map before its first message is taken",
-        "Holdings",
+        "Restore",
     ),
     ("fence", "ending an older owner's transactions by a new epoch of its id", "Transactions"),
     ("suspect", "a message at which the process may have died; it runs alone", "PartitionTracker"),

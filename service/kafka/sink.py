@@ -116,11 +116,6 @@ class KafkaSink:
                 observe=observe,
             )
 
-    @property
-    def blocked_s(self) -> float:
-        """How long the oldest batch under way has been waiting for its acknowledgement."""
-        return self._sending.unacknowledged_s
-
     async def start(self) -> None:
         """Connect and see that both topics are there; raises `CannotRun` within seconds.
 

@@ -628,7 +628,7 @@ async def test_a_hanging_broker_fails_sends_and_stops_nobody(own_broker: Broker)
         first = await sink.publish(message(0), extracted(b"{}"))
         behind = await sink.publish(message(1), extracted(b"{}"))
         await asyncio.sleep(0.5)
-        assert 0.3 < sink.blocked_s < 1
+        assert not first.done()
         ends = [await ending(each) for each in (first, behind)]
         assert [PublishFailed, PublishFailed] == [type(each) for each in ends]
         assert 1.9 < time.monotonic() - began_s < 4
@@ -637,7 +637,6 @@ async def test_a_hanging_broker_fails_sends_and_stops_nobody(own_broker: Broker)
         began_s = time.monotonic()
         await sink.stop()
         assert time.monotonic() - began_s < 20
-    assert sink.blocked_s == 0.0
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 

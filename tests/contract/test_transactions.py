@@ -192,7 +192,6 @@ async def test_input_partitions_do_not_wait_for_each_other(place: Place) -> None
         await one.own(place.second)
         await asyncio.wait_for(one.send(place.second, 0, place.outputs(0, place.second)), 10)
         assert not stuck.done()
-        assert 0.01 < one.transactions.unacknowledged_s < 10
         gate.set()
         await stuck
     assert sorted(await place.settled()) == ["0:0", "1:0", "other"]

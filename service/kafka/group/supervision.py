@@ -21,6 +21,7 @@ from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError, NoError, UnknownTopicOrPartitionError
 
+from service import clock
 from service.core.errors import CannotRun, WrongSettings
 from service.core.messages import Partition
 from service.kafka.client.connection import METADATA_MAX_AGE_MS, client_options
@@ -89,7 +90,7 @@ class Supervision:
     @property
     def look_age_s(self) -> float:
         """Since the last look ended, well or badly; 0 while none are taken."""
-        return 0.0 if self._looked_at_s is None else _now_s() - self._looked_at_s
+        return 0.0 if self._looked_at_s is None else clock.now_s() - self._looked_at_s
 
     def asked(self, partition: Partition) -> None:
         """It was polled for messages."""
@@ -119,7 +120,7 @@ class Supervision:
         lookout = Lookout(self._kafka, lags=self._asks_lags)
         try:
             while True:
-                self._looked_at_s = _now_s()
+                self._looked_at_s = clock.now_s()
                 await self._until_the_next_look()
                 look = await lookout.look(list(self.partitions), client.standing().keys())
                 if look is not None:
@@ -145,7 +146,7 @@ class Supervision:
         return {each: known.get(each) for each in everything}
 
     def _judge(self, look: Look, client: Supervised) -> None:
-        now_s = _now_s()
+        now_s = clock.now_s()
         seen = {
             topic: _seen(found, client.knows(topic))
             for topic, found in look.topics.items()
@@ -270,7 +271,3 @@ def _by_leader(
         if leader >= 0:
             by_leader[leader][topic].append(number)
     return by_leader
-
-
-def _now_s() -> float:
-    return asyncio.get_running_loop().time()

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
 
+from service import clock
 from service.core.errors import PublishFailed, WrongSettings
 from service.core.events import ClientReplaced, Observe, StopForced
 from service.kafka.client.private import drop_connections, fail_batches, tasks_of
@@ -191,14 +192,13 @@ class Producers:
             await (self._current.close() if flush else self._current.cut_off())
 
     async def _start(self) -> Producer:
-        loop = asyncio.get_running_loop()
-        if loop.time() < self._not_before_s:
+        if clock.now_s() < self._not_before_s:
             raise PublishFailed("no producer: the last try to open one has just failed")
         try:
             return await self._started(self._create())
         except (KafkaError, TimeoutError, OSError, WrongSettings) as error:
             # A file with credentials may be missing for a moment while it is renewed.
-            self._not_before_s = loop.time() + OPEN_PAUSE_S
+            self._not_before_s = clock.now_s() + OPEN_PAUSE_S
             raise PublishFailed(f"no producer: {type(error).__name__}") from error
 
     async def _started(self, client: AIOKafkaProducer) -> Producer:

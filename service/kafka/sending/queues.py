@@ -31,6 +31,7 @@ from aiokafka.errors import (
     RecordListTooLargeError,
 )
 
+from service import clock
 from service.core.errors import OutputTooLarge, PublishFailed, SluiceError
 from service.kafka.sending.producers import Output, Producer, Producers
 
@@ -86,18 +87,17 @@ class Waiting:
 
 
 class OutputQueue:
-    """What waits for one output partition, and its batch that is under way, and since when.
+    """What waits for one output partition, and its batch that is under way.
 
     `running` from when it boards for a departure until nothing waits behind its last batch.
     """
 
-    __slots__ = ("running", "since_s", "under_way", "waiting")
+    __slots__ = ("running", "under_way", "waiting")
 
     def __init__(self) -> None:
         self.waiting: deque[Waiting] = deque()
         self.under_way: list[Waiting] = []
         self.running = False
-        self.since_s: float | None = None
 
     def take(self, size_max: int) -> list[Waiting]:
         """The next batch, in order; what has failed or was withdrawn meanwhile is left out."""
@@ -171,23 +171,15 @@ class Sending:
                 self._board(where, queue)
         return handover.future
 
-    @property
-    def unacknowledged_s(self) -> float:
-        """How long the oldest batch under way has been waiting; 0 if there is none."""
-        started = [q.since_s for q in self._queues.values() if q.since_s is not None]
-        return asyncio.get_running_loop().time() - min(started) if started else 0.0
-
     async def stop(self, flush_timeout_s: float) -> bool:
         """Give what is queued this long, then fail the rest; whether nothing was left."""
-        loop = asyncio.get_running_loop()
-        deadline_s = loop.time() + flush_timeout_s
-        while self._tasks and (rest_s := deadline_s - loop.time()) > 0:
+        deadline_s = clock.now_s() + flush_timeout_s
+        while self._tasks and (rest_s := deadline_s - clock.now_s()) > 0:
             await asyncio.wait(self._tasks, timeout=rest_s)
         left = set(self._tasks)
         for task in left:
             task.cancel()
         for where, queue in self._queues.items():
-            queue.since_s = None
             self._fail_all(queue, f"{_name(where)}: the sink was stopped")
         return not left
 
@@ -219,7 +211,7 @@ class Sending:
         await self._send(producer, boarded)
 
     def _measure_gap(self) -> None:
-        now_s = asyncio.get_running_loop().time()
+        now_s = clock.now_s()
         # After a pause the rate is not known to be low: the pause counts as one short of it.
         gap_s = min(now_s - self._handed_over_s, 2 * LINGER_S)
         self._gap_s += (gap_s - self._gap_s) * GAP_WEIGHT
@@ -227,10 +219,9 @@ class Sending:
 
     async def _linger(self) -> None:
         """Until the next departure, which whoever waits takes together."""
-        loop = asyncio.get_running_loop()
         gathers = GATHERED_MIN * self._gap_s <= LINGER_S
-        await asyncio.sleep(max(0.0, self._departure_s - loop.time()) if gathers else 0)
-        self._departure_s = loop.time() + LINGER_S
+        await asyncio.sleep(max(0.0, self._departure_s - clock.now_s()) if gathers else 0)
+        self._departure_s = clock.now_s() + LINGER_S
 
     async def _send(
         self, producer: Producer, boarded: Mapping[TopicPartition, OutputQueue]
@@ -264,7 +255,6 @@ class Sending:
         self, producer: Producer, where: TopicPartition, queue: OutputQueue
     ) -> asyncio.Future[Any]:
         """The queue's next batch is with the client; the answer to it."""
-        queue.since_s = asyncio.get_running_loop().time()
         queue.under_way = queue.take(self._batch_max_bytes(where.topic))
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         if not queue.under_way:  # all of it was withdrawn
@@ -297,7 +287,7 @@ class Sending:
         self._ended(where, queue)
 
     def _ended(self, where: TopicPartition, queue: OutputQueue) -> None:
-        queue.under_way, queue.since_s, queue.running = [], None, False
+        queue.under_way, queue.running = [], False
         if queue.waiting:
             self._board(where, queue)
 

@@ -9,6 +9,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaError
 
+from service import clock
 from service.core.errors import WrongSettings
 from service.kafka.client.connection import client_options
 from service.kafka.client.private import record_size, varint_size
@@ -52,7 +53,7 @@ class TopicSizes:
 
     async def fresh(self, topic: str) -> int:
         """The limit, asked for again where the last answer or refusal is old."""
-        now_s = asyncio.get_running_loop().time()
+        now_s = clock.now_s()
         if now_s - self._asked_s.get(topic, -REFRESH_S) >= REFRESH_S:
             self._asked_s[topic] = now_s
             answer = await self._ask(topic)
@@ -61,7 +62,7 @@ class TopicSizes:
 
     def refused(self, topic: str, size: int) -> None:
         """A batch of at most this size was too large: the limit lies below."""
-        self._asked_s[topic] = asyncio.get_running_loop().time()
+        self._asked_s[topic] = clock.now_s()
         self._limits[topic] = min(self.known(topic), size - 1)
 
 

@@ -279,12 +279,6 @@ class Transactions:
             writer.go_on()
 
     @property
-    def unacknowledged_s(self) -> float:
-        """How long the oldest transaction under way has been tried; 0 if there is none."""
-        started = [w.since_s for w in self._writers.values() if w.since_s is not None]
-        return asyncio.get_running_loop().time() - min(started) if started else 0.0
-
-    @property
     def problem(self) -> str:
         """A sentence about a partition for which nothing can be published; empty if all is well."""
         for partition, writer in self._writers.items():

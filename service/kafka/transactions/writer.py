@@ -18,6 +18,7 @@ from typing import Protocol
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 
+from service import clock
 from service.core.errors import PublishFailed, SluiceError
 from service.core.events import ClientReplaced, Observe
 from service.core.messages import Partition
@@ -170,7 +171,7 @@ class Writer:
 
     def stuck(self, for_s: float) -> str | None:
         """What it has failed by, where nothing was published for this long since."""
-        if not self._failures or self.since_s is None or _now_s() - self.since_s < for_s:
+        if not self._failures or self.since_s is None or clock.now_s() - self.since_s < for_s:
             return None
         return self._failed_by
 
@@ -199,7 +200,7 @@ class Writer:
             (TopicPartition(output.topic, partition), Waiting(output, handover))
             for partition, output in outputs
         ]
-        self._outbox.append(Outgoing(offset, handover, placed, _now_s()))
+        self._outbox.append(Outgoing(offset, handover, placed, clock.now_s()))
         self._more.set()
         self.go_on()
         return handover.future
@@ -273,7 +274,7 @@ class Writer:
         self.go_on()
         if not self._sending:
             return
-        self.since_s = self.since_s or _now_s()
+        self.since_s = self.since_s or clock.now_s()
         try:
             async with asyncio.timeout(self._means.deadline_s):
                 try:
@@ -463,7 +464,3 @@ def _why(error: Exception, limit_s: float) -> str:
     if isinstance(error, TimeoutError):
         return f"no answer within {limit_s:g} s"
     return str(error) if isinstance(error, SluiceError) else type(error).__name__
-
-
-def _now_s() -> float:
-    return asyncio.get_running_loop().time()
