@@ -1,4 +1,4 @@
-"""`python -m service` is `sluice`."""
+"""`python -m service` runs the command `sluice`."""
 
 from service.commands.cli import main
 

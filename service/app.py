@@ -1,7 +1,7 @@
 """The life of the process: build, start, run, stop, in order; signals and the exit code.
 
 A first SIGTERM or SIGINT stops intake, drains and commits; a second one doesn't wait for what is
-in flight. Whatever was started is stopped in the reverse order, each with a bound of its own.
+in flight. The parts are stopped in the reverse order of their start, each within its own bound.
 """
 
 from __future__ import annotations
@@ -46,34 +46,34 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROGRESS_S = 0.2
-"""How often the progress bar is drawn anew."""
+"""Seconds between two updates of the progress bar."""
 
 
 GARBAGE_OBJECTS = 50_000
-"""New objects between two looks for garbage; Python's own 700 look about once for each message,
-at more than a fifth of its CPU. What is looked for are cycles alone, which errors leave behind:
-some megabytes of them may now wait to be found."""
+"""How many new objects start a garbage collection. Python's default, 700, starts about one for each
+message and takes more than a fifth of the CPU. Only cycles have to be collected, which errors leave
+behind; some megabytes of them may now wait."""
 
 
 MODEL_WAIT_S = 5.0
-"""Between two looks at an endpoint that is down, where it has to say which model there is."""
+"""Seconds between two tries to ask an endpoint that is down which model it has."""
 
 
 class Parent(Protocol):
-    """The process that has started this one, as one of several workers."""
+    """The parent process, where this one is one of several workers."""
 
     @property
     def worker(self) -> int:
-        """Which of them this one is, from 1."""
+        """The number of this worker, from 1."""
 
     def listening(self, port: int) -> None:
-        """Metrics and probes can be had there."""
+        """Tell the parent the port of metrics and probes."""
 
     def up(self) -> None:
-        """All has started."""
+        """Tell the parent that all parts have started."""
 
     def fileno(self) -> int:
-        """Readable once the parent is gone."""
+        """A file descriptor that becomes readable once the parent is gone."""
 
 
 def run(
@@ -85,11 +85,11 @@ def run(
 ) -> int:
     """Run until a signal, or until caught up; returns the exit code.
 
-    With `start_over` also partitions are read that would wait for a person to say from where.
-    With a `parent` also until it is gone, so that a worker is never left alone.
+    With `start_over`, partitions are read too that would otherwise wait until a person says from
+    where. With a `parent`, the run also ends when the parent is gone: no worker outlives it.
 
     Raises `Stop` (wrong settings, no broker, no topic, refused credentials) with a sentence for
-    a person. What is unexpected is logged without texts of messages and gives 1.
+    a person. An unexpected error is logged without texts of messages; the exit code is then 1.
     """
     registry = CollectorRegistry()
     tracing = _tracing(settings)
@@ -102,7 +102,7 @@ def run(
         try:
             app = _App(settings, registry, metrics, tracing, parent, start_over)
             return asyncio.run(app.run(until_caught_up))
-        except Exception as error:  # the boundary of the process: nothing is printed raw
+        except Exception as error:  # the boundary of the process: no text of a message is printed
             stop = _stop_in(error)
             if stop is not None:
                 raise stop from None
@@ -111,7 +111,7 @@ def run(
 
 
 def _tracing(settings: Settings) -> Tracing | None:
-    """Imported only where it is on: its packages are an extra."""
+    """The tracing, imported only where it is on, because its packages are an extra."""
     if not settings.telemetry.tracing:
         return None
     from service.telemetry.tracing import Tracing
@@ -120,14 +120,14 @@ def _tracing(settings: Settings) -> Tracing | None:
 
 
 def _look_for_garbage_rarely() -> None:
-    """And never in what is imported, which stays to the end."""
+    """Collect garbage rarely, and never look at imported modules: they stay until the end."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(GARBAGE_OBJECTS, *gc.get_threshold()[1:])
 
 
 class _App:
-    """Everything that one process is made of."""
+    """All parts of one process, built, started and stopped."""
 
     def __init__(
         self,
@@ -179,8 +179,8 @@ class _App:
             self._tracing.observe(event)
 
     async def run(self, until_caught_up: bool) -> int:
-        """Start, work, stop; 0 when it ended as it should, 1 when its last commit failed."""
-        if self._parent is None:  # else it has said so, once for all
+        """Start, work, stop; returns 0, or 1 where the last commit failed."""
+        if self._parent is None:  # a parent has logged the warnings once for all workers
             for sentence in warnings(self._settings):
                 log.warning("%s", sentence)
         with self._signals():
@@ -204,7 +204,7 @@ class _App:
         return 0 if committed else 1
 
     async def _start(self, started: AsyncExitStack) -> None:
-        """From what is needed last at the stop to what is needed first."""
+        """Start the parts; the stop takes them in the reverse order."""
         await started.enter_async_context(self._probes)
         if self._parent is not None:
             self._parent.listening(self._probes.port)
@@ -219,16 +219,17 @@ class _App:
         await self._source.start(self._pipeline)
 
     async def _ask_the_model(self) -> None:
-        """Refused credentials end the start; an outage doesn't: it is waited out like any other,
-        here where only the endpoint can say which model to ask."""
+        """Ask the endpoint for its models. Refused credentials end the start. An outage does not:
+        calls wait until it is over; only where the endpoint has to tell the model does the start
+        itself wait."""
         while True:
             try:
                 warning = await self._extractor.check()
             except NotReachable as failure:
                 if self._model.models:
-                    log.warning("%s Going on: calls wait until it does.", failure)
+                    log.warning("%s The start goes on; calls wait until it does.", failure)
                     return
-                log.warning("%s Waiting for it: extraction.model names no model.", failure)
+                log.warning("%s The start waits for it: extraction.model names no model.", failure)
                 await asyncio.sleep(MODEL_WAIT_S)
             else:
                 break
@@ -249,7 +250,8 @@ class _App:
         return committed
 
     async def _show_progress(self, until: Mapping[Partition, int]) -> None:
-        """Messages finished of those that were there at the start, in the partitions held."""
+        """Draw the progress bar: how many of the messages that were there at the start have
+        finished, in the partitions held."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         first: dict[Partition, int] = {}
         with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
@@ -299,7 +301,7 @@ class _App:
 
 
 class _Summary:
-    """What a run came to, for its last line."""
+    """Counts for the last log line of a run."""
 
     def __init__(self) -> None:
         self._outcomes: Counter[str] = Counter()
@@ -359,7 +361,7 @@ def bounds(settings: Settings) -> Bounds:
 
 
 def limits(settings: Settings) -> Limits:
-    """What admission is bounded by, from the settings."""
+    """Admission's limits, from the settings."""
     return Limits(
         slots=settings.limits.concurrency,
         requests_per_minute=settings.limits.requests_per_minute,
@@ -373,7 +375,7 @@ def _later(retries: RetrySettings) -> Later | None:
 
 
 def _stop_in(error: BaseException) -> Stop | None:
-    """The sentence for a person, where there is one: task groups wrap it."""
+    """The `Stop` inside an error, also inside the groups of task groups; None: there is none."""
     if isinstance(error, BaseExceptionGroup):
         return next(filter(None, map(_stop_in, error.exceptions)), None)
     return error if isinstance(error, Stop) else None

@@ -1,10 +1,10 @@
-"""Several workers of one command, and their parent: it starts them, watches them, speaks for all.
+"""Several workers of one command, and their parent: it starts, watches and restarts them.
 
-Each worker is a process of its own that runs `service.app`, as one that stands alone would. A line
-(a pair of sockets) joins it with its parent: settings go down, port and progress come up, and its
-end tells each that the other is gone. Rules of this file: no worker outlives its parent; one that
-has never come up ends them all, one that dies later is started again and disturbs nobody; signals
-reach workers through the parent alone.
+Each worker is a process of its own that runs `service.app`, in the same way as a single one. A line
+(a pair of sockets) joins it with its parent. The parent sends the settings; the worker sends its
+port and that it is up; the end of the line tells each that the other is gone. Rules of this file:
+no worker outlives its parent. A worker that fails before it was ever up ends all of them; one that
+dies later is started again while the others go on. Signals reach workers only through the parent.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any, NoReturn, Protocol, TypeAlias
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 
+from service import clock
 from service.core.admission.retry import Backoff, Uniform
 from service.core.errors import FAILED, WRONG, CannotRun, Stop, WrongSettings
 from service.settings import Settings, warnings
@@ -35,19 +36,19 @@ from service.telemetry.probes import Probes
 log = logging.getLogger(__name__)
 
 RESTARTS = Backoff(base_s=1.0, cap_s=60.0)
-"""Each start is a rebalance for the whole group, so that a worker that dies at once must not be
-started at once for ever."""
+"""The delays before a dead worker is started again. Each start is a rebalance for the whole group,
+so a worker that dies at its start must not be started again at once for ever."""
 
 STEADY_S = 300.0
-"""A worker that lived so long has not died of its start: delays begin anew."""
+"""A worker that lived for this many seconds did not die of its start: the delays begin anew."""
 
 STOP_MARGIN_S = 25.0
-"""For the end of a worker beyond its drain and one call; five seconds below the chart's grace, so
-that the parent can still say whom it has killed."""
+"""How many seconds a worker has for its end beyond its drain and one call. It is five seconds below
+the chart's grace period, so that the parent can still log which worker it has killed."""
 
 LAST_WORDS_S = 1.0
-"""What a worker wrote to its line before it ended is there at once; a process that it has left
-behind may hold the line open."""
+"""How many seconds the parent still reads the line of a worker that has ended. What the worker
+wrote is there at once, but a process that it has left behind may hold the line open."""
 
 
 def run(
@@ -55,10 +56,10 @@ def run(
 ) -> int:
     """Run `count` workers until a signal, or until all have caught up; returns the exit code.
 
-    With `start_over` the first process of each reads what waits for a person's word; one that
-    takes a dead one's place does not, since a person has not seen what it finds.
+    `start_over` holds only for the first process of each worker. A process that replaces a dead one
+    may find another cut, on which the person has not decided.
 
-    Raises `Stop` where a worker cannot run at all. Unless all ended with 0, the worst exit code.
+    Raises `Stop` where a worker cannot run at all. The exit code is the worst of all workers.
     """
     with configured(settings.telemetry):
         for sentence in warnings(settings):
@@ -67,7 +68,7 @@ def run(
             return asyncio.run(_run(settings, count, until_caught_up, start_over))
         except Stop:
             raise
-        except Exception:  # the boundary of the process: nothing is printed raw
+        except Exception:  # the boundary of the process: no text of a message is printed
             log.critical("ended by an unexpected error", exc_info=True)
             return FAILED
 
@@ -95,21 +96,21 @@ async def _run(settings: Settings, count: int, until_caught_up: bool, start_over
 
 
 class Once:
-    """What a person said when the command was started: it holds for each worker's first process."""
+    """A person's decision at the command's start; it holds for each worker's first process."""
 
     def __init__(self, said: bool) -> None:
         self._said = said
         self._begun: set[int] = set()
 
     def of(self, number: int) -> bool:
-        """Whether it holds for the process that is started now."""
+        """Whether the decision holds for the process of this worker that is started now."""
         holds = self._said and number not in self._begun
         self._begun.add(number)
         return holds
 
 
 def stop_within_s(settings: Settings) -> float:
-    """How long a worker may take to its end."""
+    """How many seconds a worker may take from a signal to its end."""
     drain_s = settings.delivery.drain_timeout_s
     return drain_s + settings.extraction.call_timeout_s + STOP_MARGIN_S
 
@@ -130,8 +131,8 @@ def _signals(stop: Callable[[], None]) -> Iterator[None]:
 
 
 class Child(Protocol):
-    """A worker's process. It is `up` once it has started all of its parts; `failure` says why it
-    could not run, where it could say so."""
+    """A worker's process. It is `up` once all of its parts have started. `failure` says why it
+    could not run, where it could tell."""
 
     @property
     def port(self) -> int | None: ...
@@ -145,21 +146,22 @@ class Child(Protocol):
     def signal(self, number: signal.Signals) -> None: ...
 
     async def ended(self) -> int:
-        """Its exit code; of one that a signal killed, its number below zero."""
+        """Wait for its end; returns the exit code, or minus the number of the signal that killed
+        it."""
 
 
 Start: TypeAlias = Callable[[int], AbstractAsyncContextManager[Child]]
-"""Starts the worker of a number; on leaving, its process is gone."""
+"""Starts the worker with this number; when the context is left, its process is gone."""
 
 
 @dataclass(slots=True)
 class _Seat:
-    """A worker's place, whichever process is in it."""
+    """A worker's place: its processes follow each other in it."""
 
     child: Child | None = None
     came_up: bool = False
-    exit_code: int = 0  # of the last process that was in it
-    done: bool = False  # nobody comes after that one
+    exit_code: int = 0  # of the last process in this place
+    done: bool = False  # no other process follows
 
 
 class Workers:
@@ -183,9 +185,10 @@ class Workers:
         self._failure: Stop | None = None
 
     async def run(self) -> int:
-        """Until a stop, or until all have caught up; returns the worst exit code.
+        """Run until a stop, or until all have caught up; returns the worst exit code.
 
-        Raises what a worker said that could not run at all. Cancelled, it kills them all.
+        Raises the failure of a worker that could not run at all. Where it is cancelled, it kills
+        all workers.
         """
         async with asyncio.TaskGroup() as tasks:
             late = tasks.create_task(self._kill_late_ones())
@@ -198,7 +201,7 @@ class Workers:
         return max(seat.exit_code for seat in self._seats.values())
 
     def stop(self) -> None:
-        """Have all of them finish what is in flight; the second time, not even that."""
+        """Stop all workers after what is in flight; a second call does not wait for that."""
         if not self._stopping.is_set():
             log.info("stopping all workers; a second signal does not wait for what is in flight")
         self._end_all()
@@ -209,7 +212,7 @@ class Workers:
             child.signal(signal.SIGTERM)
 
     def seen(self) -> dict[int, Worker]:
-        """Those that run, or will run again."""
+        """The workers that run or will run again, by number."""
         return {
             number: Worker(seat.child.port, seat.child.up) if seat.child else Worker(None, False)
             for number, seat in self._seats.items()
@@ -220,14 +223,14 @@ class Workers:
         return {number: seat.child for number, seat in self._seats.items() if seat.child}
 
     async def _keep(self, number: int, seat: _Seat) -> None:
-        """Start a worker, and again whenever it dies."""
+        """Start a worker, and start it again whenever it dies."""
         deaths = 0
         while not self._stopping.is_set():
-            began_s = _now_s()
+            began_s = clock.now_s()
             ending = await self._one_life(number, seat)
             if self._is_last(seat, ending):
                 break
-            deaths = 1 if _now_s() - began_s >= STEADY_S else deaths + 1
+            deaths = 1 if clock.now_s() - began_s >= STEADY_S else deaths + 1
             delay_s = RESTARTS.delay_s(deaths, self._uniform)
             log.error("worker %d %s; it is started again in %.1f s", number, ending, delay_s)
             await self._stops_within(delay_s)
@@ -251,14 +254,15 @@ class Workers:
         return ending
 
     def _is_last(self, seat: _Seat, ending: Ending) -> bool:
-        """Whether nobody comes after it: a stop, a catch-up that is over, a start that fails."""
+        """Whether no process follows this one: after a stop, when it has caught up, or where the
+        first start failed."""
         if self._stopping.is_set():
             return True
         if not seat.came_up and ending.code != 0:
             self._failure = ending.failure
             self._end_all()
             return True
-        # A signal from outside is no result: somebody has to finish what that one held.
+        # A process that was killed has not caught up: another has to finish its messages.
         return self._until_caught_up and ending.code >= 0
 
     async def _stops_within(self, delay_s: float) -> None:
@@ -284,9 +288,9 @@ class Ending:
 
     @property
     def exit_code(self) -> int:
-        """What it counts as for the whole command."""
+        """The exit code that counts for the whole command."""
         if self.code == -signal.SIGTERM and not self.came_up:
-            return 0  # while it was imported, before it could hear of signals: nothing had begun
+            return 0  # killed while it was importing, before it could handle signals: no work lost
         return self.code if self.code >= 0 else FAILED
 
     def __str__(self) -> str:
@@ -296,22 +300,19 @@ class Ending:
         return f"ended with exit code {self.code}{why}"
 
 
-def _now_s() -> float:
-    return asyncio.get_running_loop().time()
-
-
 # --- a process, from its parent's side --------------------------------------------------------
 
 START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
     "from service.workers import work; work(int(sys.argv[1]))"
 )
-"""Imports come from where the parent's come from, whatever lies in the working folder (-P)."""
+"""The code that a worker's process runs. It imports from the same places as its parent; with `-P`,
+files in the working folder don't count."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What a worker is told at its start."""
+    """The first thing that a worker reads from its line."""
 
     settings: Settings
     worker: int
@@ -323,8 +324,8 @@ class Task:
 async def started(
     settings: Settings, until_caught_up: bool, start_over: bool, number: int
 ) -> AsyncIterator[ChildProcess]:
-    """Start the worker of a number, in a session of its own: Ctrl-C in a terminal is the parent's.
-    On leaving, its process is gone."""
+    """Start the worker with this number. It gets a session of its own, so that only the parent gets
+    a terminal's Ctrl-C. When the context is left, its process is gone."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         command = (sys.executable, "-P", "-c", START, str(theirs.fileno()), json.dumps(sys.path))
@@ -350,7 +351,8 @@ async def started(
 
 
 def of_worker(settings: Settings, number: int) -> Settings:
-    """Pages that its parent alone asks for, and a name of its own in the group."""
+    """The settings for one worker: its pages on loopback, where only its parent asks, and its own
+    name in the group."""
     own = settings.telemetry.model_copy(update={"host": "127.0.0.1", "port": 0})
     kafka = settings.kafka
     if kafka.group_instance_id is not None:
@@ -360,7 +362,7 @@ def of_worker(settings: Settings, number: int) -> Settings:
 
 
 class ChildProcess:
-    """A `Child` that is a process; what it says of itself comes up its line."""
+    """A `Child` that is a real process; it reports over its line."""
 
     def __init__(self, process: asyncio.subprocess.Process, line: asyncio.StreamReader) -> None:
         self._process, self._line = process, line
@@ -405,7 +407,7 @@ class ChildProcess:
 
 
 def work(descriptor: int) -> NoReturn:
-    """Be a worker: what its process runs."""
+    """The main function of a worker's process."""
     with socket.socket(fileno=descriptor) as line:
         line.set_inheritable(False)
         try:
@@ -429,14 +431,14 @@ def _work(task: Task, line: Line) -> int:
     except Stop as error:
         line.failed(error)
         return WRONG if isinstance(error, WrongSettings) else FAILED
-    except Exception as error:  # the boundary of the process: what is left is a fault of ours
+    except Exception as error:  # the boundary of the process: any other error is a fault of ours
         print(shown(error), file=sys.stderr)
         return FAILED
 
 
 class Line:
-    """The way to the parent (`service.app.Parent`); one that is gone hears nothing, which is no
-    error: the end of the line says so too."""
+    """The worker's end of the line (`service.app.Parent`). Telling something to a parent that is
+    gone is no error here: the worker notices the end of the line by itself."""
 
     def __init__(self, line: socket.socket, worker: int) -> None:
         self._line, self.worker = line, worker

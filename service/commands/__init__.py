@@ -1,1 +1,1 @@
-"""What a person types: one file a command, and the tree of them."""
+"""The commands that a person types: one file for each, and `cli.py` with the tree of all."""

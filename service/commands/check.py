@@ -1,4 +1,5 @@
-"""`sluice check`: a line for each thing that a run needs, ✓ or what to do; it changes nothing."""
+"""`sluice check`: one line for each thing that a run needs: ✓, or what to do. It changes
+nothing."""
 
 from __future__ import annotations
 
@@ -24,17 +25,18 @@ from service.llm.stores import look_at_store
 from service.settings import Settings, warnings
 
 SAMPLE = "Ada Lovelace was 36 years old."
-"""The text of the one call that `--call` makes."""
+"""The text of the real call that `--call` makes."""
 SAMPLES_OWN = frozenset({Reason.INVALID, Reason.REFUSED, Reason.FILTERED, Reason.USER_CODE})
-"""Reasons for which a sample can be rejected while texts of the topic would not be."""
+"""Reasons for which the sample may be rejected although the topic's own texts would not be."""
 
 Say: TypeAlias = Callable[[str], None]
 Look: TypeAlias = Callable[[Settings], Awaitable[tuple[str, ...]]]
-"""Returns what is well, then what to know besides; raises `Stop` with what to do."""
+"""Checks one thing. It returns a sentence on what works, then further remarks, and raises `Stop`
+with what to do where something does not work."""
 
 
 def check(settings: Settings, *, call: bool, origin: str = "defaults", say: Say = print) -> int:
-    """Look at everything, in the order in which a run needs it; returns the exit code.
+    """Check everything in the order in which a run needs it; returns the exit code.
 
     `call` makes one real call to the model, which costs its tokens. `origin` says where the
     settings come from.
@@ -52,11 +54,11 @@ async def _check(settings: Settings, call: bool, origin: str, say: Say) -> int:
             await report.look(name, look, settings)
     else:
         for name, _ in in_kafka:
-            say(f"- {name:<12} not looked at: no broker")
+            say(f"- {name:<12} not checked: no broker")
     if has_record:
         await report.look("model", _call if call else _model, settings)
     else:
-        say(f"- {'model':<12} not looked at: no record")
+        say(f"- {'model':<12} not checked: no record")
     if settings.cache.mode != "off":
         await report.look("cache", _cache, settings)
     if settings.telemetry.tracing:
@@ -65,7 +67,7 @@ async def _check(settings: Settings, call: bool, origin: str, say: Say) -> int:
 
 
 class _Report:
-    """Prints a line for each thing and remembers the worst."""
+    """Prints a line for each thing and keeps the worst exit code."""
 
     def __init__(self, say: Say) -> None:
         self._say = say
@@ -116,7 +118,8 @@ async def _topics(settings: Settings) -> tuple[str, ...]:
 
 
 async def _sizes(settings: Settings) -> tuple[str, ...]:
-    """A dead letter is larger than its message: what to know where its topic takes no more."""
+    """A dead letter is larger than its message. Remarks on input topics whose messages may be too
+    large for the dead letter topic."""
     letters = await record_max_bytes(settings.kafka, settings.dead_letters.topic)
     found = []
     for name in settings.input.topics:
@@ -234,13 +237,11 @@ async def _call(settings: Settings) -> tuple[str, ...]:
 
 
 def _not_strict(extractor: OpenAIExtractor) -> str | None:
-    """Why answers are not asked for under a strict schema, where that is not by setting."""
+    """A remark where no strict schema is used although the settings allow one, and why."""
     lost = extractor.why_not_strict
     if lost is None:
         return None
-    return (
-        f"the schema is sent as it is, without strict: a strict one would lose something, as {lost}"
-    )
+    return f"the schema is sent without strict, since a strict one would lose something: {lost}"
 
 
 # --- the cache --------------------------------------------------------------------------------

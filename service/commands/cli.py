@@ -1,8 +1,8 @@
-"""The commands: what a person types, what is printed, and the exit code.
+"""The tree of commands, their options, and the exit codes: 0 done, 1 failed, 2 wrong settings.
 
-0 done, 1 failed, 2 wrong settings. What a person can mend is a sentence on stderr; anything else
-keeps its frames, without texts that could hold a message's. The parts are imported by the command
-that needs them, so that `--help` does not wait for Kafka's and OpenAI's clients.
+A fault that a person can mend is a sentence on stderr; any other error is printed with its frames
+and without texts that could hold a message's. Each command imports the parts that it needs, so that
+`--help` does not wait for Kafka's and OpenAI's clients.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Config = Annotated[
     Path | None,
-    typer.Option("--config", help="YAML file; without it sluice.yaml, where there is one."),
+    typer.Option("--config", help="A YAML file; without it sluice.yaml is read, where it exists."),
 ]
 
 app = typer.Typer(
@@ -37,7 +37,7 @@ app = typer.Typer(
     " is kafka.group_id. `sluice schema --settings` lists them all.",
     no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_enable=False,  # they show local variables, messages among them
+    pretty_exceptions_enable=False,  # they would show local variables, which may hold messages
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 dead_letters = typer.Typer(help="Messages that failed for good.", no_args_is_help=True)
@@ -47,7 +47,7 @@ app.add_typer(topics, name="topics")
 
 
 def main() -> None:
-    """What `sluice` and `python -m service` run; always raises `SystemExit`."""
+    """The entry point of `sluice` and `python -m service`; always raises `SystemExit`."""
     with printing():
         _main()
 
@@ -61,7 +61,7 @@ def _main() -> NoReturn:
         _fail(str(error), WRONG)
     except Stop as error:
         _fail(str(error), FAILED)
-    except Exception as error:  # the boundary of the process: what is left is a fault of ours
+    except Exception as error:  # the boundary of the process: any other error is a fault of ours
         from service.telemetry.logs import shown
 
         _fail(shown(error), FAILED)
@@ -101,14 +101,14 @@ def run(
     ] = False,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, max=64, help="Processes; without it limits.workers says how many."),
+        typer.Option(min=1, max=64, help="How many processes; without it limits.workers."),
     ] = None,
     start_over: Annotated[
         bool,
         typer.Option(
             "--start-over",
-            help="Read what waits for you to say so: a log that was cut, from there; a topic that "
-            "was made again, as a new group would.",
+            help="Also read partitions that wait for your decision: a log that was cut is read "
+            "from the cut, a topic that was made again is read as by a new group.",
         ),
     ] = False,
 ) -> None:
@@ -129,10 +129,10 @@ def run(
 @app.command()
 def demo(
     messages: Annotated[
-        int | None, typer.Option(min=1, help="End by itself after this many messages.")
+        int | None, typer.Option(min=1, help="End after this many messages.")
     ] = None,
     example: Annotated[
-        Literal["person", "ticket"], typer.Option(help="What to take from the texts.")
+        Literal["person", "ticket"], typer.Option(help="The records to extract from the texts.")
     ] = "person",
     endpoint: Annotated[
         bool,
@@ -158,7 +158,7 @@ def check(
         bool, typer.Option("--call", help="Make one real call to the model (it costs a little).")
     ] = False,
 ) -> None:
-    """Look at settings, broker, topics, permissions, group and model: ✓, or what to do."""
+    """Check settings, broker, topics, permissions, group and model: ✓, or what to do."""
     settings = _settings(config)
     _quiet()
     from service.commands.check import check as run_check
@@ -207,25 +207,32 @@ def plan(
         float,
         typer.Option(min=1, max=1e6, help="Calls for a message, re-asks and retries included."),
     ] = 1.0,
-    tokens_input: Annotated[float, typer.Option(min=0, max=1e9, help="Of one call.")] = 0.0,
-    tokens_output: Annotated[float, typer.Option(min=0, max=1e9, help="Of one call.")] = 0.0,
+    tokens_input: Annotated[
+        float, typer.Option(min=0, max=1e9, help="Input tokens of one call.")
+    ] = 0.0,
+    tokens_output: Annotated[
+        float, typer.Option(min=0, max=1e9, help="Output tokens of one call.")
+    ] = 0.0,
     price_input: Annotated[
-        float, typer.Option(min=0, max=1e9, help="USD for a million tokens.")
+        float, typer.Option(min=0, max=1e9, help="USD for a million input tokens.")
     ] = 0.0,
     price_output: Annotated[
-        float, typer.Option(min=0, max=1e9, help="USD for a million tokens.")
+        float, typer.Option(min=0, max=1e9, help="USD for a million output tokens.")
     ] = 0.0,
     requests_per_minute: Annotated[
-        float, typer.Option(min=0, max=1e9, help="The provider's limit.")
+        float,
+        typer.Option(min=0, max=1e9, help="The provider's limit of requests a minute; 0: none."),
     ] = 0.0,
     tokens_per_minute: Annotated[
-        float, typer.Option(min=0, max=1e9, help="The provider's limit.")
+        float,
+        typer.Option(min=0, max=1e9, help="The provider's limit of tokens a minute; 0: none."),
     ] = 0.0,
     load: Annotated[
-        float, typer.Option(min=0.05, max=1, help="Share of the slots busy at this rate.")
+        float, typer.Option(min=0.05, max=1, help="The share of the slots that may be busy.")
     ] = 0.8,
 ) -> None:
-    """How many slots, workers and partitions, and how much money, a rate of messages takes."""
+    """Compute how many slots, workers and partitions, and how much money, a rate of messages
+    needs."""
     from service.commands.plan import Demand, sentences
     from service.commands.plan import plan as plan_for
 
@@ -251,14 +258,20 @@ def create(
     config: Config = None,
     partitions: Annotated[
         int | None,
-        typer.Option(min=1, help="Without it 6 for the input, and as many for the others."),
+        typer.Option(
+            min=1,
+            help="How many partitions a topic gets; without it 6 for the input, and as many for "
+            "the others.",
+        ),
     ] = None,
     replication: Annotated[
         int | None,
-        typer.Option(min=1, help="Without it the brokers' default, or the input's."),
+        typer.Option(
+            min=1, help="How many replicas; without it the brokers' default, or the input's."
+        ),
     ] = None,
 ) -> None:
-    """Make the input, output and dead letter topics where they are missing."""
+    """Create the input, output and dead letter topics where they are missing."""
     settings = _settings(config)
     _quiet()
     import asyncio
@@ -277,23 +290,30 @@ async def _create(settings: Settings, partitions: int | None, replication: int |
 
 Reasons = Annotated[
     list[str] | None,
-    typer.Option("--reason", help="Rejected for this; may be given several times."),
+    typer.Option("--reason", help="Only those rejected for this; may be given several times."),
 ]
 Since = Annotated[
-    str | None, typer.Option(metavar="TIME", help="Written at or after this (ISO 8601, else UTC).")
+    str | None,
+    typer.Option(
+        metavar="TIME", help="Only those written at or after this (ISO 8601, UTC by default)."
+    ),
 ]
 Until = Annotated[
-    str | None, typer.Option(metavar="TIME", help="Written before this (ISO 8601, else UTC).")
+    str | None,
+    typer.Option(metavar="TIME", help="Only those written before this (ISO 8601, UTC by default)."),
 ]
 PartitionOfOrigin = Annotated[
-    int | None, typer.Option("--partition", min=0, help="Came in through this partition.")
+    int | None,
+    typer.Option("--partition", min=0, help="Only those first read from this partition."),
 ]
-TopicOfOrigin = Annotated[str | None, typer.Option("--topic", help="Came in through this topic.")]
+TopicOfOrigin = Annotated[
+    str | None, typer.Option("--topic", help="Only those first read from this topic.")
+]
 TextInValue = Annotated[
-    str | None, typer.Option("--text", help="The value holds this text, as it stands here.")
+    str | None, typer.Option("--text", help="Only those whose value holds exactly this text.")
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="At most so many.")]
-AsJson = Annotated[bool, typer.Option("--json", help="A JSON object a line, for scripts.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="At most this many.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object a line, for scripts.")]
 
 
 @dead_letters.command("list")
@@ -306,10 +326,10 @@ def list_(
     topic: TopicOfOrigin = None,
     text: TextInValue = None,
     limit: Limit = None,
-    count: Annotated[bool, typer.Option("--count", help="Only count.")] = False,
+    count: Annotated[bool, typer.Option("--count", help="Print only the counts.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Which there are, why, and which were sent again; counts by reason."""
+    """List dead letters, why each was rejected and whether it was sent again; count by reason."""
     settings = _settings(config)
     _quiet()
     selection = _selection((), reason, since, until, partition, topic, text)
@@ -324,7 +344,7 @@ def show_(
     config: Config = None,
     as_json: AsJson = False,
 ) -> None:
-    """Everything of one dead letter: the message, why, the model's answer, what it cost."""
+    """Show one dead letter: the message, why it was rejected, the model's answer, the cost."""
     settings = _settings(config)
     _quiet()
     from service.commands.dead_letters import show_letter
@@ -335,7 +355,7 @@ def show_(
 @dead_letters.command("redrive")
 def redrive_(
     letters: Annotated[
-        list[str] | None, typer.Argument(help="PARTITION:OFFSET, as in the list; without: all.")
+        list[str] | None, typer.Argument(help="PARTITION:OFFSET, as in the list; none: all.")
     ] = None,
     config: Config = None,
     reason: Reasons = None,
@@ -346,13 +366,13 @@ def redrive_(
     text: TextInValue = None,
     limit: Limit = None,
     attempts_max: Annotated[
-        int, typer.Option(min=1, help="A message that came back so often is left.")
+        int, typer.Option(min=1, help="Leave out messages that were sent again this often.")
     ] = 3,
     again: Annotated[
-        bool, typer.Option("--again", help="Also those that were sent again before.")
+        bool, typer.Option("--again", help="Also send letters that were sent again before.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would be sent.")
+        bool, typer.Option("--dry-run", help="Only print what would be sent.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
 ) -> None:
@@ -402,7 +422,7 @@ def _place(letter: str) -> tuple[int, int]:
 
 
 def _epoch_ms(text: str | None) -> int | None:
-    """A time without an offset is UTC's, as in the list."""
+    """A time in epoch milliseconds; without an offset it is in UTC, as in the list."""
     if text is None:
         return None
     try:
@@ -415,7 +435,7 @@ def _epoch_ms(text: str | None) -> int | None:
 
 
 def _quiet() -> None:
-    """What clients log meanwhile is said better by the command itself."""
+    """Drop the log lines of the clients: the command itself says better what happened."""
     import logging
 
     logging.getLogger().addHandler(logging.NullHandler())

@@ -1,7 +1,7 @@
-"""`sluice dead-letters`: what is printed of dead letters, and what is asked before a redrive.
+"""`sluice dead-letters`: prints dead letters, and asks before a redrive.
 
-Texts in them were written by strangers and by the model: nothing of them reaches the terminal
-that could steer it, and bytes that are no text are shown as bytes.
+Their texts were written by strangers and by the model. Characters that could steer the terminal are
+escaped, and bytes that are not UTF-8 are shown as bytes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from service.kafka.letters.redrive import Plan, Wish, look, redrive
 from service.settings import Settings
 
 WIDTH_WITHOUT_TERMINAL = 200
-"""Characters of a table in a pipe: a terminal's width would cut what grep looks for."""
+"""How many characters wide a table is in a pipe: a terminal's width would cut texts that grep looks
+for."""
 
 DETAIL_SHOWN_MAX = 120
 
@@ -37,7 +38,7 @@ DETAIL_SHOWN_MAX = 120
 def list_letters(
     settings: Settings, selection: Selection, limit: int | None, *, count: bool, as_json: bool
 ) -> int:
-    """A table, or a line of JSON each; then counts by reason."""
+    """Prints a table and counts by reason, or one JSON object a line; returns the exit code."""
     return asyncio.run(_list(settings, selection, limit, count=count, as_json=as_json))
 
 
@@ -96,7 +97,7 @@ def _row(letter: Letter, redriven: Redriven) -> Iterator[str]:
 
 
 def show_letter(settings: Settings, at: tuple[int, int], *, as_json: bool) -> int:
-    """Everything that one letter says."""
+    """Prints everything in one letter; returns the exit code."""
     return asyncio.run(_show(settings, at, as_json=as_json))
 
 
@@ -154,7 +155,7 @@ _PROVENANCE = {
 
 
 def as_object(letter: Letter, redriven: Redriven) -> dict[str, Any]:
-    """For scripts: text where it is UTF-8, else base64 under `…_base64`."""
+    """A letter for scripts. Bytes are text where they are UTF-8, else base64 under `…_base64`."""
     numbers = ("tokens_input", "tokens_output")
     cost = letter.said("sluice.cost.usd")
     return {
@@ -186,7 +187,7 @@ def _bytes(name: str, value: bytes | None) -> dict[str, str | None]:
 
 
 def shown(value: bytes | None) -> str:
-    """Text as text; what is not UTF-8 as Python writes bytes."""
+    """A value for the terminal: UTF-8 as text, other bytes as Python writes them."""
     if value is None:
         return "none"
     try:
@@ -196,7 +197,8 @@ def shown(value: bytes | None) -> str:
 
 
 def plain(text: str) -> str:
-    """Without characters that steer a terminal or change the reading order; lines stay lines."""
+    """The text with characters escaped that steer a terminal or change the reading order; line
+    breaks stay."""
     return "".join(
         each if each.isprintable() or each == "\n" else each.encode("unicode_escape").decode()
         for each in text
@@ -224,7 +226,7 @@ def moment(at_ms: int) -> str:
 
 
 def place(at: Coordinates) -> str:
-    """As `show` and `redrive` take it."""
+    """A letter's place in the form that `show` and `redrive` take."""
     return f"{at.partition}:{at.offset}"
 
 
@@ -232,7 +234,8 @@ def place(at: Coordinates) -> str:
 
 
 def redrive_letters(settings: Settings, wish: Wish, *, dry_run: bool, yes: bool) -> int:
-    """0: all that could be meant is sent; 1: something was refused, or the person said no."""
+    """Sends letters again; returns the exit code. 0: all letters that were meant are sent; 1: some
+    were refused, or the person said no."""
     if dry_run:
         plan = asyncio.run(look(settings, wish))
         print(f"{plan.sent} dead letters would be sent again")
@@ -246,7 +249,7 @@ def redrive_letters(settings: Settings, wish: Wish, *, dry_run: bool, yes: bool)
 
 
 class _Bar:
-    """Asks, and then shows how far it is, on a terminal."""
+    """Asks before a redrive, and on a terminal shows its progress."""
 
     def __init__(self) -> None:
         self.done = 0

@@ -1,8 +1,8 @@
 """Capacity: from a rate of messages to slots, workers, partitions and money.
 
 Rules of this file: arithmetic alone. Little's law (Little, 1961): calls in flight on average =
-calls a second x mean seconds of a call, whatever the distribution. Slots are more than that, since
-they are never all busy all the time; workers are as many as CPU and slots need.
+calls a second x mean seconds of a call, whatever the distribution. More slots than that are needed,
+since not all of them are always busy. The number of workers follows from CPU and slots.
 """
 
 from __future__ import annotations
@@ -12,30 +12,35 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 UTILISATION = 0.97
-"""Of the slots, busy while there is backlog: what the design promises in key order."""
+"""The share of the slots that is busy while there is a backlog: the design's promise in key
+order."""
 CPU_MS = 0.7
-"""CPU of one message with one call, Kafka both ways included; above what was measured, since
-other machines are slower and texts longer."""
+"""Milliseconds of CPU for one message with one call, reading and writing Kafka included. It is more
+than was measured, since other machines are slower and texts longer."""
 CPU_SHARE_MAX = 0.7
-"""Of one core for a worker, which runs on one: above it the event loop is late for everything."""
+"""The share of one core that a worker may use. It runs on one core only, and above this share its
+event loop is late for everything."""
 SLOTS_MAX = 1000
-"""Of one worker; with more its window costs memory and a death more calls to repeat."""
+"""How many slots one worker may have. With more, its window takes much memory, and after a crash
+more calls are repeated."""
 PARTITIONS_PER_WORKER = 3
-"""So that workers can be added later, and that one more or less is a third of a share, not all."""
+"""How many partitions each worker gets. With several, workers can be added later, and one partition
+more or less does not change a worker's load much."""
 SECONDS_PER_MONTH = 30 * 24 * 3600
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What is asked for; rates and prices of 0 mean: not limited, not known.
+    """The load to plan for. A limit of 0 means that there is none, a price of 0 that it is not
+    known.
 
-    `load_max`: share of the slots that is busy at this rate. The rest is for bursts and for
-    catching up: with 0.8 a backlog of an hour is gone after four.
+    `load_max` is the share of the slots that may be busy at this rate. The rest is for bursts and
+    for catching up: with 0.8 a backlog of one hour is gone after four hours.
     """
 
     messages_per_s: float
     latency_median_s: float
-    latency_sigma: float = 1.0  # of a lognormal distribution; 0: every call takes the same
+    latency_sigma: float = 1.0  # of a lognormal distribution; 0: all calls take the same time
     calls_per_message: float = 1.0  # re-asks and retries are calls too
     tokens_input: float = 0.0  # of one call
     tokens_output: float = 0.0
@@ -50,7 +55,7 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What it takes."""
+    """The result: what the load needs."""
 
     latency_mean_s: float
     in_flight: float  # on average
@@ -61,14 +66,15 @@ class Plan:
     cores: float  # busy on average, of all workers together
     requests_per_minute: float
     tokens_per_minute: float
-    messages_per_s_max: float  # what slots and the provider's limits bear
+    messages_per_s_max: float  # as many as slots and the provider's limits allow
     usd_per_million_messages: float
     usd_per_month: float
-    bound_by: str  # what the number of workers follows from: "CPU" or "slots"
+    bound_by: str  # why there are this many workers: "CPU" or "slots"
 
 
 def plan(demand: Demand) -> Plan:
-    """The smallest that bears the demand; the provider's limits may still not let it through."""
+    """The smallest plan that is enough for the demand; the provider's limits may still be too
+    low."""
     mean_s = mean_latency_s(demand)
     calls_per_s = demand.messages_per_s * demand.calls_per_message
     in_flight = calls_per_s * mean_s
@@ -96,12 +102,13 @@ def plan(demand: Demand) -> Plan:
 
 
 def mean_latency_s(demand: Demand) -> float:
-    """Of a lognormal distribution: median x exp(sigma² / 2); half as long again for sigma 1."""
+    """The mean of a lognormal distribution: median x exp(sigma² / 2), which for sigma 1 is 1.65
+    times the median."""
     return demand.latency_median_s * math.exp(demand.latency_sigma**2 / 2)
 
 
 def rates(demand: Demand, slots: int) -> Iterator[float]:
-    """Messages a second that the slots bear, and those that each of the provider's limits does."""
+    """How many messages a second the slots allow, then each of the provider's limits."""
     calls = demand.calls_per_message
     if mean_s := mean_latency_s(demand):
         yield slots * UTILISATION / mean_s / calls
@@ -112,7 +119,7 @@ def rates(demand: Demand, slots: int) -> Iterator[float]:
 
 
 def usd_per_message(demand: Demand) -> float:
-    """All calls of one message."""
+    """US dollars for all calls of one message."""
     one_call = (
         demand.tokens_input * demand.usd_per_million_input
         + demand.tokens_output * demand.usd_per_million_output
@@ -121,7 +128,7 @@ def usd_per_message(demand: Demand) -> float:
 
 
 def sentences(demand: Demand, found: Plan) -> Iterator[str]:
-    """The plan for a person, most important first."""
+    """The plan as sentences, most important first."""
     yield (
         f"{demand.messages_per_s:,.1f} messages/s, {found.requests_per_minute:,.0f} calls/min, "
         f"{found.tokens_per_minute:,.0f} tokens/min"
@@ -142,9 +149,9 @@ def sentences(demand: Demand, found: Plan) -> Iterator[str]:
         )
     if found.messages_per_s_max < demand.messages_per_s:
         yield (
-            f"too much for the provider's limits: they let {found.messages_per_s_max:,.1f} "
-            f"messages/s through; ask for {found.requests_per_minute:,.0f} requests and "
+            f"too much for the provider's limits, which allow {found.messages_per_s_max:,.1f} "
+            f"messages/s; ask the provider for {found.requests_per_minute:,.0f} requests and "
             f"{found.tokens_per_minute:,.0f} tokens a minute"
         )
     else:
-        yield f"it bears up to {found.messages_per_s_max:,.1f} messages/s"
+        yield f"this is enough for up to {found.messages_per_s_max:,.1f} messages/s"

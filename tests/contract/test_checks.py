@@ -105,7 +105,7 @@ async def test_no_broker(dead_servers: str, endpoint: Endpoint) -> None:
     assert code == 1
     assert said["broker"][0].startswith(f"✗ No Kafka broker answers at {dead_servers}")
     for name in ("topics", "permissions", "group"):
-        assert said[name] == ["- not looked at: no broker"]
+        assert said[name] == ["- not checked: no broker"]
     assert said["model"][0].startswith("✓ ")
 
 
@@ -139,7 +139,7 @@ async def test_wrong_record_is_a_wrong_setting(
     assert code == 2
     assert said["record"][0].startswith("✗ ")
     assert "extraction.record" in said["record"][0]
-    assert said["model"] == ["- not looked at: no record"]
+    assert said["model"] == ["- not checked: no record"]
     assert said["broker"][0].startswith("✓ ")
 
 
