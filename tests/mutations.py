@@ -963,7 +963,7 @@ TAKEN_AWAY = (
     Mutation(
         "29 an epoch is taken for a partition that another holds",
         WRITERS,
-        "if means.ledger.to_store(self._partition, frozenset()) is None:",
+        "if context.ledger.to_store(self._partition, frozenset()) is None:",
         "if False:",
         (ONCE + "without_the_partition_no_epoch_is_taken",),
     ),
@@ -1134,7 +1134,7 @@ TAKEN_AWAY = (
     Mutation(
         "30 a topic in doubt loses a writer for good",
         WRITERS,
-        "if means.ledger.doubts(self._partition):",
+        "if context.ledger.doubts(self._partition):",
         "if False:",
         (HAND_OVER + "a_topic_in_doubt_does_not_lose_a_writer",),
     ),

@@ -381,10 +381,10 @@ def redrive_(
     _quiet()
     selection = _selection(letters or (), reason, since, until, partition, topic, text)
     from service.commands.dead_letters import redrive_letters
-    from service.kafka.letters.redrive import Wish
+    from service.kafka.letters.redrive import RedriveRequest
 
-    wish = Wish(selection, again, attempts_max, limit)
-    raise typer.Exit(redrive_letters(settings, wish, dry_run=dry_run, yes=yes))
+    request = RedriveRequest(selection, again, attempts_max, limit)
+    raise typer.Exit(redrive_letters(settings, request, dry_run=dry_run, yes=yes))
 
 
 def _selection(

@@ -25,7 +25,7 @@ from rich.text import Text
 from service.core.errors import CannotRun
 from service.core.messages import Coordinates
 from service.kafka.letters.reader import Letter, Redriven, Selection, opened
-from service.kafka.letters.redrive import Plan, Wish, look, redrive
+from service.kafka.letters.redrive import RedrivePlan, RedriveRequest, plan_redrive, redrive
 from service.settings import Settings
 
 WIDTH_WITHOUT_TERMINAL = 200
@@ -233,15 +233,17 @@ def place(at: Coordinates) -> str:
 # --- redrive ----------------------------------------------------------------------------------
 
 
-def redrive_letters(settings: Settings, wish: Wish, *, dry_run: bool, yes: bool) -> int:
+def redrive_letters(
+    settings: Settings, request: RedriveRequest, *, dry_run: bool, yes: bool
+) -> int:
     """Sends letters again; returns the exit code. 0: all letters that were meant are sent; 1: some
     were refused, or the person said no."""
     if dry_run:
-        plan = asyncio.run(look(settings, wish))
+        plan = asyncio.run(plan_redrive(settings, request))
         print(f"{plan.sent} dead letters would be sent again")
     else:
         with _Bar() as bar:
-            plan = asyncio.run(redrive(settings, wish, bar.ask(yes), bar.sent))
+            plan = asyncio.run(redrive(settings, request, bar.ask(yes), bar.sent))
         print(f"{bar.done} dead letters were sent again")
     for sentence in plan.sentences():
         print(sentence)
@@ -263,8 +265,8 @@ class _Bar:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def ask(self, yes: bool) -> Callable[[Plan], bool]:
-        def may_go(plan: Plan) -> bool:
+    def ask(self, yes: bool) -> Callable[[RedrivePlan], bool]:
+        def may_go(plan: RedrivePlan) -> bool:
             if not yes and not _confirmed(plan):
                 return False
             self._progress.update(self._task, total=plan.sent)
@@ -279,7 +281,7 @@ class _Bar:
         self._progress.update(self._task, advance=letters)
 
 
-def _confirmed(plan: Plan) -> bool:
+def _confirmed(plan: RedrivePlan) -> bool:
     for sentence in plan.sentences():
         print(sentence)
     if not sys.stdin.isatty():

@@ -133,7 +133,7 @@ class KafkaSource:
         consumer = AIOKafkaConsumer(**client_options(self._kafka), **self._consumer_options())
         self._consumer = consumer
         await within(self._kafka.request_timeout_s, consumer.start())
-        self._clock.heard(clock.now_s())
+        self._clock.broker_answered(clock.now_s())
         member = Member(
             self._settings,
             consumer,
@@ -230,7 +230,7 @@ class KafkaSource:
         member, fetching = self._joined
         await fetching.see_to_the_last_failure()
         await member.see_to_the_rest()
-        if clock.now_s() - self._clock.heard_at_s > ANSWER_S:
+        if clock.now_s() - self._clock.answered_at_s > ANSWER_S:
             await self._ask_whether_anybody_is_there()
         if not member.settled:
             await fetching.wait_for_the_restore(limit)
@@ -300,14 +300,14 @@ class KafkaSource:
             return 0
         return self._member.membership.knows(topic)
 
-    def seen(self, lags: Mapping[Partition, int | None]) -> None:
+    def lags_seen(self, lags: Mapping[Partition, int | None]) -> None:
         """A look has found all partitions; for shared budgets."""
         if self._assignment is not None:
             self._assignment.seen(lags)
 
-    def heard(self) -> None:
+    def broker_answered(self) -> None:
         """A broker has answered."""
-        self._clock.heard(clock.now_s())
+        self._clock.broker_answered(clock.now_s())
 
     # --- commit --------------------------------------------------------------------------------
 
@@ -329,7 +329,7 @@ class KafkaSource:
             self._observe(Committed(result, clock.now_s() - started_s))  # type: ignore[arg-type]
             raise
         self._observe(Committed("ok", clock.now_s() - started_s))
-        self._clock.heard(clock.now_s())
+        self._clock.broker_answered(clock.now_s())
 
     # --- what it knows -------------------------------------------------------------------------
 
@@ -377,7 +377,7 @@ class KafkaSource:
         except KafkaError as error:
             if isinstance(error, NoError) or not error.retriable:
                 return
-        self._clock.heard(clock.now_s())
+        self._clock.broker_answered(clock.now_s())
 
     @property
     def _joined(self) -> tuple[Member, Fetching]:

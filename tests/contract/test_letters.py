@@ -13,7 +13,7 @@ from service.core.errors import CannotRun
 from service.core.history import History
 from service.core.messages import Headers, Message, Partition, Reason, Rejected
 from service.kafka.letters.reader import Letter, Selection, opened
-from service.kafka.letters.redrive import Left, Plan, Wish, look, redrive
+from service.kafka.letters.redrive import Left, RedrivePlan, RedriveRequest, plan_redrive, redrive
 from service.kafka.letters.written import dead_letter
 from service.kafka.transactions.producer import TransactionalProducer
 from service.settings import Settings
@@ -26,7 +26,7 @@ from tests.support.topics import (
     unique_name,
 )
 
-ALL = Wish(Selection())
+ALL = RedriveRequest(Selection())
 
 
 @dataclass
@@ -71,9 +71,9 @@ class Scene:
                     partition=each.offset % 3,
                 )
 
-    async def redrive(self, wish: Wish = ALL) -> tuple[Plan, int]:
+    async def redrive(self, request: RedriveRequest = ALL) -> tuple[RedrivePlan, int]:
         done: list[int] = []
-        plan = await redrive(self.settings, wish, lambda _: True, done.append)
+        plan = await redrive(self.settings, request, lambda _: True, done.append)
         return plan, sum(done)
 
     async def sent(self) -> list[Read]:
@@ -104,8 +104,8 @@ async def test_it_goes_back_byte_for_byte_and_once(scene: Scene) -> None:
     sends none of them, `again` all."""
     own: Headers = (("a", b"\xff\x00"), ("a", None), ("sluice.id", b"x:0:1:2"))
     await scene.reject(scene.message(4, own, b"\xff\xfe"), scene.message(7, value=None))
-    assert (await look(scene.settings, ALL)).sent == 2
-    assert await scene.redrive() == (Plan(sent=2), 2)
+    assert (await plan_redrive(scene.settings, ALL)).sent == 2
+    assert await scene.redrive() == (RedrivePlan(sent=2), 2)
     first, second = await scene.sent()
     assert (first.partition, first.key, first.value) == (0, b"key", b"\xff\xfe")
     history = History(f"{scene.name}-in:0:4".encode(), 1_600_000_000_004, 3, 77, redrives=1)
@@ -115,7 +115,7 @@ async def test_it_goes_back_byte_for_byte_and_once(scene: Scene) -> None:
     plan, sent = await scene.redrive()
     assert (sent, plan.sent, [*plan.left]) == (0, 0, [Left.ALREADY])
     assert len(await scene.sent()) == 2
-    assert (await scene.redrive(Wish(Selection(), again=True)))[1] == 2
+    assert (await scene.redrive(RedriveRequest(Selection(), again=True)))[1] == 2
     assert len(await scene.sent()) == 4
 
 
@@ -129,8 +129,8 @@ async def test_selection_and_limit(scene: Scene) -> None:
     assert len(await scene.letters(Selection(partition=1))) == 3
     assert await scene.letters(Selection(topic="other")) == []
     assert await scene.letters(Selection(until_ms=1_600_000_000_000)) == []
-    assert (await scene.redrive(Wish(Selection(), limit=2)))[1] == 2
-    assert (await scene.redrive(Wish(Selection(at=frozenset({(1, 0)})))))[1] == 1
+    assert (await scene.redrive(RedriveRequest(Selection(), limit=2)))[1] == 2
+    assert (await scene.redrive(RedriveRequest(Selection(at=frozenset({(1, 0)})))))[1] == 1
     assert (await scene.redrive())[1] == 4
     assert sorted(each.value or b"" for each in await scene.sent()) == [
         *(b"caf\xc3\xa9", b"v0", b"v1", b"v2", b"v3", b"v4", b"v5"),
@@ -150,7 +150,7 @@ async def test_what_is_refused_is_said(scene: Scene) -> None:
         Left.TOO_OFTEN: 1,
         Left.NOT_OURS: 1,
     }
-    assert (await scene.redrive(Wish(Selection(), attempts_max=4)))[1] == 1
+    assert (await scene.redrive(RedriveRequest(Selection(), attempts_max=4)))[1] == 1
     [again] = (History.of(each.headers) for each in await scene.sent() if each.partition == 0)
     assert again is not None
     assert (again.origin, again.redrives, again.attempts) == (often.origin, 4, 12)
@@ -199,9 +199,9 @@ async def test_of_two_at_once_one_is_shut_out(scene: Scene) -> None:
     """A redrive that begins while another waits for its answer shuts that one out; nothing goes
     twice."""
     await scene.reject(*(scene.message(n) for n in range(4)))
-    second: list[tuple[Plan, int]] = []
+    second: list[tuple[RedrivePlan, int]] = []
 
-    def meanwhile(_: Plan) -> bool:
+    def meanwhile(_: RedrivePlan) -> bool:
         with asyncio.Runner() as runner:
             second.append(runner.run(scene.redrive()))
         return True
@@ -215,11 +215,11 @@ async def test_of_two_at_once_one_is_shut_out(scene: Scene) -> None:
     assert len(await scene.sent()) == 4
 
 
-def in_a_thread(ask: Callable[[Plan], bool]) -> Callable[[Plan], bool]:
+def in_a_thread(ask: Callable[[RedrivePlan], bool]) -> Callable[[RedrivePlan], bool]:
     """A loop cannot run within another of the same thread."""
     from concurrent.futures import ThreadPoolExecutor
 
-    def asked(plan: Plan) -> bool:
+    def asked(plan: RedrivePlan) -> bool:
         with ThreadPoolExecutor(1) as pool:
             return pool.submit(ask, plan).result()
 

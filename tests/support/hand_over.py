@@ -19,7 +19,7 @@ from service.kafka.client.stored import Stored
 from service.kafka.group.group_offsets import GroupOffsets
 from service.kafka.group.holdings import Remembered
 from service.kafka.group.member import Member as GroupMember
-from service.kafka.group.starts import Bounds
+from service.kafka.group.starts import LogRange
 from service.kafka.transactions.producer import TransactionalProducer
 from service.kafka.transactions.transactions import Transactions
 from tests.support.sources import HeldUp, Kafka, Member, settings
@@ -83,13 +83,13 @@ class Offsets(GroupOffsets):
     async def topic_ids(self) -> dict[str, str]:
         return {}
 
-    async def bounds(self, partitions: AbstractSet[Partition]) -> dict[Partition, Bounds]:
+    async def bounds(self, partitions: AbstractSet[Partition]) -> dict[Partition, LogRange]:
         if self.before_bounds is not None:
             await self.before_bounds.wait()
-        return {each: Bounds(0, 100) for each in partitions}
+        return {each: LogRange(0, 100) for each in partitions}
 
     async def chosen(
-        self, start: object, bounds: Mapping[Partition, Bounds]
+        self, start: object, bounds: Mapping[Partition, LogRange]
     ) -> dict[Partition, int]:
         return dict.fromkeys(bounds, 0)
 

@@ -19,7 +19,7 @@ the first hears of it, if ever), an answer is lost, the coordinator aborts, a pr
     heard              Writer._committed
     failed, unheard    Writer._replace: no answer, or an error; what was sent may still arrive
     refused            Writer._fenced, Holdings.fenced: a newer epoch is there
-    renewed            Writer._renew_now: means.open
+    renewed            Writer._renew_now: context.open
     read back          Writer._renew_now: read_back, and what follows from it (`became`)
 
 An owner that comes again has the nonce that it had, as a client that was replaced; a process that

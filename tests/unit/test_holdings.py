@@ -25,7 +25,7 @@ from service.kafka.group.group_offsets import GroupOffsets
 from service.kafka.group.holdings import Remembered
 from service.kafka.group.member import Member as GroupMember
 from service.kafka.group.name import NameTaken
-from service.kafka.group.starts import Bounds
+from service.kafka.group.starts import LogRange
 from service.settings import Start
 from tests.support.sources import Kafka, Member, settings
 
@@ -84,8 +84,8 @@ class Offsets(GroupOffsets):
     async def topic_ids(self) -> dict[str, str]:
         return dict(self._group.topic_ids)
 
-    async def bounds(self, partitions: AbstractSet[Partition]) -> dict[Partition, Bounds]:
-        return {each: Bounds(0, self.end) for each in partitions}
+    async def bounds(self, partitions: AbstractSet[Partition]) -> dict[Partition, LogRange]:
+        return {each: LogRange(0, self.end) for each in partitions}
 
     async def epoch_ends(self, epochs: Mapping[Partition, int]) -> dict[Partition, int]:
         return {
@@ -93,7 +93,7 @@ class Offsets(GroupOffsets):
         }
 
     async def chosen(
-        self, start: Start, bounds: Mapping[Partition, Bounds]
+        self, start: Start, bounds: Mapping[Partition, LogRange]
     ) -> dict[Partition, int]:
         return dict.fromkeys(bounds, BEGAN)
 

@@ -25,7 +25,7 @@ from service.core.history import History
 from service.core.messages import Headers, Message, Partition, Provenance, Reason, Rejected
 from service.kafka.group.due import DueTimes
 from service.kafka.letters.reader import Letter, Redriven, Selection, mark, marked
-from service.kafka.letters.redrive import Left, Plan
+from service.kafka.letters.redrive import Left, RedrivePlan
 from service.kafka.letters.written import dead_letter
 
 PROVENANCE = Provenance("small", "p1", "s1", tokens_input=10, tokens_output=4)
@@ -183,7 +183,7 @@ def test_without_anybody_to_ask_nothing_is_sent(
     """In a script a redrive needs --yes; what would be left is said first."""
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     with pytest.raises(CannotRun, match="add --yes"):
-        _confirmed(Plan(sent=2, left={Left.ALREADY: [letter()]}))
+        _confirmed(RedrivePlan(sent=2, left={Left.ALREADY: [letter()]}))
     assert "1 were sent again before; --again sends them once more (2:5)" in capsys.readouterr().out
 
 

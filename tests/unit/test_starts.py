@@ -27,8 +27,8 @@ from service.kafka.client.stored import (
 )
 from service.kafka.group.settling import SettlingClock
 from service.kafka.group.starts import (
-    Bounds,
     HeldOut,
+    LogRange,
     is_new,
     leader_epochs,
     others_to_keep,
@@ -62,12 +62,12 @@ def test_a_start_is_what_is_stored_else_what_is_chosen_else_the_logs(
 ) -> None:
     """The settings choose only where nothing is stored."""
     found = None if stored is None else Stored(stored, "")
-    assert where_to_start(P, found, Bounds(5, 9), chosen) == expected
+    assert where_to_start(P, found, LogRange(5, 9), chosen) == expected
 
 
 def test_beyond_the_end_nobody_starts() -> None:
     """The sentence names the partition, both offsets and the ways out."""
-    held_out = where_to_start(P, Stored(10, ""), Bounds(5, 9), None)
+    held_out = where_to_start(P, Stored(10, ""), LogRange(5, 9), None)
     assert isinstance(held_out, HeldOut)
     assert held_out.cut_at == 9
     for words in (
@@ -85,7 +85,7 @@ CUT = to_store(Progress(90, (2, 3, 1, 4)), replace(MARK, cut_at=60))
 @pytest.mark.parametrize("stored", [CUT, held_out_for_good(Stored(100, "x"), 60, NONCE)])
 def test_a_log_that_was_cut_stays_held_out(stored: Stored, end: int) -> None:
     """However far it has grown since: new messages stand under the offsets of lost ones."""
-    held_out = where_to_start(P, stored, Bounds(0, end), None)
+    held_out = where_to_start(P, stored, LogRange(0, end), None)
     assert isinstance(held_out, HeldOut)
     assert held_out.cut_at == min(60, end)
     assert ("has grown since" in held_out.problem) == (end > 60)
@@ -94,8 +94,8 @@ def test_a_log_that_was_cut_stays_held_out(stored: Stored, end: int) -> None:
 def test_a_map_beyond_the_end_shows_a_cut_too() -> None:
     """The offset may still be in the log; what is finished beyond it must not hide new messages."""
     stored = to_store(Progress(50, (1, 49)), MARK)
-    assert where_to_start(P, stored, Bounds(0, 100), None) == 50
-    held_out = where_to_start(P, stored, Bounds(0, 99), None)
+    assert where_to_start(P, stored, LogRange(0, 100), None) == 50
+    held_out = where_to_start(P, stored, LogRange(0, 99), None)
     assert isinstance(held_out, HeldOut)
     assert held_out.cut_at == 99
 
@@ -105,8 +105,8 @@ def test_a_cut_is_found_where_the_last_leader_has_written_less_than_was_read() -
     stored = to_store(Progress(90, (2, 8)), replace(MARK, leader_epoch=3))
     assert leader_epochs({P, Q}, {P: stored, Q: None}) == {P: 3}
     for epoch_end in (None, 100, 120):
-        assert where_to_start(P, stored, Bounds(0, 200), None, None, epoch_end) == 90
-    held_out = where_to_start(P, stored, Bounds(0, 200), None, None, 99)
+        assert where_to_start(P, stored, LogRange(0, 200), None, None, epoch_end) == 90
+    held_out = where_to_start(P, stored, LogRange(0, 200), None, None, 99)
     assert isinstance(held_out, HeldOut)
     assert held_out.cut_at == 99
     assert "has grown since" in held_out.problem
@@ -149,7 +149,7 @@ def test_no_partition_of_a_topic_made_again_is_started() -> None:
     """Not even one without an offset; until somebody has started the new topic. Others are."""
     old, new = (to_store(Progress(4), replace(MARK, topic_id=each)) for each in "AB")
     other = Partition("other", 0)
-    bounds, ids = {each: Bounds(0, 9) for each in (P, Q, other)}, {"in": "B", "other": "C"}
+    bounds, ids = {each: LogRange(0, 9) for each in (P, Q, other)}, {"in": "B", "other": "C"}
 
     def started(stored: dict[Partition, Stored | None]) -> set[Partition]:
         found = starts(stored.keys(), stored, bounds, {}, ids, {})
@@ -164,7 +164,7 @@ def test_no_partition_of_a_topic_made_again_is_started() -> None:
 def test_an_offset_of_a_topic_made_again_is_not_believed() -> None:
     """Another topic id: held out, even where the offset would fit; unknown ids say nothing."""
     stored = to_store(Progress(7), replace(MARK, topic_id="AAAAAAAAAAAAAAAAAAAAAA"))
-    bounds = Bounds(0, 9)
+    bounds = LogRange(0, 9)
     held_out = where_to_start(P, stored, bounds, None, "BBBBBBBBBBBBBBBBBBBBBB")
     assert isinstance(held_out, HeldOut)
     for words in ("in[0], 7", "deleted", "pay for", "--reset-offsets"):
@@ -389,7 +389,7 @@ def test_being_put_out_by_another_of_the_same_name_is_no_death() -> None:
 def test_unsettled_time_counts_only_while_brokers_answer() -> None:
     """An outage in between is left out; settling starts it anew."""
     clock = SettlingClock()
-    clock.heard(0.0)
+    clock.broker_answered(0.0)
     for now_s in (0.0, 2.0, 4.0):
         clock.tick(now_s, settled=False)
     assert clock.unsettled_s == 4.0
@@ -398,7 +398,7 @@ def test_unsettled_time_counts_only_while_brokers_answer() -> None:
     assert clock.unsettled_s == 4.0
     assert not clock.answers(60.0)
 
-    clock.heard(60.0)
+    clock.broker_answered(60.0)
     clock.tick(61.0, settled=False)
     assert clock.unsettled_s == 5.0
 

@@ -21,7 +21,7 @@ from service.kafka.transactions.transactions import (
     too_many,
     transactional_options,
 )
-from service.kafka.transactions.writer import Means, Writer
+from service.kafka.transactions.writer import Writer, WriterContext
 from tests.support.transactions import Ledger, Page, output
 
 TOPICS = st.text("abcXYZ019._-", min_size=1, max_size=12)
@@ -73,11 +73,11 @@ async def test_what_is_put_back_goes_before_all_others() -> None:
     box = Outbox()
     for offset in range(5):
         box.append(outgoing(offset, 10))
-    taken = box.take(len)
+    taken = box.next_transaction(len)
     box.append(outgoing(5, 10))
     taken[1].handover.future.cancel()
     box.put_back(taken)
-    assert offsets(box.take(len)) == [0, 2, 3, 4, 5]
+    assert offsets(box.next_transaction(len)) == [0, 2, 3, 4, 5]
     assert not box
     assert not box.urgent
 
@@ -92,13 +92,13 @@ async def test_a_transaction_is_bounded_in_messages_and_bytes(
     for offset in range(4):
         assert box.urgent == (offset == 3)
         box.append(outgoing(offset, 10))
-    assert offsets(box.take(len)) == [0, 1, 2]
+    assert offsets(box.next_transaction(len)) == [0, 1, 2]
     assert not box.urgent
     box.append(outgoing(4, 60, 60))
     assert box.urgent
     box.append(outgoing(5, 95))
     box.append(outgoing(6, 5))
-    assert [offsets(box.take(len)) for _ in range(3)] == [[3], [4], [5, 6]]
+    assert [offsets(box.next_transaction(len)) for _ in range(3)] == [[3], [4], [5, 6]]
 
 
 async def test_what_has_no_room_is_held_back_and_the_lowest_offsets_go_first() -> None:
@@ -107,15 +107,18 @@ async def test_what_has_no_room_is_held_back_and_the_lowest_offsets_go_first() -
     for offset in (7, 3, 5):
         box.append(outgoing(offset, 10))
     box.append(outgoing(None))
-    assert offsets(box.take(lambda those: 1 if len(those) > 1 else len(those))) == [None, 3]
+    assert offsets(box.next_transaction(lambda those: 1 if len(those) > 1 else len(those))) == [
+        None,
+        3,
+    ]
     assert box.ready  # something went: there may be room for more now
-    assert offsets(box.take(lambda those: 0)) == []
+    assert offsets(box.next_transaction(lambda those: 0)) == []
     assert box
     assert not box.ready
     assert not box.urgent
     box.append(outgoing(6, 10))
     assert box.ready
-    assert offsets(box.take(lambda those: min(2, len(those)))) == [5, 6]
+    assert offsets(box.next_transaction(lambda those: min(2, len(those)))) == [5, 6]
     box.append(outgoing(1, 10))
     assert offsets(box.take_all()) == [7, 1]
     assert not box
@@ -131,10 +134,10 @@ async def test_what_is_held_back_is_bounded_and_may_be_withdrawn(
     those = [outgoing(offset, size) for offset, size in enumerate((10, 10, 10, 60, 60, 120))]
     for each in those:
         box.append(each)
-    assert box.take(lambda _: 0) == []
-    assert box.take(lambda _: 0) == []
+    assert box.next_transaction(lambda _: 0) == []
+    assert box.next_transaction(lambda _: 0) == []
     those[1].handover.future.cancel()
-    taken = [offsets(box.take(len)) for _ in range(4)]
+    taken = [offsets(box.next_transaction(len)) for _ in range(4)]
     assert taken == [[0, 2, 3], [4], [5], []]
 
 
@@ -145,7 +148,7 @@ async def test_a_wish_leaves_at_once() -> None:
     assert not box.urgent
     box.append(outgoing(None))
     assert box.urgent
-    assert offsets(box.take(len)) == [0, None]
+    assert offsets(box.next_transaction(len)) == [0, None]
     assert not box.urgent
     box.append(outgoing(None))
     assert offsets(box.take_all()) == [None]
@@ -206,7 +209,7 @@ async def test_the_ledger_is_asked_once_it_knows_what_finished(
     ledger, producer, partition = Ledger(), InstantProducer(), Partition("in", 0)
     page = ledger.pages[partition] = Page(None)
     async with asyncio.TaskGroup() as group:
-        means = Means(
+        context = WriterContext(
             turn=asyncio.Semaphore(),
             open=lambda _: asyncio.sleep(0, producer),  # type: ignore[arg-type, return-value]
             end=lambda *_: None,
@@ -219,9 +222,9 @@ async def test_the_ledger_is_asked_once_it_knows_what_finished(
             deadline_s=1.0,
             group=group,
         )
-        writer = Writer(partition, producer, means)  # type: ignore[arg-type]
+        writer = Writer(partition, producer, context)  # type: ignore[arg-type]
         for n in range(3):
-            future = writer.hand_over(n, [(0, output("out", b"1"))], lambda: None)
+            future = writer.queue_up(n, [(0, output("out", b"1"))], lambda: None)
             future.add_done_callback(lambda _, n=n: page.finished.add(n))
     assert page.finished == {0, 1, 2}
     assert producer.steps[-2:] == ["store [0, 1, 2]", "commit"]

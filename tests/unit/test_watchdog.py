@@ -29,7 +29,7 @@ class Looks:
     ) -> str | None:
         self.now_s += after_s
         asked_for = {ONE} if asked else set()
-        return self.watch.look(self.now_s, EVERY_S, {ONE: Standing(at, end)}, asked_for)
+        return self.watch.judge(self.now_s, EVERY_S, {ONE: Standing(at, end)}, asked_for)
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_a_partition_that_went_and_came_starts_anew(looks: Looks) -> None:
     """Another's silence is not ours, and another client's neither."""
     for _ in range(3):
         looks.look(5, 9)
-    looks.watch.look(35, EVERY_S, {TWO: Standing(0, 0)}, {TWO})
+    looks.watch.judge(35, EVERY_S, {TWO: Standing(0, 0)}, {TWO})
     assert looks.look(5, 9) is None
     for _ in range(2):
         assert looks.look(5, 9) is None
@@ -104,12 +104,12 @@ def topics() -> TopicsWatch:
 
 def test_a_topic_that_is_gone_in_two_looks_ends_it(topics: TopicsWatch) -> None:
     """From the first on nothing may be committed for it; the sentence names it."""
-    assert topics.look(0, {"texts": WELL}) is None
+    assert topics.judge(0, {"texts": WELL}) is None
     assert topics.doubtful == set()
-    assert topics.look(10, {"texts": None}) is None
+    assert topics.judge(10, {"texts": None}) is None
     assert topics.doubtful == {"texts"}
-    assert topics.look(10 + GONE_S - 1, {"texts": None}) is None
-    end = topics.look(10 + GONE_S, {"texts": None})
+    assert topics.judge(10 + GONE_S - 1, {"texts": None}) is None
+    end = topics.judge(10 + GONE_S, {"texts": None})
     assert end is not None
     assert end.startswith("Topic texts was deleted while it was being read:")
 
@@ -117,15 +117,15 @@ def test_a_topic_that_is_gone_in_two_looks_ends_it(topics: TopicsWatch) -> None:
 def test_a_topic_that_one_broker_did_not_know_goes_on(topics: TopicsWatch) -> None:
     """The same id again: commits go on as well."""
     for now_s in range(0, 200, 20):
-        assert topics.look(now_s, {"texts": None}) is None
-        assert topics.look(now_s + 10, {"texts": WELL}) is None
+        assert topics.judge(now_s, {"texts": None}) is None
+        assert topics.judge(now_s + 10, {"texts": WELL}) is None
         assert topics.doubtful == set()
 
 
 def test_a_look_that_did_not_tell_of_a_topic_says_nothing(topics: TopicsWatch) -> None:
     """An error of another kind is neither gone nor back."""
-    assert topics.look(0, {"texts": None}) is None
-    assert topics.look(1000, {}) is None
+    assert topics.judge(0, {"texts": None}) is None
+    assert topics.judge(1000, {}) is None
     assert topics.doubtful == {"texts"}
 
 
@@ -133,15 +133,15 @@ def test_a_doubt_holds_until_a_look_finds_the_same_topic(topics: TopicsWatch) ->
     """A look that did not tell of it leaves the doubt."""
     topics.doubt(["texts"])
     assert topics.doubtful == {"texts"}
-    assert topics.look(0, {}) is None
+    assert topics.judge(0, {}) is None
     assert topics.doubtful == {"texts"}
-    assert topics.look(1, {"texts": WELL}) is None
+    assert topics.judge(1, {"texts": WELL}) is None
     assert topics.doubtful == set()
 
 
 def test_another_id_ends_it_at_once(topics: TopicsWatch) -> None:
     """Deleted and made again: nothing may be committed, and the sentence has both ids."""
-    end = topics.look(0, {"texts": TopicSeen("id-2", 2, 2)})
+    end = topics.judge(0, {"texts": TopicSeen("id-2", 2, 2)})
     assert end is not None
     assert end.startswith("Topic texts was deleted and made again while it was being read")
     assert "id-1 and is id-2" in end
@@ -150,13 +150,13 @@ def test_another_id_ends_it_at_once(topics: TopicsWatch) -> None:
 
 def test_brokers_that_tell_no_id_change_nothing(topics: TopicsWatch) -> None:
     """Old ones among new ones, as in a rolling upgrade: the id that is known stays known."""
-    assert topics.look(0, {"texts": TopicSeen(None, 2, 2)}) is None
-    assert topics.look(1, {"texts": TopicSeen("id-2", 2, 2)}) is not None
+    assert topics.judge(0, {"texts": TopicSeen(None, 2, 2)}) is None
+    assert topics.judge(1, {"texts": TopicSeen("id-2", 2, 2)}) is not None
 
     learns = TopicsWatch({"texts": None}, behind_s=120)
-    assert learns.look(0, {"texts": TopicSeen(None, 2, 2)}) is None
-    assert learns.look(1, {"texts": WELL}) is None
-    assert learns.look(2, {"texts": TopicSeen("id-2", 2, 2)}) is not None
+    assert learns.judge(0, {"texts": TopicSeen(None, 2, 2)}) is None
+    assert learns.judge(1, {"texts": WELL}) is None
+    assert learns.judge(2, {"texts": TopicSeen("id-2", 2, 2)}) is not None
 
 
 def test_a_client_that_does_not_learn_of_partitions_is_behind(topics: TopicsWatch) -> None:

@@ -160,13 +160,13 @@ class Membership:
         client = self._consumer._client
         send = client.send
 
-        async def heard(node: int, request: Any, **options: Any) -> Any:
+        async def telling(node: int, request: Any, **options: Any) -> Any:
             answer = await send(node, request, **options)
             if isinstance(request, FetchRequest):
                 _tell_fetches(request, answer, hear)
             return answer
 
-        client.send = heard
+        client.send = telling
 
     def knows(self, topic: str) -> int:
         """How many partitions of a topic the client's own metadata has."""

@@ -84,7 +84,7 @@ class Fetching:
             for partition in self._positions.readable
             if partition not in closed and self._due.open(partition)
         ]
-        messages = await self._take(open_, limit)
+        messages = await self._polled(open_, limit)
         # No wait from here on: positions belong to these messages.
         return Batch(tuple(messages), self._where_held_stand(), self._ends())
 
@@ -96,7 +96,7 @@ class Fetching:
         else:
             await self._see_to(failure)
 
-    async def _take(self, open_: list[Partition], limit: int) -> list[Message]:
+    async def _polled(self, open_: list[Partition], limit: int) -> list[Message]:
         if not open_ or limit == 0:
             await self._get([NOWHERE], 0.0 if limit == 0 else POLL_WAIT_S, 1)
             return []

@@ -15,7 +15,7 @@ from service.kafka.client.epoch_ends import epoch_ends
 from service.kafka.client.stable_offsets import stable_offsets
 from service.kafka.client.stored import Stored
 from service.kafka.client.topics_seen import find_topics, topic_ids
-from service.kafka.group.starts import Bounds
+from service.kafka.group.starts import LogRange
 from service.settings import Start
 
 
@@ -77,12 +77,12 @@ class GroupOffsets:
         """Where an epoch ends in each partition's log: see client/epoch_ends.py."""
         return await epoch_ends(self._admin, epochs) if epochs else {}
 
-    async def bounds(self, partitions: AbstractSet[Partition]) -> dict[Partition, Bounds]:
+    async def bounds(self, partitions: AbstractSet[Partition]) -> dict[Partition, LogRange]:
         """First offset and last stable offset of each."""
         asked = [TopicPartition(*each) for each in partitions]
         begins = await self._consumer.beginning_offsets(asked)
         ends = await self._consumer.end_offsets(asked)
-        return {Partition(*each): Bounds(begins[each], ends[each]) for each in asked}
+        return {Partition(*each): LogRange(begins[each], ends[each]) for each in asked}
 
     async def ends(self) -> dict[Partition, int]:
         """The last stable offset of every partition of the input topics."""
@@ -92,7 +92,7 @@ class GroupOffsets:
         }
 
     async def chosen(
-        self, start: Start, bounds: Mapping[Partition, Bounds]
+        self, start: Start, bounds: Mapping[Partition, LogRange]
     ) -> dict[Partition, int]:
         """Where `input.start` says that a new group starts; a time that is to come: at the end."""
         if start == "earliest":

@@ -20,7 +20,7 @@ from service.kafka.client.deadlines import within
 from service.kafka.client.private import Membership
 from service.kafka.group.group_offsets import GroupOffsets
 from service.kafka.group.holdings import HeldPartition, Holdings, Remembered
-from service.kafka.group.starts import Bounds, log_was_cut
+from service.kafka.group.starts import LogRange, log_was_cut
 from service.kafka.transactions.transactions import Transactions
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Positions:
         if holding.trail.fetched(offset, batches):
             self.cannot_read(partition, self.unreadable.get(partition, ""))
 
-    def open(self, partition: Partition, holding: HeldPartition, bounds: Bounds) -> None:
+    def open(self, partition: Partition, holding: HeldPartition, bounds: LogRange) -> None:
         """Fetch from behind what was returned, or from the log's start where that is gone; of a log
         that was cut, fetch nothing."""
         if holding.cut_at is not None:

@@ -28,8 +28,8 @@ from service.kafka.group.holdings import HeldPartition, Holdings, Marking, Remem
 from service.kafka.group.positions import Positions
 from service.kafka.group.reading import Overtaken, Reading
 from service.kafka.group.starts import (
-    Bounds,
     HeldOut,
+    LogRange,
     all_gone,
     is_new,
     leader_epochs,
@@ -177,7 +177,7 @@ class Restore:
             self._hold(given, kept, taken, problems, bounds)
 
     async def _chosen(
-        self, partitions: AbstractSet[Partition], bounds: Mapping[Partition, Bounds]
+        self, partitions: AbstractSet[Partition], bounds: Mapping[Partition, LogRange]
     ) -> dict[Partition, int]:
         """Where the settings have a new group start."""
         wanted = {each: bounds[each] for each in partitions}
@@ -187,7 +187,7 @@ class Restore:
         self,
         held_out: dict[Partition, HeldOut],
         stored: Mapping[Partition, Stored | None],
-        bounds: Mapping[Partition, Bounds],
+        bounds: Mapping[Partition, LogRange],
     ) -> dict[Partition, Progress]:
         """Those that a person has said to start over, taken out of what is held out."""
         over = {each: held_out.pop(each) for each in held_out.keys() - self._remembered.had}
@@ -232,7 +232,7 @@ class Restore:
         self,
         taken: Mapping[Partition, HeldPartition],
         stored: Mapping[Partition, Stored | None],
-        bounds: Mapping[Partition, Bounds],
+        bounds: Mapping[Partition, LogRange],
     ) -> None:
         """Where no offset says how far the group was: how much is read before the first call."""
         unknown = [each for each in taken if stored[each] is None]
@@ -290,7 +290,7 @@ class Restore:
         self,
         fresh: AbstractSet[Partition],
         stored: Mapping[Partition, Stored | None],
-        bounds: Mapping[Partition, Bounds],
+        bounds: Mapping[Partition, LogRange],
         chosen: Mapping[Partition, int],
         topic_ids: Mapping[str, str],
         epoch_ends: Mapping[Partition, int],
@@ -311,7 +311,7 @@ class Restore:
         kept: Mapping[Partition, HeldPartition],
         fresh: Mapping[Partition, HeldPartition],
         held_out: dict[Partition, str],
-        bounds: Mapping[Partition, Bounds],
+        bounds: Mapping[Partition, LogRange],
     ) -> None:
         """Seek, open, tell the pipeline; all at once."""
         for partition, holding in (*kept.items(), *fresh.items()):

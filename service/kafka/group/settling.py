@@ -13,23 +13,23 @@ class SettlingClock:
     """
 
     def __init__(self) -> None:
-        self.heard_at_s = float("-inf")
+        self.answered_at_s = float("-inf")
         self.unsettled_s = 0.0
         self._ticked_at_s: float | None = None
         self._fetched_at_ms = 0
 
-    def heard(self, now_s: float) -> None:
+    def broker_answered(self, now_s: float) -> None:
         """A broker answered something."""
-        self.heard_at_s = now_s
+        self.answered_at_s = now_s
 
     def fetched(self, at_ms: int, now_s: float) -> None:
         """The client's latest answered fetch; one that was seen before says nothing new."""
         if at_ms > self._fetched_at_ms:
-            self._fetched_at_ms, self.heard_at_s = at_ms, now_s
+            self._fetched_at_ms, self.answered_at_s = at_ms, now_s
 
     def answers(self, now_s: float) -> bool:
         """Whether a broker answered lately."""
-        return now_s - self.heard_at_s < SILENT_S
+        return now_s - self.answered_at_s < SILENT_S
 
     def tick(self, now_s: float, *, settled: bool) -> None:
         """Time has passed since the last tick, in the state that it has now."""

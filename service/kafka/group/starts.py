@@ -15,7 +15,7 @@ from service.kafka.client.stored import NO_OTHERS, Others, Stored, reached, read
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class LogRange:
     """The offsets a partition can be read from: `begin` up to, not including, `end`."""
 
     begin: int
@@ -84,7 +84,7 @@ def leader_epochs(
 def starts(
     fresh: AbstractSet[Partition],
     stored: Mapping[Partition, Stored | None],
-    bounds: Mapping[Partition, Bounds],
+    bounds: Mapping[Partition, LogRange],
     chosen: Mapping[Partition, int],
     topic_ids: Mapping[str, str],
     epoch_ends: Mapping[Partition, int],
@@ -130,7 +130,7 @@ def _made_again(
 def where_to_start(
     partition: Partition,
     stored: Stored | None,
-    bounds: Bounds,
+    bounds: LogRange,
     chosen: int | None,
     topic_id: str | None = None,
     epoch_end: int | None = None,

@@ -49,10 +49,10 @@ class Supervised(Protocol):
     def knows(self, topic: str) -> int:
         """How many partitions of the topic its own metadata has."""
 
-    def seen(self, lags: Mapping[Partition, int | None]) -> None:
+    def lags_seen(self, lags: Mapping[Partition, int | None]) -> None:
         """All partitions of the topics, and how far the group is behind in each, if known."""
 
-    def heard(self) -> None:
+    def broker_answered(self) -> None:
         """A broker has answered a look."""
 
     def replace(self, reason: str) -> None:
@@ -124,9 +124,9 @@ class Supervision:
                 await self._until_the_next_look()
                 look = await lookout.look(list(self.partitions), client.standing().keys())
                 if look is not None:
-                    client.heard()
+                    client.broker_answered()
                     self._judge(look, client)
-                    client.seen(self.lags(look.lags))
+                    client.lags_seen(self.lags(look.lags))
         finally:
             self._looked_at_s = None
             await lookout.close()
@@ -153,7 +153,7 @@ class Supervision:
             if found.error in (NoError, UnknownTopicOrPartitionError)
         }
         doubted = self.doubtful | set()
-        end = self._topics.look(now_s, seen)
+        end = self._topics.judge(now_s, seen)
         if end is not None:
             raise CannotRun(end)
         for topic in self.doubtful - doubted:
@@ -171,7 +171,7 @@ class Supervision:
             for partition, position in client.standing().items()
             if partition in look.ends
         }
-        return self._silence.look(now_s, LOOK_EVERY_S, standing, asked)
+        return self._silence.judge(now_s, LOOK_EVERY_S, standing, asked)
 
     def _count(self, seen: Mapping[str, TopicSeen | None]) -> None:
         for topic, each in seen.items():
@@ -209,7 +209,7 @@ class Lookout:
     async def look(self, topics: list[str], held: AbstractSet[Partition]) -> Look | None:
         """What brokers say, within `LOOK_S` and a little; None, with a warning, if they don't."""
         try:
-            look = await within(LOOK_S, self._look(topics, held))
+            look = await within(LOOK_S, self._ask_brokers(topics, held))
         except (KafkaError, OSError, TimeoutError, WrongSettings) as error:
             if not self._failing:
                 log.warning("brokers do not tell about the topics: %s", type(error).__name__)
@@ -225,7 +225,7 @@ class Lookout:
         if admin is not None:
             await briefly(admin.close, STOP_S)
 
-    async def _look(self, topics: list[str], held: AbstractSet[Partition]) -> Look:
+    async def _ask_brokers(self, topics: list[str], held: AbstractSet[Partition]) -> Look:
         if self._admin is None:
             self._admin = AIOKafkaAdminClient(**client_options(self._kafka))
             await self._admin.start()

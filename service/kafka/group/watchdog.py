@@ -49,7 +49,7 @@ class SilenceWatch:
         self._starving: dict[Partition, _Starving] = {}
         self._looked_at_s: float | None = None
 
-    def look(
+    def judge(
         self,
         now_s: float,
         every_s: float,
@@ -125,7 +125,7 @@ class TopicsWatch:
         """Somebody was told that one of these is not there; the next look knows more."""
         self._doubted.update(topics)
 
-    def look(self, now_s: float, found: Mapping[str, TopicSeen | None]) -> str | None:
+    def judge(self, now_s: float, found: Mapping[str, TopicSeen | None]) -> str | None:
         """Why the process ends. `found` holds the topics that brokers told of; None: not there."""
         for topic, seen in found.items():
             if seen is None:

@@ -50,7 +50,7 @@ class Left(Enum):
 
 
 @dataclass
-class Plan:
+class RedrivePlan:
     """What a redrive comes to: how many are sent, which are left and why."""
 
     sent: int = 0
@@ -82,7 +82,7 @@ class Input:
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class RedriveRequest:
     """What a person asks for."""
 
     selection: Selection
@@ -95,9 +95,13 @@ class Redrive:
     """The redrive of what is wished, over one reader."""
 
     def __init__(
-        self, wish: Wish, reader: Reader, inputs: Mapping[str, Input], redriven: Redriven
+        self,
+        request: RedriveRequest,
+        reader: Reader,
+        inputs: Mapping[str, Input],
+        redriven: Redriven,
     ) -> None:
-        self._wish, self._reader = wish, reader
+        self._request, self._reader = request, reader
         self._inputs, self._redriven = inputs, redriven
         self._partitioner = DefaultPartitioner()
         self._batch_max_bytes = min(
@@ -105,9 +109,9 @@ class Redrive:
         )
         """So that what goes to any partition makes one batch; a larger message goes alone."""
 
-    async def plan(self) -> Plan:
+    async def plan(self) -> RedrivePlan:
         """What would come of it; sends nothing."""
-        plan = Plan()
+        plan = RedrivePlan()
         async for letter, why in self._judged():
             if why is None:
                 plan.sent += 1
@@ -135,18 +139,18 @@ class Redrive:
 
     async def _judged(self) -> AsyncIterator[tuple[Letter, Left | None]]:
         wanted = 0
-        async for letter in self._reader.letters(self._wish.selection):
+        async for letter in self._reader.letters(self._request.selection):
             why = self._why_left(letter)
             wanted += why is None
-            if self._wish.limit is not None and wanted > self._wish.limit:
+            if self._request.limit is not None and wanted > self._request.limit:
                 return
             yield letter, why
 
     def _why_left(self, letter: Letter) -> Left | None:
         found = self._inputs.get(letter.origin.topic)
-        if not self._wish.again and self._redriven.when_ms(letter) is not None:
+        if not self._request.again and self._redriven.when_ms(letter) is not None:
             return Left.ALREADY
-        if letter.redrives >= self._wish.attempts_max:
+        if letter.redrives >= self._request.attempts_max:
             return Left.TOO_OFTEN
         if found is None:
             return Left.NOT_OURS
@@ -167,26 +171,26 @@ class Redrive:
         return TopicPartition(topic, partition)
 
 
-async def look(settings: Settings, wish: Wish) -> Plan:
+async def plan_redrive(settings: Settings, request: RedriveRequest) -> RedrivePlan:
     """What a redrive would come to; disturbs none that is under way."""
     async with opened(settings) as reader:
         redriven = await reader.redriven()
-        return await Redrive(wish, reader, await _inputs(settings), redriven).plan()
+        return await Redrive(request, reader, await _inputs(settings), redriven).plan()
 
 
 async def redrive(
     settings: Settings,
-    wish: Wish,
-    may_go: Callable[[Plan], bool],
+    request: RedriveRequest,
+    may_go: Callable[[RedrivePlan], bool],
     sent: Callable[[int], None],
-) -> Plan:
+) -> RedrivePlan:
     """Send what is wished, if `may_go` says so of the plan; `sent` hears of each transaction.
 
     Raises `CannotRun` with what stands in the way; what is sent by then is marked as sent.
     """
     async with _producer(settings) as producer, opened(settings) as reader:
         redriven = await reader.redriven()  # behind the fence, so that it is all there is
-        work = Redrive(wish, reader, await _inputs(settings), redriven)
+        work = Redrive(request, reader, await _inputs(settings), redriven)
         plan = await work.plan()
         plan.declined = plan.sent > 0 and not may_go(plan)
         if plan.sent == 0 or plan.declined:

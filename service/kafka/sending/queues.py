@@ -99,7 +99,7 @@ class OutputQueue:
         self.under_way: list[Waiting] = []
         self.running = False
 
-    def take(self, size_max: int) -> list[Waiting]:
+    def next_batch(self, size_max: int) -> list[Waiting]:
         """The next batch, in order; what has failed or was withdrawn meanwhile is left out."""
         batch: list[Waiting] = []
         size = 0
@@ -255,7 +255,7 @@ class Sending:
         self, producer: Producer, where: TopicPartition, queue: OutputQueue
     ) -> asyncio.Future[Any]:
         """The queue's next batch is with the client; the answer to it."""
-        queue.under_way = queue.take(self._batch_max_bytes(where.topic))
+        queue.under_way = queue.next_batch(self._batch_max_bytes(where.topic))
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         if not queue.under_way:  # all of it was withdrawn
             answer.set_result(None)

@@ -79,7 +79,7 @@ class Outbox:
         self._queue.append(outgoing)
         self._count(outgoing, 1)
 
-    def take(self, fitting: Callable[[Sequence[int]], int]) -> list[Outgoing]:
+    def next_transaction(self, fitting: Callable[[Sequence[int]], int]) -> list[Outgoing]:
         """The next transaction's; what was withdrawn meanwhile is left out.
 
         `fitting` says how many of these offsets, ascending, may finish in it; wishes always go.

@@ -43,7 +43,7 @@ from service.kafka.client.deadlines import briefly, within
 from service.kafka.client.meaning import stop_for
 from service.kafka.sending.producers import Output
 from service.kafka.transactions.producer import TransactionalProducer, transactional_id
-from service.kafka.transactions.writer import Ledger, Means, Writer
+from service.kafka.transactions.writer import Ledger, Writer, WriterContext
 from service.settings import KafkaSettings
 
 PREFIX = "sluice"
@@ -239,7 +239,7 @@ class Transactions:
         assert self._ledger is not None, "set before the first fence"
         # Late outcomes of an older assignment come while the new one is restored.
         if writer is not None and self._ledger.takes(partition):
-            return writer.hand_over(offset, outputs, on_failure)
+            return writer.queue_up(offset, outputs, on_failure)
         on_failure()
         return _failed(PublishFailed(f"{partition} is not held"))
 
@@ -322,7 +322,7 @@ class Transactions:
             if self._fencing.get(partition) is asyncio.current_task():
                 del self._fencing[partition]
         # No wait since the epoch: if it were dropped meanwhile, this task would be cancelled.
-        writer = Writer(partition, producer, self._means())
+        writer = Writer(partition, producer, self._context())
         writer.hurried = self._hurried
         self._writers[partition] = writer
         return None
@@ -366,9 +366,9 @@ class Transactions:
         await how()
         del self._ending[producer]
 
-    def _means(self) -> Means:
+    def _context(self) -> WriterContext:
         assert self._ledger is not None, "the source sets it at its start"
-        return Means(
+        return WriterContext(
             turn=self._turn,
             open=self._open,
             end=self._end,
@@ -390,7 +390,7 @@ class Transactions:
         writer = self._writers.get(partition)
         if writer is None:
             return _failed(PublishFailed(f"{partition} is not held"))
-        return writer.hand_over(None, (), lambda: None)
+        return writer.queue_up(None, (), lambda: None)
 
 
 def _failed(error: Exception) -> asyncio.Future[None]:

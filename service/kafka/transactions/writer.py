@@ -79,7 +79,7 @@ class Ledger(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Means:
+class WriterContext:
     """What all writers share.
 
     `open` gives a new epoch within a bounded time, or raises, for those whose `turn` it is; `end`
@@ -140,8 +140,10 @@ class Writer:
     still to be published.
     """
 
-    def __init__(self, partition: Partition, producer: TransactionalProducer, means: Means) -> None:
-        self._partition, self._means = partition, means
+    def __init__(
+        self, partition: Partition, producer: TransactionalProducer, context: WriterContext
+    ) -> None:
+        self._partition, self._context = partition, context
         self._producer: TransactionalProducer | None = producer  # None: it has failed
         self._fresh: TransactionalProducer | None = None  # its epoch is new; nothing read since
         self._outbox = Outbox()
@@ -160,7 +162,7 @@ class Writer:
     @property
     def ledger(self) -> Ledger:
         """The one that it asks and tells."""
-        return self._means.ledger
+        return self._context.ledger
 
     @property
     def unused(self) -> bool:
@@ -185,7 +187,7 @@ class Writer:
         """The one that works, while there is something to do."""
         return self._task
 
-    def hand_over(
+    def queue_up(
         self,
         offset: int | None,
         outputs: Sequence[tuple[int, Output]],
@@ -210,7 +212,7 @@ class Writer:
         if self.hurried or self._outbox.urgent:
             self._leave.set()
         if self._task is None and self._outbox:
-            self._task = self._means.group.create_task(self._work())
+            self._task = self._context.group.create_task(self._work())
 
     def drop(self) -> TransactionalProducer | None:
         """Withdraw everything at once, for good; the producer is the caller's to end."""
@@ -263,20 +265,22 @@ class Writer:
     async def _gather(self) -> None:
         """Until what is queued first has waited for the interval, or there is enough."""
         with suppress(TimeoutError):
-            async with asyncio.timeout_at(self._outbox.since_s + self._means.interval_s):
+            async with asyncio.timeout_at(self._outbox.since_s + self._context.interval_s):
                 await self._leave.wait()
 
     async def _try(self, producer: TransactionalProducer) -> None:
         """One transaction to its end; after it all is settled, in the queue again, or in doubt."""
-        fitting = self._means.ledger.fitting
-        self._sending = self._outbox.take(lambda offsets: fitting(self._partition, offsets))
+        fitting = self._context.ledger.fitting
+        self._sending = self._outbox.next_transaction(
+            lambda offsets: fitting(self._partition, offsets)
+        )
         self._leave.clear()
         self.go_on()
         if not self._sending:
             return
         self.since_s = self.since_s or clock.now_s()
         try:
-            async with asyncio.timeout(self._means.deadline_s):
+            async with asyncio.timeout(self._context.deadline_s):
                 try:
                     await self._transact(producer)
                 except (_NotOurs, _Withdrawn):
@@ -293,7 +297,7 @@ class Writer:
             if self._blame(refusal):
                 await self._pause()
         except (KafkaError, TimeoutError, OSError) as error:
-            self._replace(producer, _why(error, self._means.deadline_s))
+            self._replace(producer, _why(error, self._context.deadline_s))
             if self._attempted is None:
                 self._put_back()
             await self._pause()
@@ -306,16 +310,16 @@ class Writer:
         # A restore may have withdrawn what the ledger now knows as finished, by another's hand.
         self._see_that_all_stands()
         offsets = sorted(each.offset for each in self._sending if each.offset is not None)
-        if self._means.ledger.fitting(self._partition, offsets) < len(offsets):
+        if self._context.ledger.fitting(self._partition, offsets) < len(offsets):
             raise _Withdrawn  # the holes of messages taken meanwhile have made the map longer
         finishing = frozenset(offsets)
         # Asked in the moment of sending: what was stored in between is in it.
-        stored = self._means.ledger.to_store(self._partition, finishing)
+        stored = self._context.ledger.to_store(self._partition, finishing)
         if stored is None:
             raise _NotOurs
-        known = self._means.ledger.known(self._partition)
+        known = self._context.ledger.known(self._partition)
         assert not finishing or stored != known, "it could not be told whether it is committed"
-        await producer.store(self._means.group_id, self._partition, stored)
+        await producer.store(self._context.group_id, self._partition, stored)
         # No wait from here to the commit: nobody can withdraw any more.
         self._see_that_all_stands()
         self._attempted = stored
@@ -339,7 +343,7 @@ class Writer:
         self, queues: dict[TopicPartition, OutputQueue]
     ) -> dict[TopicPartition, list[Waiting]]:
         taken = {
-            where: queue.take(self._means.batch_max_bytes(where.topic))
+            where: queue.next_batch(self._context.batch_max_bytes(where.topic))
             for where, queue in queues.items()
         }
         return {where: batch for where, batch in taken.items() if batch}
@@ -347,7 +351,7 @@ class Writer:
     def _committed(self, stored: Stored) -> None:
         """The ledger and whoever waits hear of it in the same breath."""
         self._attempted = None
-        self._means.ledger.stored(self._partition, stored)
+        self._context.ledger.stored(self._partition, stored)
         done, self._sending = self._sending, []
         for each in done:
             each.handover.acknowledged()
@@ -356,9 +360,9 @@ class Writer:
 
     def _replace(self, producer: TransactionalProducer, why: str) -> None:
         self._failed(f"a new producer takes over after {why}")
-        self._means.observe(ClientReplaced("producer"))
+        self._context.observe(ClientReplaced("producer"))
         self._producer = None
-        self._means.end(producer, producer.cut_off)
+        self._context.end(producer, producer.cut_off)
 
     async def _renew(self) -> None:
         """A new epoch of our own, and what became of the transaction before it.
@@ -367,28 +371,28 @@ class Writer:
         the epoch is the new owner's. Where it has gone to another meanwhile all the same, he is
         fenced, restores anew and fences us.
         """
-        async with self._means.turn:
-            await self._renew_now(self._means)
+        async with self._context.turn:
+            await self._renew_now(self._context)
         if self._producer is None and not self.lost:
             await self._pause()
 
-    async def _renew_now(self, means: Means) -> None:
-        if means.ledger.doubts(self._partition):
+    async def _renew_now(self, context: WriterContext) -> None:
+        if context.ledger.doubts(self._partition):
             self._failed("no new producer while its topic is in doubt")
             return
-        if means.ledger.to_store(self._partition, frozenset()) is None:
+        if context.ledger.to_store(self._partition, frozenset()) is None:
             self._lose(f"{self._partition} is not held")
             return
         try:
             if self._fresh is None:
-                self._fresh = await means.open(self._partition)
+                self._fresh = await context.open(self._partition)
             # Not earlier: a transaction that is ending is not in the offsets yet.
-            found = await within(READ_S, means.ledger.read_back(self._partition))
+            found = await within(READ_S, context.ledger.read_back(self._partition))
         except (PublishFailed, KafkaError, TimeoutError, OSError) as error:
             self._failed(f"no new producer: {_why(error, READ_S)}")
             return
         # No wait from here on: what was read decides.
-        known = means.ledger.known(self._partition)
+        known = context.ledger.known(self._partition)
         match became(self._attempted, found, known):
             case Became.COMMITTED:
                 assert self._attempted is not None, "nothing was attempted"
@@ -411,7 +415,7 @@ class Writer:
         failed: list[int] = []
         for batch, where, error in refusal.batches:
             if isinstance(error, TOO_LARGE):
-                self._means.refused(where.topic, sum(each.output.size_bytes for each in batch))
+                self._context.refused(where.topic, sum(each.output.size_bytes for each in batch))
             failure = after_refusal(batch, error)
             if isinstance(failure, PublishFailed):
                 handovers = {each.handover for each in batch}
@@ -432,14 +436,14 @@ class Writer:
     def _fenced(self, why: str) -> None:
         log.warning("%s: fenced (%s); it is to be restored before it goes on", self._partition, why)
         self._lose(f"{self._partition}: fenced")
-        self._means.ledger.fenced(self._partition)
+        self._context.ledger.fenced(self._partition)
 
     def _lose(self, why: str) -> None:
         """Whatever was handed over fails; what became of it only a restore can tell."""
         self.lost = True
         for producer in (self._producer, self._fresh):
             if producer is not None:
-                self._means.end(producer, producer.cut_off)
+                self._context.end(producer, producer.cut_off)
         self._producer = self._fresh = None
         self._fail_from(0, why)
 
