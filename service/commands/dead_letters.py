@@ -206,12 +206,12 @@ def plain(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The same, where there is room for one line."""
+    """As `plain`, with line breaks escaped too."""
     return plain(text).replace("\n", "\\n")
 
 
 def as_json_line(value: object) -> str:
-    """JSON with other scripts' letters as they are, and what steers a terminal escaped."""
+    """A value as JSON, in which letters of all scripts stay and other characters are escaped."""
     return "".join(
         each if each.isprintable() else json.dumps(each)[1:-1]
         for each in json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Where commands print to: a reader that has left, and streams that were never open."""
+"""The commands' stdout and stderr, also where a reader has left or a stream was never open."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, TextIO, cast
 
 
 class OutputClosed(Exception):
-    """Whoever read stdout has left, as `| head -1` does.
+    """The reader of stdout has left, as `| head -1` does.
 
-    It is no `OSError`: Kafka's client raises those too, where no broker answers.
+    It is not an `OSError`, because Kafka's client raises those too, where no broker answers.
     """
 
 
 class _Printed:
-    """A text stream that says `OutputClosed` where its reader has left."""
+    """A text stream that raises `OutputClosed` where its reader has left."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -40,10 +40,10 @@ class _Printed:
 
 @contextmanager
 def printing() -> Iterator[None]:
-    """Print to stdout until a reader leaves, which ends the command with exit code 0.
+    """Run a command with stdout and stderr; where the reader leaves, it ends with exit code 0.
 
-    Streams that were closed before the start lead nowhere. Without that, the next connection would
-    get their number, and what a library prints would go to a broker.
+    Streams that were closed before the start become /dev/null. Without that, the next connection
+    would get their file number, and text that a library prints would go to a broker.
     """
     before = sys.stdout, sys.stderr
     for number in (0, 1, 2):
@@ -66,7 +66,7 @@ def _open(number: int) -> None:
     try:
         os.fstat(number)
     except OSError:
-        os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        os.open(os.devnull, os.O_RDWR)  # it gets the lowest free number, which is this one
 
 
 def _nowhere() -> TextIO:
@@ -74,7 +74,7 @@ def _nowhere() -> TextIO:
 
 
 def _forget(stream: TextIO) -> None:
-    """What is left of the text goes nowhere, so that Python's own end does not fail on it."""
+    """Send the rest of the text to /dev/null, so that Python does not fail on it at its exit."""
     with suppress(OSError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

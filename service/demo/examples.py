@@ -1,4 +1,4 @@
-"""What the demo can show: a record type, texts it fits, and the endless stream made of them."""
+"""The demo's examples: a record type, texts for it, and an endless stream of messages from them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from service.demo.texts import ABOUT_ORDERS, ABOUT_PEOPLE, PASTED_LOG, UNREADABLE
 
 Shot: TypeAlias = tuple[str, Mapping[str, Any]]
-"""A text and the record it gives, shown to the model before each message."""
+"""A text with its record, which the model is shown before each message."""
 
 BROKEN_EVERY = 12
-"""One message in so many is broken on purpose, so that a rejection is seen."""
+"""One of this many messages is broken on purpose, so that a rejection can be seen."""
 _BROKEN_AT = 7
-"""Which of them: early enough for a demo of ten messages."""
+"""The place of the broken one, from 0: early enough for a demo of ten messages."""
 _KEYS = 12
 
 
 class Upstream(NamedTuple):
-    """A message as some program upstream would write it."""
+    """A message as a program upstream would write it."""
 
     key: bytes
     value: bytes
@@ -29,7 +29,7 @@ class Upstream(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DemoExample:
-    """A record type and texts; the shots help a very small model more than any instruction."""
+    """A record type with shots and texts. Shots help a very small model more than instructions."""
 
     record: str
     shots: tuple[Shot, ...]
@@ -87,9 +87,9 @@ EXAMPLES: Mapping[str, DemoExample] = MappingProxyType({"person": PERSON, "ticke
 
 
 def upstream(example: DemoExample, seed: int) -> Iterator[Upstream]:
-    """Messages without end, the same for the same seed: all texts in one order, then in another.
+    """Endless messages, the same for the same seed: all texts in one order, then in another.
 
-    One in `BROKEN_EVERY` is broken, by turns unreadable and far too long.
+    One in `BROKEN_EVERY` is broken: in turn it is unreadable or far too long.
     """
     chance = random.Random(seed)
     texts = _shuffled_forever(example.texts, chance)

@@ -1,4 +1,4 @@
-"""What the service says of itself at /metrics, as the few figures that the demo shows."""
+"""The few figures that the demo shows, read from the service's /metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """One scrape. Counts since the start; quantiles are None before there is anything to rank."""
+    """The figures of one scrape. Counts are since the start; a quantile is None before the first
+    observation."""
 
     state: str = "starting"
     finished: int = 0
@@ -32,7 +33,7 @@ class Figures:
 
 
 def read_figures(exposition: str) -> Figures:
-    """The figures in Prometheus' text format; a metric that is not there counts as nothing."""
+    """Read the figures from Prometheus' text format; a metric that is missing counts as 0."""
     sums: dict[str, float] = defaultdict(float)
     buckets: dict[str, dict[float, float]] = defaultdict(lambda: defaultdict(float))
     state = "starting"
@@ -71,8 +72,8 @@ def read_figures(exposition: str) -> Figures:
 def quantile(buckets: Mapping[float, float], share: float) -> float | None:
     """The value below which `share` of the observations lie, as Prometheus estimates it.
 
-    `buckets` maps an upper edge to the count at or below it. Within a bucket observations are
-    taken to lie evenly; above the last finite edge the answer is that edge.
+    `buckets` maps an upper edge to the number of observations at or below it. Observations are
+    assumed to lie evenly within a bucket. Above the last finite edge, that edge is returned.
     """
     edges = sorted(buckets)
     total = buckets[edges[-1]] if edges else 0

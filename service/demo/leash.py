@@ -1,7 +1,7 @@
-"""Ends a process of the demo as soon as the demo itself is gone, however it went.
+"""Ends a process of the demo as soon as the demo itself has ended, even where it was killed.
 
-The demo holds the other end of the process's standard input. The system closes it even when the
-demo is killed, on every platform, so that nothing is left running.
+The demo holds the other end of the process's standard input. The operating system closes it when
+the demo ends for any reason, on every platform, so that no process is left running.
 """
 
 import os
@@ -10,11 +10,11 @@ import sys
 import threading
 
 _GONE = 1
-"""Exit code of a process whose demo is gone."""
+"""The exit code of a process whose demo has ended."""
 
 
 def hold() -> None:
-    """From now on this process ends when its standard input does."""
+    """From now on this process ends when its standard input is closed."""
     threading.Thread(target=_wait, name="leash", daemon=True).start()
 
 
@@ -22,12 +22,13 @@ def _wait() -> None:
     # Not through sys.stdin: its lock, held while it reads, would break the interpreter's exit.
     while os.read(0, 4096):
         pass
-    # No drain: the broker lived in the demo, so there is nothing to commit to.
+    # There is no drain: the broker was part of the demo, so nothing could be committed.
     os._exit(_GONE)
 
 
 def main() -> None:
-    """`python -m service.demo.leash MODULE ARGUMENT…`: `python -m MODULE ARGUMENT…`, held."""
+    """`python -m service.demo.leash MODULE ARGUMENT…` runs `python -m MODULE ARGUMENT…` on the
+    leash."""
     hold()
     sys.argv = sys.argv[1:]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

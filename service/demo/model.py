@@ -1,7 +1,7 @@
 """A real small language model on this machine, behind an OpenAI-compatible endpoint.
 
-llama.cpp's own server, as the xllamacpp wheel, with SmolLM2-135M-Instruct; in a process of its
-own, so that it takes no time from the demo's and can be ended whatever it is doing.
+It is llama.cpp's own server (the xllamacpp wheel) with SmolLM2-135M-Instruct. It runs in a process
+of its own, so that it does not slow down the demo's process and can be ended at any moment.
 
     python -m service.demo.model --host 0.0.0.0 --port 8080     on its own, until SIGTERM
 """
@@ -26,37 +26,39 @@ from service.demo.download import OWN_ENDPOINT, fetch_model
 from service.demo.leash import hold
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
-"""What the endpoint calls it, and where it is listed."""
+"""The model's name at the endpoint and in its list of models."""
 SLOTS = 2
-"""Calls that the model works on at once. One thread gains nothing from more of them: each slot
-reads the instructions once for itself, and then all share the thread."""
+"""How many calls the model works on at once. More would gain nothing with one thread: each slot
+reads the instructions for itself, and then all slots share the thread."""
 THREADS = 1
-"""Of computing. The threads wait for each other at every layer by spinning: two on two cores that
-others use too were ten times slower than one."""
+"""How many threads compute. Threads wait for each other at every layer by spinning: on two cores
+that other processes use too, two threads were ten times slower than one."""
 CONTEXT_TOKENS = 2048
-"""Of each slot: prompt and answer."""
+"""How many tokens of prompt and answer each slot can hold."""
 START_TIMEOUT_S = 60.0
-"""From the process's start to its address; about a second on a machine at rest."""
+"""How many seconds the process may take until it prints its address; about one on an idle
+machine."""
 STOP_TIMEOUT_S = 3.0
 OPENMP = "libgomp.so.1"
 """The OpenMP runtime that llama.cpp's library is linked to; a minimal Debian does not have it."""
 OPENMP_WHEEL = "cmeel-libomp"
-"""The demo extra's wheel with LLVM's runtime, which has a file of that name too."""
+"""The demo extra's wheel with LLVM's OpenMP runtime, which has a file of the same name."""
 _END_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @asynccontextmanager
 async def local_model() -> AsyncIterator[str]:
-    """The base URL of the model in a process of its own, which ends with the block.
+    """Start the model in a process of its own; the value is its base URL. The process ends when the
+    context is left.
 
-    Its file must be in the cache (`fetch_model`). Raises `CannotRun` with a sentence.
+    The model's file must be in the cache (`fetch_model`). Raises `CannotRun` with a sentence.
     """
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "service.demo.model", "--leash"),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
-        start_new_session=True,  # the terminal's Ctrl-C is for the demo, which ends this one
+        start_new_session=True,  # only the demo gets Ctrl-C; it ends this process
         cwd=Path(__file__).parents[2],
     )
     try:
@@ -95,7 +97,7 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 
 
 def main() -> None:
-    """Serves until told to end; says its address, or why it cannot, in one line."""
+    """Serve until SIGTERM or SIGINT. Prints one line: the address, or why it cannot serve."""
     parser = argparse.ArgumentParser(prog="python -m service.demo.model", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
@@ -106,8 +108,9 @@ def main() -> None:
         hold()
     try:
         path = asyncio.run(fetch_model(lambda done, total: None))
-        # Blocked before the server starts its threads, which inherit it: only `sigwait` sees them,
-        # also as process 1 of a container, where a signal without a handler would be dropped.
+        # Block the signals before the server starts its threads, which inherit that: then only
+        # `sigwait` gets them. This also works as process 1 of a container, where the kernel drops
+        # signals without a handler.
         signal.pthread_sigmask(signal.SIG_BLOCK, _END_SIGNALS)
         server = serve(path, wanted.host, wanted.port)
     except CannotRun as reason:
@@ -115,14 +118,14 @@ def main() -> None:
         sys.exit(1)
     print(server.listening_address, flush=True)
     signal.sigwait(_END_SIGNALS)
-    os._exit(0)  # without waiting for answers that nobody will read
+    os._exit(0)  # do not wait for answers: no client reads them any more
 
 
 def _bring_openmp() -> None:
-    """Starts this process anew with the wheel's OpenMP runtime, where the system has none.
+    """Start this process anew with the wheel's OpenMP runtime, where the system has none.
 
-    The loader finds a library by its file's name, and reads the folders in LD_LIBRARY_PATH when a
-    process starts: loading the file under its path beforehand would not count.
+    The loader searches the folders in LD_LIBRARY_PATH, which it reads only when a process starts.
+    Loading the file by its path beforehand would not help: the loader looks for it by its name.
     """
     folder = openmp_folder()
     known = os.environ.get("LD_LIBRARY_PATH", "").split(":")
@@ -135,7 +138,7 @@ def _bring_openmp() -> None:
 
 
 def openmp_folder() -> Path | None:
-    """Where the wheel has its runtime; none without the wheel."""
+    """The folder of the wheel's OpenMP runtime; None where the wheel is not installed."""
     try:
         folder = Path(str(distribution(OPENMP_WHEEL).locate_file("cmeel.prefix/lib")))
     except PackageNotFoundError:
@@ -152,7 +155,8 @@ def _loads(library: str) -> bool:
 
 
 def serve(path: Path, host: str, port: int) -> Any:
-    """A running llama.cpp server; it answers once this returns and lives as long as its object."""
+    """Start a llama.cpp server. It answers when this returns and runs as long as the object
+    lives."""
     if importlib.util.find_spec("xllamacpp") is None:
         raise CannotRun(
             "The local model needs the demo extra: pip install 'kafka-sluice[demo]'. "
@@ -174,7 +178,7 @@ def serve(path: Path, host: str, port: int) -> Any:
     params.n_threads_http = 2 * SLOTS
     params.use_jinja = True  # the model's own chat template
     params.endpoint_metrics = True
-    params.fit_params = False  # there is no accelerator whose memory would have to be measured
+    params.fit_params = False  # without an accelerator there is no memory to measure
     params.ui = False
     params.verbosity = 0
     try:

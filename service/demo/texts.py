@@ -1,4 +1,4 @@
-"""Texts for the demo, written for it, and an endless stream of messages made of them."""
+"""The demo's texts, all written for it."""
 
 ABOUT_PEOPLE = (
     "Amara Okafor turned 34 last Sunday and danced until the neighbours joined in.",
@@ -105,7 +105,7 @@ ABOUT_ORDERS = (
 )
 
 UNREADABLE = "Señor Ibáñez, 52, envió esto desde una máquina muy vieja.".encode("latin-1")
-"""A message that is no UTF-8, as a program without a notion of encodings writes it."""
+"""A message that is not UTF-8, as an old program may write it."""
 
 PASTED_LOG = "\n".join(f"{line:04} pump {line % 7} ok, valve {line % 5} ok" for line in range(200))
-"""A message much longer than a message should be."""
+"""A message that is much longer than input.text_max_bytes in the demo."""

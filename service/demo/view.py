@@ -1,6 +1,6 @@
-"""The demo's screen: texts and their records, the rejected, the figures, what is simulated.
+"""The demo's screen: texts with their records, rejections, figures, and what is simulated.
 
-Rules of this file: it draws a `Board` and knows nothing of where it comes from.
+Rules of this file: it draws a `Board` and does not know where the board's contents come from.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from rich.text import Text
 from service.demo.figures import Figures
 
 ROWS_KEPT = 60
-"""Records that a very tall terminal can show."""
+"""How many records are kept: as many as a very tall terminal can show."""
 REJECTED_ROWS = 2
 RATE_WINDOW_S = 15.0
-"""The throughput shown is the mean over this long: calls of seconds make a shorter one jump."""
+"""The throughput on the screen is the mean over this many seconds. Calls take seconds, so a shorter
+mean would jump."""
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _CURVE_POINTS = 18
 _ACCENT = "cyan"
@@ -32,7 +33,7 @@ _ACCENT = "cyan"
 
 @dataclass(frozen=True, slots=True)
 class Extraction:
-    """A text and one record that came of it, `seconds` after it was written."""
+    """A text and one of its records, which came `seconds` after the text was written."""
 
     text: str
     record: Mapping[str, Any]
@@ -41,7 +42,7 @@ class Extraction:
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """A text that went to the dead letters, and why."""
+    """A text that became a dead letter, and why."""
 
     text: str
     reason: str
@@ -67,7 +68,7 @@ class Board:
     _history: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=1200))
 
     def scraped(self, figures: Figures, now_s: float) -> None:
-        """A new look at the service."""
+        """Take over the figures of a new scrape."""
         self.figures, self.now_s, self.notes = figures, now_s, ""
         if self.began_s is None and figures.slots_busy:
             self.began_s = now_s
@@ -75,7 +76,7 @@ class Board:
 
     @property
     def running_s(self) -> float:
-        """Since the first call."""
+        """Seconds since the first call."""
         return 0.0 if self.began_s is None else self.now_s - self.began_s
 
     @property
@@ -98,7 +99,7 @@ class Board:
 
 
 def screen(board: Board) -> RenderableType:
-    """The whole screen; made for 100 columns and 30 rows, larger and smaller will do."""
+    """The whole screen. It is made for 100 columns and 30 rows, but other sizes work too."""
     layout = Layout()
     layout.split_column(
         Layout(_head(board), size=2),
@@ -111,14 +112,14 @@ def screen(board: Board) -> RenderableType:
 
 
 def line(row: Extraction | Rejection) -> str:
-    """The same for a terminal that is none: one line."""
+    """A row as one line of text, for an output that is no terminal."""
     if isinstance(row, Extraction):
         return f"{row.text}  ->  {json.dumps(row.record, ensure_ascii=False)}"
     return f"{row.text}  ->  rejected, {row.reason}: {row.detail}"
 
 
 def summary(board: Board) -> list[str]:
-    """What the demo came to, in a few lines."""
+    """The demo's result in a few lines."""
     seen = board.figures
     return [
         f"{seen.finished} messages, {seen.records} records, {seen.rejected} rejected",
@@ -130,7 +131,7 @@ def summary(board: Board) -> list[str]:
 
 
 def seconds(value: float | None) -> str:
-    """A duration with the precision that a histogram has."""
+    """A duration in words, no more precise than a histogram's quantile is."""
     if value is None:
         return "-"
     return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.1f} s"
@@ -176,7 +177,7 @@ def _records(board: Board) -> RenderableType:
 
 
 def _record(record: Mapping[str, Any]) -> Text:
-    """The values in the order of their fields, the names small."""
+    """A record's values in the order of its fields, each behind its dimmed name."""
     parts: list[tuple[str, str]] = []
     for name, value in record.items():
         shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -166,7 +166,8 @@ class Asking:
         return True
 
     def _second_ended(self, route: str, _: asyncio.Task[Result]) -> None:
-        """A second call has a slot of its own, which comes back whether it has begun or not."""
+        """Give back the second call's own slot, also where its task never came to its first
+        step."""
         self._admission.release(route)
 
     def overstays(self, entry: Entry) -> bool:

@@ -83,7 +83,7 @@ class Calls:
             ask_again_s = earliest(ask_again_s, self._requeue(now_s))
         while (entry := self._window.next_queued(self._holds)) is not None:
             if not self._may_begin(entry):
-                break  # the end of a call goes on with it
+                break  # the end of a running call calls `admit` again
             if (held_s := self._guard.wait_s(now_s)) > 0.0:
                 ask_again_s = earliest(ask_again_s, now_s + held_s)
                 break

@@ -104,7 +104,8 @@ class Probing:
         probe.add_done_callback(partial(self._called_off, route, again))
 
     def _called_off(self, route: str, again: Callable[[], None], probe: asyncio.Task[None]) -> None:
-        """A probe that was cancelled, before its first step or later, has told nothing."""
+        """The probe was cancelled, maybe before its first step, and nothing is known: another may
+        go out."""
         if self._running.get(route) is probe:
             del self._running[route]
             self._admission.probe_cancelled(route)

@@ -55,7 +55,7 @@ def load(config: Path | None, environ: Mapping[str, str]) -> Settings:
 
 
 def origin(config: Path | None, environ: Mapping[str, str]) -> str:
-    """Where settings come from, for a person: the file's whole path and the variables' names."""
+    """Where settings come from, for a person: the file's full path and the variables' names."""
     file = config or (DEFAULT_FILE if DEFAULT_FILE.exists() else None)
     names = sorted(_variables(environ)[0])
     told = [] if file is None else [str(file.absolute())]

@@ -170,7 +170,7 @@ class Admission:
     # --- asking ----------------------------------------------------------------------------------
 
     def hold(self, now_s: float, estimate: Estimate = NO_TOKENS) -> Hold | None:
-        """None: a call may start. Asking changes nothing that matters to others."""
+        """Why no call may start now; None: one may. Asking charges nothing."""
         if self.full(now_s, estimate.route):
             return NO_SLOT
         if self.probe_is_out(estimate.route):
@@ -193,7 +193,7 @@ class Admission:
         return self.all_busy or to_use.busy >= to_use.limit
 
     def waits(self, now_s: float, estimate: Estimate = NO_TOKENS) -> Mapping[Cause, float]:
-        """Seconds to wait by each cause that holds the next call up; slots apart."""
+        """Seconds until the next call may start, by cause; slots are not among the causes."""
         route = self._route(estimate.route)
         waits = (
             *self._budget_waits(now_s, estimate),
@@ -240,7 +240,7 @@ class Admission:
         return True
 
     def charge(self, now_s: float, estimate: Estimate) -> None:
-        """A call goes out, room or not."""
+        """Charge a call that goes out, whether there is room or not."""
         self._requests.take(now_s, 1.0, 1.0, estimate.route)
         self._tokens.take(now_s, estimate.tokens, estimate.tokens_max, estimate.route)
         self._route(estimate.route).pace.started(now_s)
@@ -289,7 +289,8 @@ class Admission:
         self._route(route).overloaded(now_s, turn.started_s, in_flight, reason)
 
     def cool_down(self, now_s: float, retry_after_s: float | None, route: str = "") -> None:
-        """Nobody starts until then; afterwards slowly, where no pace sees to that."""
+        """No call starts for this time; afterwards they start slowly, unless a pace is in force and
+        sees to that."""
         self._route(route).cool_down(now_s, retry_after_s)
 
     def failed(
@@ -337,7 +338,8 @@ class Admission:
         return self._route(route).circuit.state is CircuitState.PROBING
 
     def probe_wait_s(self, now_s: float, route: str = "") -> float | None:
-        """0: a probe may start; a number: ask again then; None: only an answer changes it."""
+        """Seconds until a probe may start; None: a probe is out, and only its answer changes
+        that."""
         return self._route(route).circuit.wait_s(now_s)
 
     def wants_a_message(self, route: str) -> bool:
@@ -353,16 +355,16 @@ class Admission:
         self._route(route).circuit.probing()
 
     def probing(self, now_s: float, route: str = "") -> None:
-        """A probe goes out, which takes no slot; only after `probe_wait_s` gave 0."""
+        """A probe goes out, which takes no slot; allowed only after `probe_wait_s` returned 0."""
         self._route(route).circuit.probing()
         self.charge(now_s, Estimate(route=route))
 
     def probe_succeeded(self, now_s: float, route: str = "") -> bool:
-        """The provider is there. True: the circuit was not closed until now."""
+        """A probe was answered. True: the circuit was not closed until now."""
         return self._reopened(self._route(route).answers(now_s))
 
     def probe_cancelled(self, route: str = "") -> None:
-        """It was called off without an answer: another may go."""
+        """The probe was cancelled without an answer: another may go out."""
         self._route(route).circuit.cancelled()
 
     # --- retries ---------------------------------------------------------------------------------

@@ -187,7 +187,7 @@ class Budget:
         return rate_per_s, max(self._smallest_burst, rate_per_s * BURST_S)
 
     def set_share(self, now_s: float, share: float) -> None:
-        """Our part of it, from now on."""
+        """Sets our part of the budget, 0 to 1, from now on."""
         self._share = share
         for provider in self._providers.values():
             provider.share = share

@@ -17,11 +17,12 @@ from service.core.admission.slots import Slots
 from service.core.admission.suspicion import Suspicion, Tally
 
 RESTART_SLOTS = 4
-"""With so many calls more than are running it goes on after a cooldown or an outage: enough to
-be at full speed after a few round trips, too few to be a blow."""
+"""After a cooldown or an outage, this many calls may run beside those that still do. It is enough
+to be at full speed after a few round trips, and too few to overload the provider at once."""
 
 RESTART_GROWTH = 2
-"""Slots more for each answer, and the one that the answer frees: threefold for a round trip."""
+"""By how many slots each answer raises the limit after a restart. With the slot that the answer
+itself frees, the number of calls triples in a round trip."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +57,12 @@ class Route:
 
     @property
     def closed(self) -> bool:
-        """Calls go through: the circuit is closed."""
+        """Whether the circuit is closed, so that calls may go out."""
         return self.circuit.state is CircuitState.CLOSED
 
     def circuit_wait_s(self, now_s: float) -> float:
-        """While it is not closed only a probe may go, so that a call never may."""
+        """Seconds until the circuit lets a call start. It is never 0 while the circuit is not
+        closed, even where a probe is due: only a probe may go then."""
         return 0.0 if self.closed else max(self.circuit.wait_s(now_s) or 0.0, 1e-3)
 
     def restart_now(self, now_s: float) -> None:
@@ -81,7 +83,7 @@ class Route:
         return self.answers(now_s)
 
     def answers(self, now_s: float) -> bool:
-        """The provider is there. True: the circuit was not closed until now."""
+        """The provider is reachable. True: the circuit was not closed until now."""
         self.last_success_s = now_s
         self.answered += 1
         reopened = self.circuit.succeeded()
@@ -94,7 +96,7 @@ class Route:
         """A call was turned away, or not answered in time; `in_flight` is None where it began on
         another route, and nothing can be read from the number."""
         if not self.closed:
-            return  # a leftover of the outage, not of our being too many
+            return  # it failed because of the outage, not because of too many calls
         limited = reason == RATE_LIMITED
         by_slots = in_flight is not None and self.slots.overloaded(
             now_s, started_s, in_flight, limited=limited
@@ -103,7 +105,8 @@ class Route:
             self.pace.refused(now_s, started_s)
 
     def cool_down(self, now_s: float, retry_after_s: float | None) -> None:
-        """Nobody starts until then; afterwards slowly, where no pace sees to that."""
+        """No call starts for this time; afterwards they start slowly, unless a pace is in force and
+        sees to that."""
         if retry_after_s is None:
             return
         self.cooldown_until_s = max(self.cooldown_until_s, now_s + retry_after_s)
