@@ -43,6 +43,7 @@ INTAKE = "service/pipeline/intake.py"
 OUTCOMES = "service/pipeline/outcomes.py"
 PIPELINE = "service/pipeline/pipeline.py"
 PROBING = "service/pipeline/probing.py"
+PURSE = "service/pipeline/purse.py"
 PUBLISHING = "service/pipeline/publishing.py"
 STREAMED = "service/pipeline/streaming.py"
 TASKS = "service/pipeline/tasks.py"
@@ -75,6 +76,7 @@ WAY = "tests/pipeline/test_way.py::test_"
 ADMISSION = "tests/pipeline/test_admission.py::test_"
 STREAMING = "tests/pipeline/test_streaming.py::test_"
 REBALANCE = "tests/pipeline/test_rebalance.py::test_"
+SPEND = "tests/pipeline/test_spend.py::test_"
 ROUTES = "tests/pipeline/test_routes.py::test_"
 DIED = "tests/pipeline/test_process_died.py::test_"
 SIMULATION = "tests/pipeline/test_simulation.py::test_"
@@ -382,6 +384,27 @@ TAKEN_AWAY = (
         "while (entry := self._window.next_queued(self._holds)) is not None:",
         "while not self._holds and (entry := self._window.next_queued()) is not None:",
         (ROUTES + "what_a_second_model_refuses_stops_nobody_else",),
+    ),
+    Mutation(
+        "14 what was spent is forgotten by whoever takes a partition over",
+        PIPELINE,
+        "        self._purse.reassigned(before)\n",
+        "",
+        (SPEND + "workers_that_start_together_or_later_keep_the_limit",),
+    ),
+    Mutation(
+        "14 each cost goes onto any account, so that divided ones exceed their part",
+        PURSE,
+        "min(self._window.held.values(), key=lambda each: total_usd(each.spent))",
+        "next(iter(self._window.held.values()))",
+        (SPEND + "workers_that_start_together_or_later_keep_the_limit",),
+    ),
+    Mutation(
+        "14 what was spent does not travel with the offset",
+        "service/kafka/client/stored.py",
+        '        ("s", ledger.written(progress.spent)),\n',
+        "",
+        (SPEND + "the_commit_has_it_and_says_nothing_where_nothing_was_spent",),
     ),
     Mutation(
         "11 what a run that is ending starts is an error of its own",

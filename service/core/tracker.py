@@ -12,6 +12,7 @@ from collections import deque
 from dataclasses import dataclass
 from enum import Enum
 
+from service.core.admission.ledger import Ledger
 from service.core.completed import Runs, runs_of
 
 UNCLEAN_ENDS_MAX = 3
@@ -34,6 +35,8 @@ class Progress:
     runs: Runs = ()
     unclean_ends: int = 0
     alone: int | None = None
+    spent: Ledger = ()
+    """What was spent on its account in the last hour, for `limits.spend_usd_per_hour`."""
 
 
 @dataclass(frozen=True, slots=True)

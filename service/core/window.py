@@ -146,6 +146,7 @@ class Holding:
         "lost",
         "map_fullness",
         "measured_at",
+        "spent",
         "suspects",
         "tracker",
     )
@@ -156,6 +157,7 @@ class Holding:
         self.tracker = PartitionTracker(next_offset, finished_ranges(next_offset, runs))
         self.lanes: dict[Hashable, Lane] = {}
         self.entries: dict[int, Entry] = {}  # by offset, in order
+        self.spent = given.progress.spent
         self.committed = given.progress  # what Kafka is known to hold
         self.end: int | None = None
         self.lost = False
@@ -184,7 +186,7 @@ class Holding:
         alone = self.alone
         if alone is not None and (alone < next_offset or (clean and alone != self.given.alone)):
             alone = None  # it is finished, or it was cancelled and the process did not die of it
-        return Progress(next_offset, runs, unclean_ends, alone)
+        return Progress(next_offset, runs, unclean_ends, alone, self.spent)
 
     def measure(self) -> None:
         """Measure how full the completed map is."""

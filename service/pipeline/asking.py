@@ -22,6 +22,7 @@ from service.pipeline.outcomes import (
     cost_usd,
     is_answer,
 )
+from service.pipeline.purse import Purse
 from service.pipeline.streaming import Streaming
 from service.ports import Extractor
 
@@ -39,11 +40,12 @@ class Asking:
         admission: Admission,
         streaming: Streaming,
         commits: Commits,
+        purse: Purse,
         bounds: Bounds,
         observe: Observe,
     ) -> None:
         self._extractor, self._admission = extractor, admission
-        self._streaming, self._commits = streaming, commits
+        self._streaming, self._commits, self._purse = streaming, commits, purse
         self._bounds, self._observe = bounds, observe
         self._hedges = Hedges(bounds.hedge_after_s)
         self._watches = bounds.hedge_after_s is not None or bounds.message_timeout_s is not None
@@ -139,7 +141,7 @@ class Asking:
         beside_usd += called_off * sum(cost_usd(entry, each) for each in known)
         entry.beside_usd += beside_usd
         if beside_usd > 0:
-            self._admission.spent(clock.now_s(), beside_usd)
+            self._purse.spent(beside_usd)
 
     def _look_again_s(self, entry: Entry, turn: Turn, *, hedged: bool) -> float | None:
         """When to look at a running call again: at `hedge_after_s` or `message_timeout_s`."""

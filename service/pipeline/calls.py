@@ -15,7 +15,7 @@ from service import clock
 from service.core.admission.admission import BUDGETS, NO_SLOT, Admission, Cause, Hold, Turn
 from service.core.admission.budgets import NO_TOKENS, Estimate
 from service.core.admission.guard import Guard
-from service.core.admission.shares import share
+from service.core.admission.shares import even_share, share
 from service.core.errors import CallFailure, NoRoom, ServiceFailure, TransientFailure
 from service.core.events import Admitted, Observe
 from service.core.messages import Partition
@@ -31,6 +31,7 @@ from service.pipeline.outcomes import (
 )
 from service.pipeline.probing import Probing
 from service.pipeline.publishing import Publishing
+from service.pipeline.purse import Purse
 from service.pipeline.tasks import Conditions, Tasks
 from service.ports import Extractor
 
@@ -52,13 +53,14 @@ class Calls:
         answering: Answering,
         asking: Asking,
         publishing: Publishing,
+        purse: Purse,
         observe: Observe,
     ) -> None:
         self._extractor, self._observe = extractor, observe
         self._window, self._admission, self._guard = window, admission, guard
         self._phase, self._tasks, self._conditions = phase, tasks, conditions
         self._probing, self._answering = probing, answering
-        self._asking, self._publishing = asking, publishing
+        self._asking, self._publishing, self._purse = asking, publishing, purse
         self._holds: dict[str, Hold] = {}  # by route: why what is queued for it waits
         self._lags: Mapping[Partition, int | None] = {}
         self._turns: dict[Entry, Turn] = {}  # of the calls that have a slot now
@@ -159,7 +161,8 @@ class Calls:
 
     def share_out(self) -> None:
         """Set our share of the budgets anew, from the partitions held and the lags."""
-        self._admission.set_share(clock.now_s(), share(self._window.held.keys(), self._lags))
+        held, lags = self._window.held.keys(), self._lags
+        self._admission.set_share(clock.now_s(), share(held, lags), even_share(held, lags))
 
     def seen(self, lags: Mapping[Partition, int | None]) -> None:
         """Take over new lags, by partition of the input topics; None: not known."""
@@ -251,7 +254,7 @@ class Calls:
         usd = spent.cost_usd - (0.0 if before is None else before.cost_usd)
         answered = not (spent.cached or isinstance(result, TransientFailure | ServiceFailure))
         if usd > 0 or answered:  # a call without an answer does not show what a call costs
-            self._admission.spent(clock.now_s(), usd)
+            self._purse.spent(usd)
         if spent.cached:
             self._admission.unused(clock.now_s(), turn.estimate)
 

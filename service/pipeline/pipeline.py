@@ -31,6 +31,7 @@ from service.pipeline.commits import Commits
 from service.pipeline.intake import Intake
 from service.pipeline.probing import Probing
 from service.pipeline.publishing import Publishing
+from service.pipeline.purse import Purse
 from service.pipeline.reporting import Reporting
 from service.pipeline.streaming import Streaming
 from service.pipeline.tasks import Conditions, Tasks
@@ -89,7 +90,10 @@ class Pipeline:
             observe=observe,
             uniform=uniform,
         )
-        asking = Asking(extractor, self._admission, streaming, self._commits, bounds, observe)
+        self._purse = Purse(self._window, self._admission, wall_clock)
+        asking = Asking(
+            extractor, self._admission, streaming, self._commits, self._purse, bounds, observe
+        )
         probing = Probing(extractor, self._window, self._admission, self._phase, *running)
         self._answering = Answering(
             extractor,
@@ -112,6 +116,7 @@ class Pipeline:
             self._answering,
             asking,
             self._publishing,
+            self._purse,
             observe,
         )
         self._reporting = Reporting(*shared, self._conditions, self._calls, streaming, bounds)
@@ -205,7 +210,9 @@ class Pipeline:
         await self._commits.commit()
 
     def assigned(self, given: Mapping[Partition, Given]) -> None:
+        before = dict(self._window.held)
         self._call_off(self._window.assign(given))
+        self._purse.reassigned(before)
         self._phase.hold()
         self._admission.finish(finishing=self._phase.finishing)
         self._calls.share_out()

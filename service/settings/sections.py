@@ -486,8 +486,8 @@ class LimitSettings(Section):
     are estimated before a call and corrected after it."""
     spend_usd_per_hour: float | None = Field(default=None, gt=0, le=1_000_000)
     """US dollars that all workers of the group may spend together in a rolling hour. Beyond it no
-    call is made until earlier ones are an hour old. A worker that starts does not know what was
-    spent before. The model needs a price."""
+    call is made until earlier ones are an hour old. What was spent travels with the partitions,
+    each of which has an equal part of it. The model needs a price."""
     workers: int = Field(default=1, ge=1, le=64)
     """How many processes one command starts, to use more than one core. Each is a member of the
     group with its own concurrency, window and memory cache. `sluice run --workers` overrides it."""

@@ -174,17 +174,22 @@ def test_a_lone_backlog_gets_nearly_all_and_the_idle_can_start() -> None:
     assert share(set(), lags) == 0.0
 
 
-def test_the_hour_rolls_and_its_part_is_the_mean_of_the_shares() -> None:
-    """What is an hour old no longer counts; half of the hour with nothing leaves half of it."""
+def test_spend_is_counted_over_an_hour_and_by_partitions() -> None:
+    """Half of the partitions, half of the limit; what came with them, or went with others, counts
+    for as long as it is of the hour."""
     spend = Spend(10.0)
-    spend.set_share(0, 1.0)
-    spend.set_share(1800, 0.0)
-    spend.spent(100, 4.0)
-    assert spend.wait_s(3600, 0) == 0, "5 of the mean share"
-    spend.spent(3600, 1.5)
-    assert spend.wait_s(3600, 0) > 0
-    assert spend.last_hour_usd(3600) == 5.5
-    assert spend.last_hour_usd(100 + 60 + 3600) == 1.5
+    spend.set_share(0.5)
+    spend.spent(0, 2.0)
+    spend.carry(0, 1800, 2.5)
+    assert spend.wait_s(1, 0) == 0
+    spend.spent(2, 0.5)
+    assert spend.wait_s(3, 0) > 0
+    spend.carry(3, 600, -1.0)
+    assert spend.wait_s(3, 0) == 0
+    assert spend.last_hour_usd(3) == 4.0
+    assert spend.last_hour_usd(1800 + 61) == 1.5
+    spend.carry(4000, 4000, 99.0)
+    assert spend.last_hour_usd(4000) == 0
 
 
 def test_calls_under_way_count_with_the_mean_cost() -> None:

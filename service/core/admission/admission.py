@@ -309,6 +309,10 @@ class Admission:
         """An answer has cost this much, which may be 0."""
         self._spend.spent(now_s, usd)
 
+    def carry(self, now_s: float, age_s: float, usd: float) -> None:
+        """So much more, or less, was spent so long ago on accounts that are ours now, or not."""
+        self._spend.carry(now_s, age_s, usd)
+
     def doubt(self, now_s: float, route: str = "") -> None:
         """Nobody knows whether the provider is there: a probe goes out at once."""
         self._route(route).circuit.doubt(now_s)
@@ -382,9 +386,9 @@ class Admission:
 
     # --- shares ----------------------------------------------------------------------------------
 
-    def set_share(self, now_s: float, share: float) -> None:
+    def set_share(self, now_s: float, share: float, even: float) -> None:
         """Our part of the budgets that all workers share, 0 to 1."""
         self.share = share
         for budget in (self._requests, self._tokens):
             budget.set_share(now_s, share)
-        self._spend.set_share(now_s, share)
+        self._spend.set_share(even)

@@ -6,7 +6,7 @@ seconds apart, so their shares add up to 1. Each backlog shrinks in proportion t
 proportions between the lags, and with them the shares, stay nearly the same.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
 
 from service.core.messages import Partition
@@ -15,6 +15,13 @@ EVEN_SHARE = 0.05
 """The part of the budget that is spread evenly over all partitions. With it a worker whose
 partitions are empty can call for new messages before it reads the lags again, and a single
 partition with a backlog still gets 95 %."""
+
+
+def even_share(held: AbstractSet[Partition], all_of_them: Collection[Partition]) -> float:
+    """The part of the partitions that we hold; all of it while nothing is known of them."""
+    if not all_of_them:
+        return 1.0
+    return sum(partition in held for partition in all_of_them) / len(all_of_them)
 
 
 def share(held: AbstractSet[Partition], lags: Mapping[Partition, int | None]) -> float:
@@ -26,8 +33,7 @@ def share(held: AbstractSet[Partition], lags: Mapping[Partition, int | None]) ->
     """
     if not lags:
         return 1.0
-    ours = sum(partition in held for partition in lags)
-    even = ours / len(lags)
+    even = even_share(held, lags)
     weights = _weights(lags)
     total = sum(weights.values())
     if not total:

@@ -19,19 +19,29 @@ class Spend:
     """Compares what was spent in the last hour with our part of the limit.
 
     Each call in flight counts with the mean cost of a call, so that all of them together do not
-    exceed the limit. Our part is the mean of our share over the hour (or since the start): the
-    shares of all workers add up to 1 at each moment, so their means do too.
+    exceed the limit. What was spent on the account of a partition goes with it to its next holder,
+    and so does its part of the limit, an equal one: lags don't count here, since what is spent is
+    spent when they have changed.
     """
 
     def __init__(self, usd_per_hour: float | None) -> None:
         self._limit_usd = usd_per_hour
         self._minutes: deque[list[float]] = deque()  # [minute's begin, usd]
-        self._shares: deque[tuple[float, float]] = deque()  # [since, share]
+        self._share = 1.0
         self._spent_usd = self._call_usd = 0.0
         self._knows_cost = False
 
-    def set_share(self, now_s: float, share: float) -> None:
-        self._shares.append((now_s, share))
+    def set_share(self, share: float) -> None:
+        """Our part of the limit, from now on: that of the partitions held in all partitions."""
+        self._share = share
+
+    def carry(self, now_s: float, age_s: float, usd: float) -> None:
+        """So much more (or less) was spent so long ago, on the account of a partition that has come
+        (or gone)."""
+        if age_s >= HOUR_S + MINUTE_S:
+            return
+        self._minutes = deque(sorted([*self._minutes, [now_s - age_s, usd]]))
+        self._spent_usd += usd
 
     def spent(self, now_s: float, usd: float) -> None:
         """An answer has cost this much, which may be 0."""
@@ -58,7 +68,7 @@ class Spend:
         if not self._knows_cost and in_flight:
             return FIRST_ANSWER_S
         spent = self.last_hour_usd(now_s) + in_flight * self._call_usd
-        if spent < self._limit_usd * self._mean_share(now_s):
+        if spent < self._limit_usd * self._share:
             return 0.0
         return self._until_less_s(now_s)
 
@@ -76,21 +86,3 @@ class Spend:
             f"{self.last_hour_usd(now_s):.2f} USD; calls start again when the oldest of them are "
             "an hour old, or with a higher limit"
         )
-
-    def _mean_share(self, now_s: float) -> float:
-        """The mean of our share over the last hour, or since the first share was set; 1 where none
-        was set."""
-        begin_s = now_s - HOUR_S
-        while len(self._shares) > 1 and self._shares[1][0] <= begin_s:
-            self._shares.popleft()
-        if not self._shares:
-            return 1.0
-        begin_s = max(begin_s, self._shares[0][0])
-        if now_s <= begin_s:
-            return self._shares[-1][1]
-        ends = [*[since_s for since_s, _ in self._shares][1:], now_s]
-        held = sum(
-            share * (end_s - max(since_s, begin_s))
-            for (since_s, share), end_s in zip(self._shares, ends, strict=True)
-        )
-        return held / (now_s - begin_s)

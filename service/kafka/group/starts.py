@@ -56,7 +56,8 @@ def taken_over(
     """
     found = None if stored is None else read(stored)
     if found is None or found[0].next_offset != offset:
-        return Progress(offset, unclean_ends=1)
+        spent = () if found is None else found[0].spent  # true whatever is read next
+        return Progress(offset, unclean_ends=1, spent=spent)
     progress, mark = found
     lived_on = has_lived_on(mark.bearer, own)
     if lived_on:
