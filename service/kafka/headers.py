@@ -16,9 +16,10 @@ HeaderList: TypeAlias = list[tuple[str, bytes | None]]
 OUR_PREFIXES = ("sluice.", "__dlq.errors.")
 """Header names that begin so are ours to write; an input's own are not carried into outputs."""
 TRACE_HEADERS = ("traceparent", "tracestate")
-"""The W3C's names; both are replaced where there is a trace of ours, which follows the input's."""
+"""The W3C gives these names. Both headers are replaced where there is a trace of ours, which
+follows the input's."""
 AT_THE_END = ("sluice.record.count", "sluice.tokens", "sluice.cost")
-"""How header names begin that are known once an answer has ended."""
+"""The names of headers that are known only once an answer has ended begin so."""
 
 
 def record_headers(message: Message, extracted: Extracted, index: int) -> HeaderList:

@@ -55,19 +55,22 @@ from service.kafka.transactions.transactions import (
 from service.settings import Settings
 
 DISCOVERY_TIMEOUT_S = 3.0
-"""At the start, for a topic's partitions: a topic that exists is found in one answer."""
+"""At the start each topic's partitions are looked for this long: a topic that exists is found in
+one answer."""
 FLUSH_TIMEOUT_S = 5.0
-"""At the stop: the pipeline has drained before, so that there is nothing left as a rule."""
+"""At the stop what is queued has this long to be sent. The pipeline has drained before, so that
+nothing is left as a rule."""
 DEADLINE_FACTOR = 2
-"""Of the request timeout: a request that hangs is given up and sent again once, safely, by the
-client; after that the producer is taken for wedged (aiokafka #1017) and replaced."""
+"""A send may take this many request timeouts: the client gives a request that hangs up and sends it
+again once, safely. After that the producer is taken for wedged (aiokafka #1017) and replaced."""
 FUTURE_MAX_MS = 3_600_000
 """Brokers refuse timestamps further ahead of their clock (`message.timestamp.after.max.ms`)."""
 HELD_LOG_EVERY_S = 60.0
-"""A dead letter that fits nowhere is tried for ever and complained about this often."""
+"""A dead letter that fits nowhere is tried for ever, and the log says so this often."""
 
 HASHES_KEPT = 10_000
-"""Of keys: in Python a hash of 36 bytes takes as long as the record's headers."""
+"""The hashes of this many keys are kept: in Python a hash of 36 bytes takes as long as the record's
+headers."""
 
 NO_OPTIONS: Mapping[str, int] = MappingProxyType({})
 
@@ -367,5 +370,5 @@ def _settled(error: SluiceError | None) -> asyncio.Future[None]:
         future.set_result(None)
     else:
         future.set_exception(error)
-        future.exception()  # whoever is gone meanwhile hears of it from nobody: no complaint
+        future.exception()  # read once: nobody may be waiting
     return future

@@ -48,10 +48,10 @@ OPEN_AGAIN_S = 1.0
 """The pause between two tries to open the client that takes another's place."""
 
 ANSWER_S = 5.0
-"""After this long a silence of all brokers one is asked whether it is there."""
+"""When all brokers have been silent for this long, one is asked whether it is there."""
 
 ANSWERED_S = 2.0
-"""It has this long to answer."""
+"""That broker has this long to answer."""
 
 FETCH_MAX_BYTES = 16 * 1024 * 1024
 FETCH_PARTITION_MAX_BYTES = 1024 * 1024
@@ -86,7 +86,8 @@ class KafkaSource:
         self._settings, self._kafka, self._observe = settings, settings.kafka, observe
         self._transactions = transactions
         self._remembered = Remembered(self._kafka.group_instance_id, start_over=start_over)
-        # Its state is in class attributes: a subclass each, or consumers in a process mix it up.
+        # The assignor keeps its state in class attributes: with a subclass for each consumer those
+        # of one process do not mix theirs up.
         self._assignor: Any = type("SluiceAssignor", (StickyPartitionAssignor,), {})
         self._assignment: Assignment | None = None
         self._admin: AIOKafkaAdminClient | None = None
@@ -368,7 +369,8 @@ class KafkaSource:
         self._clock.tick(now_s, settled=self._settled)
 
     async def _ask_whether_anybody_is_there(self) -> None:
-        """Spares hold nothing to fetch, and a full window fetches nothing: so ask."""
+        """A member without partitions fetches nothing, and neither does a full window: so a broker
+        is asked."""
         assert self._admin is not None
         try:
             await within(ANSWERED_S, self._admin.find_coordinator(self._kafka.group_id))

@@ -16,16 +16,17 @@ from service.kafka.client.private import hosts_of, knock
 from service.settings import KafkaSettings
 
 REACH_S = 12.0
-"""All bootstrap addresses together, before we say that no broker answers."""
+"""All bootstrap addresses together have this long before we say that no broker answers."""
 
 RETRY_BACKOFF_MS = 100
-"""The client's own wait between two tries of a request."""
+"""The client waits this long between two tries of a request."""
 
 METADATA_MAX_AGE_MS = 60_000
-"""New partitions are noticed within a minute; the answer names a few topics only."""
+"""New partitions are noticed within this time. The answer names a few topics only, so that asking
+is cheap."""
 
 CONNECTIONS_MAX_IDLE_MS = 540_000
-"""Below the brokers' ten minutes, so that it is us who close an idle connection."""
+"""We close an idle connection before brokers do, which is after ten minutes."""
 
 
 def client_options(kafka: KafkaSettings) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""Who bears a worker's name (`kafka.group_instance_id`), and whether he lives.
+"""Which process bears a worker's name (`kafka.group_instance_id`), and whether it still runs.
 
 The group knows one member of a name: whoever joins last takes the place of the one before, at
-once and without a rebalance, be that one dead or alive. So what is stored by a worker with a name
-says who wrote it, and two questions can be asked of it: does he still run, on this machine? And
-was it his end that brought the next one in, or only the name?
+once and without a rebalance, whether that one runs or not. So what a worker with a name stores
+says which process wrote it, and two questions can be answered: does that process still run, on
+this machine? And did the next one come because it had ended, or only because of the name?
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TEXT = re.compile(r"[0-9a-f]{8}\.[0-9a-f]{8}\.[0-9]{1,7}\.[0-9]{1,12}", re.ASCII)
-"""How it stands in the metadata: `Bearer.text`."""
+"""The pattern of `Bearer.text`, as it stands in the metadata."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Bearer:
         return self.name == other.name and self != other
 
     def lives_beside(self, own: Bearer) -> bool:
-        """Whether he runs on the machine of this process; False where that cannot be seen."""
+        """Whether it runs on the machine of this process; False where that cannot be seen."""
         return self.host == own.host and self.began > 0 and began(self.pid) == self.began
 
 
@@ -72,9 +72,9 @@ def _short(text: str) -> str:
 def has_lived_on(former: Bearer | None, own: Bearer | None) -> bool:
     """Whether the former holder of a partition was put out by its name alone, and did not die.
 
-    On the same machine that can be seen: who does not run any more has died. On another machine
-    it cannot; but a worker that comes back after its death keeps its machine's name (a pod of a
-    StatefulSet does), so that the same name on another machine is a second worker.
+    On the same machine that can be seen: a process that does not run any more has died. On another
+    machine it cannot be seen; but a worker that comes back after its death keeps its machine's name
+    (a pod of a StatefulSet does), so that the same name on another machine is a second worker.
     """
     if former is None or own is None or not former.shares_its_name_with(own):
         return False

@@ -84,7 +84,7 @@ _MEANING: tuple[tuple[type[Exception], str], ...] = (
         "under kafka.security.",
     ),
 )
-"""An error that waiting does not mend -> a sentence. Subclasses stand before their parents."""
+"""Each error that waiting does not mend has a sentence. Subclasses stand before their parents."""
 
 _NOBODY = (
     "No Kafka broker answers at {servers}: check that it runs, kafka.bootstrap_servers, and that "

@@ -37,7 +37,7 @@ from service.kafka.client.stored import Stored
 log = logging.getLogger(__name__)
 
 ABANDON_S = 1.0
-"""Each step of an end by force."""
+"""Each step of an end by force has this long."""
 
 
 class FencedInstanceIdError(BrokerResponseError):  # type: ignore[misc]
@@ -146,7 +146,7 @@ class Membership:
             records = found.getall(limit)
             if found.has_more():
                 return records
-        del fetcher._records[partition]  # so that it fetches on
+        del fetcher._records[partition]  # so that the client fetches more
         fetcher._notify(fetcher._wait_consume_future)
         if type(found) is FetchError:
             found.check_raise()
@@ -289,7 +289,7 @@ CONNECTION_OPTIONS = (
     "sasl_plain_password",
     "sasl_oauth_token_provider",
 )
-"""Of all options those that concern one connection."""
+"""These of the client's options concern one connection."""
 
 
 async def knock(host: str, port: int, options: dict[str, Any]) -> None:
@@ -311,10 +311,10 @@ def hosts_of(bootstrap_servers: str) -> list[tuple[str, int]]:
 # --- producers -----------------------------------------------------------------------------------
 
 record_size = DefaultRecordBatchBuilder.size_of
-"""Bytes of key, value and headers inside of a record, with the lengths before them."""
+"""Returns the bytes of key, value and headers inside of a record, with the lengths before them."""
 
 varint_size = size_of_varint
-"""Bytes of a number as a varint."""
+"""Returns the bytes of a number as a varint."""
 
 
 def tasks_of(client: AIOKafkaProducer) -> list[asyncio.Task[Any]]:

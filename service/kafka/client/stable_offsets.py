@@ -33,7 +33,7 @@ from service.kafka.client.private import send
 from service.kafka.client.stored import Stored
 
 UNSTABLE_OFFSET_COMMIT = 88
-"""Kafka's code, which the client does not have."""
+"""Kafka answers with this code, which the client does not know."""
 
 
 class UnstableOffset(KafkaError):  # type: ignore[misc]

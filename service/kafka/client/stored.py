@@ -36,13 +36,13 @@ from service.kafka.client import instances
 from service.kafka.client.instances import Bearer, bearer
 
 METADATA_CHARS_MAX = 4_096
-"""Characters that brokers take by default (offset.metadata.max.bytes)."""
+"""Brokers take this many characters by default (offset.metadata.max.bytes)."""
 
 FIELDS_CHARS_MAX = METADATA_CHARS_MAX - MAP_CHARS_MAX - len(":m")
-"""Characters of everything that stands before the map."""
+"""All fields before the map may have this many characters together."""
 
 _METADATA = re.compile(r"sluice1:([0-9a-f]{16})((?::[A-Za-z][!-9;-~]+)*)", re.ASCII)
-"""Values are printable and hold no colon."""
+"""The whole metadata matches this. Values are printable and hold no colon."""
 
 _KNOWN = {
     "g": re.compile("[0-9]{1,10}"),
@@ -55,7 +55,7 @@ _KNOWN = {
     "H": re.compile("[0-9]{1,19}"),
     "m": re.compile(".+"),
 }
-"""What the values of our own fields look like."""
+"""The values of our own fields match these, by the field's letter."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,8 @@ NO_ID = bytes(16)
 """These bytes stand for an id where there is none."""
 
 _BITS: dict[Operation, int] = {"READ": 1 << 3, "WRITE": 1 << 4, "DESCRIBE": 1 << 8}
-"""Each operation has a code in Kafka's access control, and `authorized_operations` that bit."""
+"""Each operation has a code in Kafka's access control; in `authorized_operations` the bit of that
+number stands for it."""
 
 _NOT_TOLD = -(2**31)
 """A broker sends this in the place of `authorized_operations` where it does not tell."""

@@ -156,7 +156,7 @@ class Fetching:
         if not self._positions.may_be_read(partition):  # found while we waited; mending it seeks
             return []
         if (wait := self._due.first_not_due(partition, records)) is not None:
-            # Buffered it would come next, whatever else is due by then.
+            # If it stayed in the buffer, it would be returned next, whatever else is due by then.
             holding.next = records[wait].offset
             self._rewind([TopicPartition(*partition)])
             self._supervision.excuse([partition])
@@ -207,7 +207,7 @@ class Fetching:
         elif isinstance(error, UNREADABLE):
             if len(partitions) == 1:
                 self._unreadable(Partition(*partitions[0]), error)
-            else:  # which of them it is shows when they are fetched again and asked one by one
+            else:  # which of them it is shows when they are polled again one by one
                 await asyncio.sleep(POLL_WAIT_S)
         elif is_lasting(error):
             raise stop_for(error, self._kafka) from error
@@ -226,7 +226,8 @@ class Fetching:
             )
 
     async def _failing(self, error: Exception) -> None:
-        """A client that fails again and again is replaced; a short wait, lest it spins."""
+        """A client that fails again and again is replaced. The short wait keeps polls from
+        spinning."""
         now_s = clock.now_s()
         self._failing_since_s = self._failing_since_s or now_s
         log.warning("fetching failed: %s", type(error).__name__)

@@ -24,12 +24,12 @@ from service.kafka.group.trail import Trail
 from service.ports import Assignment
 
 FENCED_AGAIN_S = 3.0
-"""From the fence of a partition to its restore: longer than a member that has lost it takes to
-learn so by a heartbeat."""
+"""A partition is restored this long after its fence: a member that has lost it learns so by a
+heartbeat before."""
 
 ATTEMPTS_MAX = 100
-"""How many unanswered commits to remember; at one a second, more minutes than any of them can stay
-in flight."""
+"""This many unanswered commits are remembered; at one a second, more minutes than any of them can
+stay in flight."""
 
 
 @dataclass(slots=True, eq=False)
@@ -160,7 +160,8 @@ class Holdings:
         """The topics' ids, as of the last restore."""
 
     def takes(self, partition: Partition) -> bool:
-        """Whether outcomes of it may be published: not before its restore has ended."""
+        """Whether outcomes of it may be published, which they may not before its restore has
+        ended."""
         return partition in self.held
 
     def known(self, partition: Partition) -> Stored | None:

@@ -16,7 +16,7 @@ from service.kafka.group.starts import HeldOut, leader_epochs, starts
 from service.settings import Settings
 
 LOOK_S = 20.0
-"""All questions together, the way to the brokers included."""
+"""All questions together may take this long, the way to the brokers included."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,7 +103,8 @@ class Positions:
         self._consumer.resume(TopicPartition(*partition))
 
     async def mend(self) -> None:
-        """Positions outside the log: behind its start go on there, beyond its end wait."""
+        """Look at positions outside the log: those before its start go on there, those beyond its
+        end wait."""
         self.mend_at_s = clock.now_s() + MEND_AGAIN_S
         try:
             async with asyncio.timeout(MEND_S):
@@ -132,7 +133,8 @@ class Positions:
         await self._store_traces()
 
     def _unverified(self) -> dict[Partition, tuple[int, int]]:
-        """Of partitions that another leader has written on: up to where, under which epoch."""
+        """The partitions that another leader has written on: up to which offset they were read
+        before, and under which epoch."""
         trails = {
             each: self._holdings.held[each].trail
             for each in self.unreadable.keys() & self._holdings.held.keys()

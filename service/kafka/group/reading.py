@@ -23,7 +23,7 @@ from service.kafka.group.holdings import HeldPartition, Holdings, Remembered, Un
 from service.kafka.transactions.transactions import Transactions
 
 STALE_S = 1.0
-"""How long an offset that is older than our last commit is read again. A coordinator answers a
+"""An offset that is older than our last commit is read again for this long. A coordinator answers a
 commit before the offset can be read; measured: milliseconds."""
 
 STALE_PAUSE_S = 0.05

@@ -234,7 +234,8 @@ class Restore:
         stored: Mapping[Partition, Stored | None],
         bounds: Mapping[Partition, LogRange],
     ) -> None:
-        """Where no offset says how far the group was: how much is read before the first call."""
+        """Where no offset says how far the group was, say before the first call how much is
+        read."""
         unknown = [each for each in taken if stored[each] is None]
         if not unknown:
             return
@@ -251,8 +252,9 @@ class Restore:
         stored: Mapping[Partition, Stored | None],
         marks: Mapping[Partition, Stored],
     ) -> None:
-        """From here on it counts if we die; and a group that starts at `latest` and ends before
-        its first commit would start at a later `latest`.
+        """Store that these are taken over. From here on our death counts as an unclean end. And a
+        group that starts at `latest` and ends before its first commit would start at a later
+        `latest` without it.
 
         With transactions it has to be one: a plain commit that arrives late could set back what
         later transactions have stored.
@@ -313,7 +315,7 @@ class Restore:
         held_out: dict[Partition, str],
         bounds: Mapping[Partition, LogRange],
     ) -> None:
-        """Seek, open, tell the pipeline; all at once."""
+        """Seek, open and tell the pipeline, without a wait in between."""
         for partition, holding in (*kept.items(), *fresh.items()):
             self._positions.open(partition, holding, bounds[partition])
         self._now_held(given, {**self._holdings.held, **kept, **fresh}, held_out, kept=len(kept))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 SILENT_S = 10.0
-"""Silence after which brokers count as not answering."""
+"""Brokers that were silent for this long count as not answering."""
 
 
 class SettlingClock:

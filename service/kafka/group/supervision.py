@@ -34,10 +34,10 @@ from service.settings import KafkaSettings
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 10.0
-"""Between two looks; each costs a request to one broker and one to each leader."""
+"""The pause between two looks. Each look costs a request to one broker and one to each leader."""
 
 LOOK_S = 10.0
-"""One look, the way to the brokers included."""
+"""One look may take this long, the way to the brokers included."""
 
 
 class Supervised(Protocol):

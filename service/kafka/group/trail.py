@@ -12,17 +12,17 @@ from collections import deque
 from collections.abc import Iterator
 
 TRAIL_MAX = 64
-"""Changes of leader between the next offset and the last message that are remembered; of more
-only the last ones, and the others are not verified."""
+"""This many changes of leader between the next offset and the last message are remembered. Of more
+than these the last ones are kept, and the others are not verified."""
 
 _BATCH = struct.Struct(">qiib")
-"""The start of a batch: base offset, length behind these two, leader epoch, version."""
+"""A batch starts with these: base offset, length behind these two, leader epoch, version."""
 
 _BEFORE_LENGTH = 12
-"""Bytes of base offset and length, which the length does not count."""
+"""A batch's length does not count these bytes: its base offset and the length itself."""
 
 _VERSION = 2
-"""Of batches that name an epoch; those before have a checksum in its place."""
+"""Batches of this version name an epoch; earlier ones have a checksum in its place."""
 
 
 def epochs_in(batches: bytes) -> Iterator[tuple[int, int]]:

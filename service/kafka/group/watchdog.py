@@ -15,15 +15,16 @@ from dataclasses import dataclass
 from service.core.messages import Partition
 
 SILENT_S = 30.0
-"""Messages are there, they were asked for, and none has come for this long."""
+"""A client is silent where messages are there, were asked for, and none has come for this long."""
 
 GONE_S = 5.0
-"""A topic that is not there for this long, in every look, is deleted; what one broker says while
-its metadata changes is not enough."""
+"""A topic that every look has missed for this long is deleted. What one broker says while its
+metadata changes is not enough."""
 
 REPLACED_MAX = 2
 REPLACED_WITHIN_S = 600.0
-"""Replacing a client this often within ten minutes may help; once more and a new process must."""
+"""A client may be replaced this often within ten minutes. If it needs to be replaced once more,
+only a new process can help."""
 
 
 @dataclass(frozen=True, slots=True)

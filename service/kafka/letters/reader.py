@@ -37,7 +37,7 @@ from service.kafka.letters.written import MARKER, original_headers
 from service.settings import Settings
 
 REDRIVEN = "sluice.redriven"
-"""The header of a mark: offsets of its own partition, comma-separated."""
+"""A mark has this header: offsets of its own partition, comma-separated."""
 
 POLL_MS = 500
 FETCH_PARTITION_MAX_BYTES = 4 * 1024 * 1024

@@ -34,10 +34,10 @@ from service.kafka.transactions.transactions import PREFIX, transactional_option
 from service.settings import Settings
 
 LETTERS_MAX = 500
-"""Of one transaction; so many are sent again together."""
+"""One transaction sends at most this many letters again."""
 
 NAMED_MAX = 5
-"""Letters that a sentence names."""
+"""A sentence names at most this many letters."""
 
 
 class Left(Enum):
@@ -267,7 +267,7 @@ def _ended_early(settings: Settings) -> Iterator[None]:
 
 
 REQUEST_MAX_BYTES = 104_857_600
-"""What may be an input message may be sent again: the brokers' limit decides."""
+"""The client refuses nothing that could have been an input message: the brokers' limit decides."""
 
 
 def _deadline_s(settings: Settings) -> float:

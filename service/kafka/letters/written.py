@@ -13,11 +13,11 @@ from service.core.messages import Headers, Message, Reason, Rejected
 from service.kafka.headers import HeaderList, provenance_headers
 
 ANSWER_MAX_BYTES = 32_768
-"""The longest answer kept: enough to see what the model did, far below a topic's limit."""
+"""The answer is cut to this size: enough to see what the model did, far below a topic's limit."""
 DETAIL_MAX_BYTES = 4_096
-"""The longest detail kept: validation errors of a large record can be long."""
+"""The detail is cut to this size: validation errors of a large record can be long."""
 MARKER = "__dlq.errors.topic"
-"""The first of our headers; its last occurrence separates the original ones from ours."""
+"""This is the first of our headers; its last occurrence separates the original ones from ours."""
 
 SENTENCES: dict[Reason, str] = {
     Reason.INVALID: "The model's answer did not validate, re-asks included.",
@@ -32,13 +32,14 @@ SENTENCES: dict[Reason, str] = {
     Reason.PROCESS_DIED: "The process died while it worked on this message alone.",
     Reason.OUTPUT_TOO_LARGE: "The output topic does not take a value of this size.",
 }
-"""Generic on purpose: tools show `__dlq.errors.message` anywhere, so it quotes nothing."""
+"""These are generic on purpose: tools show `__dlq.errors.message` anywhere, so it quotes
+nothing."""
 
 STAGES: dict[Reason, str] = {
     Reason.UNDECODABLE: "VALUE_CONVERTER",
     Reason.OUTPUT_TOO_LARGE: "TASK_PUT",
 }
-"""Kafka Connect's word for where it went wrong; for all others `TRANSFORMATION`."""
+"""Kafka Connect has these words for where it went wrong; all other reasons are `TRANSFORMATION`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,11 +22,12 @@ from service.core.events import ClientReplaced, Observe, StopForced
 from service.kafka.client.private import drop_connections, fail_batches, tasks_of
 
 CLOSE_TIMEOUT_S = 5.0
-"""Closing a producer: longer only if the connection hangs, and then waiting does not help."""
+"""Closing a producer may take this long. It takes longer only where the connection hangs, and then
+waiting does not help."""
 OPEN_PAUSE_S = 1.0
-"""After a failed start the next waits this long; sends meanwhile fail at once."""
+"""After a failed start the next try waits this long; sends meanwhile fail at once."""
 BATCH_MAX_BYTES = 131_072
-"""Records of one partition that travel together; a larger record travels alone."""
+"""Records of one partition travel together up to this size; a larger record travels alone."""
 
 log = logging.getLogger(__name__)
 

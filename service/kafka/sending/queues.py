@@ -7,9 +7,9 @@ this costs no throughput.
 
 A message may have outputs in several queues. Where one of them fails, the message fails, and its
 others leave their queues too. So what stands behind them there and belongs to the same lane fails
-with it, and what stands behind those: it would reach readers before its elder. What has boarded
-with its elder in one batch may still land behind it; it is sent again as well, so that the
-newest of a lane is the last to land.
+with it, and what stands behind those: it would reach readers before an earlier message of
+its lane. What travels in one batch with that earlier message may still land behind it; it is sent
+again as well, so that the newest message of a lane is the last to land.
 
 All partitions with something to send depart together, in one task: the client puts what goes to
 one broker at the same moment into one request, and requests are what costs.
@@ -36,14 +36,17 @@ from service.core.errors import OutputTooLarge, PublishFailed, SluiceError
 from service.kafka.sending.producers import Output, Producer, Producers
 
 LINGER_S = 0.007
-"""Between two departures: short against a call to a model, long enough to fill requests."""
+"""The time between two departures is short against a call to a model, and long enough to fill
+requests."""
 GATHERED_MIN = 2.0
-"""Where fewer would gather between two departures, each leaves at once: waiting for nobody costs
-time and saves no request."""
+"""Where fewer outputs than this would gather between two departures, each leaves at once: waiting
+for others costs time and saves no request."""
 GAP_WEIGHT = 1 / 16
-"""Of the latest gap in the mean of gaps: a rate is known after some dozen outputs."""
+"""The latest gap has this weight in the mean of gaps, so that a rate is known after some dozen
+outputs."""
 TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
-"""How brokers refuse a batch whose size is above the topic's limit, whichever record it was."""
+"""With these brokers refuse a batch whose size is above the topic's limit, whichever record it
+was."""
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +77,7 @@ class Handover:
         if isinstance(error, PublishFailed):
             self.on_failure()
         self.future.set_exception(error)
-        self.future.exception()  # a lane that was dropped hears of it from nobody: no complaint
+        self.future.exception()  # read once: nobody waits where the lane was dropped
 
 
 @dataclass(slots=True)

@@ -16,13 +16,13 @@ from service.kafka.client.private import record_size, varint_size
 from service.settings import KafkaSettings
 
 UNKNOWN = sys.maxsize
-"""Nobody told: the broker's refusal decides."""
+"""Where nobody tells a limit, the broker's refusal decides."""
 REFRESH_S = 30.0
 """A limit that stands in the way is asked for again this often: somebody may have raised it."""
 ASK_TIMEOUT_S = 5.0
-"""One question; without an answer what was known before holds."""
+"""One question may take this long; without an answer what was known before holds."""
 BATCH_HEADER_BYTES = 61
-"""Of a record batch, version 2."""
+"""A record batch of version 2 begins with this many bytes."""
 
 log = logging.getLogger(__name__)
 

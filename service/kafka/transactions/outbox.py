@@ -16,14 +16,16 @@ from service.core.errors import PublishFailed
 from service.kafka.sending.queues import Handover, OutputQueue, Waiting
 
 TRANSACTION_MESSAGES_MAX = 1_000
-"""More go into the next one: an abort repeats little, and readers wait for the whole of it."""
+"""One transaction holds at most this many messages: an abort repeats little, and readers wait for
+the whole of it."""
 TRANSACTION_MAX_BYTES = 4 * 1024 * 1024
-"""Of outputs in one transaction; the outputs of one message always stay together."""
+"""One transaction holds outputs of at most this size; the outputs of one message always stay
+together."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outgoing:
-    """The outputs of one message; without an offset a wish that the ledger be stored."""
+    """The outputs of one message; without an offset it is a wish: a request to store the ledger."""
 
     offset: int | None
     handover: Handover
@@ -47,7 +49,7 @@ class Outbox:
         self._queue: deque[Outgoing] = deque()
         self._held_back: list[Outgoing] = []  # by offset
         self._size_bytes = self._wishes = 0
-        self._went = False  # something of what was held back, so that more may fit now
+        self._went = False  # something that was held back has gone, so that more may fit now
 
     def __bool__(self) -> bool:
         return bool(self._queue or self._held_back)

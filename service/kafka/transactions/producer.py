@@ -27,11 +27,12 @@ from service.kafka.client.stored import Stored
 from service.kafka.sending.producers import Output, Producer
 
 END_S = 2.0
-"""For the transaction that is open at the end; the next owner's fence would abort it as well."""
+"""The transaction that is open at the end has this long to end; the next owner's fence would abort
+it as well."""
 
 FENCED = (ProducerFenced, InvalidProducerEpoch, InvalidProducerIdMapping)
-"""A newer epoch is there, or the coordinator has taken ours back: a transaction that was open too
-long, an id that was not used for days."""
+"""With these the coordinator says that a newer epoch is there, or that it has taken ours back: a
+transaction was open too long, or an id was not used for days."""
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +150,6 @@ class TransactionalProducer:
 
 
 def _hear(future: asyncio.Future[object]) -> None:
-    """Whoever has stopped waiting for it does not complain of its failure."""
+    """Read its failure once, so that asyncio logs nothing where nobody waits for it any more."""
     with suppress(asyncio.CancelledError, asyncio.InvalidStateError):
         future.exception()

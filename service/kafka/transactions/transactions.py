@@ -8,7 +8,7 @@ Why nothing is published twice, whatever dies, hangs or is fenced, in whatever o
    is one id for an input partition. What older epochs sent may still arrive; it is refused.
 3. Under an epoch a transaction begins only after what Kafka holds was read *behind* the start of
    that epoch: by the source's restore after `fence`, by the writer itself after an epoch of its
-   own making. So the ledger knows everything that was ever committed; and nobody else can commit
+   own making. So the ledger knows everything that was ever committed, and nobody else can commit
    anything for as long as the epoch lasts.
 4. What the ledger knows as finished is never handed over again. Where it is not known whether a
    transaction was committed, its outcomes stay unsettled until a newer epoch has ended it one way
@@ -22,8 +22,8 @@ nothing until it has restored.
 
 What breaks it is Kafka itself where it forgets a commit that it has acknowledged: known of 4.3
 for partitions without a leader, as when a broker that is alone shuts down in order
-(KAFKA-20734). The writer finds out at its next epoch and asks for a restore: rather twice than
-not at all.
+(KAFKA-20734). The writer finds out at its next epoch and asks for a restore: publishing twice is
+better than not at all.
 """
 
 from __future__ import annotations
@@ -47,27 +47,29 @@ from service.kafka.transactions.writer import Ledger, Writer, WriterContext
 from service.settings import KafkaSettings
 
 PREFIX = "sluice"
-"""What all our transactional ids begin with: permissions can be given for it."""
+"""All our transactional ids begin with this, so that permissions can be given for it."""
 FENCES_AT_ONCE = 16
-"""Clients that connect side by side; more of them are no faster in one process."""
+"""At most this many clients connect side by side; more of them are no faster in one process."""
 PARTITIONS_MAX = 500
-"""Of one worker. Measured on one broker: 500 producers connect in 2 s and add 34 MB; each
-transaction takes 1 ms of CPU, so that one a second in each of them takes half a core."""
+"""One worker takes at most this many partitions. Measured on one broker: 500 producers connect in 2
+s and add 34 MB; each transaction takes 1 ms of CPU, so that one a second in each of them takes
+half a core."""
 CONNECTIONS_EACH = 5
-"""Of one producer, with three brokers: to each as a leader, and to the coordinators of its
-transactions and of the group."""
+"""One producer has this many connections with three brokers: to each as a leader, and to the
+coordinators of its transactions and of the group."""
 FILES_BESIDES = 200
-"""Connections to the model's provider, and whatever else a worker has open."""
+"""A worker has this many other files open: connections to the model's provider, and the rest."""
 TIMEOUT_MARGIN_S = 10.0
-"""Between our deadline for a transaction and the moment when the coordinator aborts it."""
+"""The coordinator aborts a transaction this long after our own deadline for it."""
 STUCK_S = 10.0
 """A writer that has failed for this long is told of: a broker that moves is back sooner."""
 TRY_S = 15.0
-"""For the first transactional producer; the topic of their states is made with it."""
+"""The first transactional producer has this long to start; the topic of their states is made with
+it."""
 CONNECTIONS_MAX_IDLE_MS = 60_000
 METADATA_MAX_AGE_MS = 300_000
-"""Partitions where nothing happens keep no connections; metadata would open one each time. A
-leader that moved is found by its error, a new output partition by a new producer."""
+"""Partitions where nothing happens keep no connections, and asking for metadata would open one each
+time. A leader that moved is found by its error, a new output partition by a new producer."""
 
 
 def transactional_options(deadline_s: float) -> dict[str, int]:
@@ -272,7 +274,7 @@ class Transactions:
                 raise CommitFailed(why) from failure
 
     def hurry(self, *, on: bool) -> None:
-        """Nobody gathers any longer (a rebalance, a stop: others wait for us), or as usual."""
+        """With `on`, transactions gather no longer (a rebalance or a stop: others wait for us)."""
         self._hurried = on
         for writer in self._writers.values():
             writer.hurried = on
@@ -396,5 +398,5 @@ class Transactions:
 def _failed(error: Exception) -> asyncio.Future[None]:
     future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     future.set_exception(error)
-    future.exception()  # nobody may be there to hear of it: no complaint
+    future.exception()  # read once, so that asyncio logs nothing where nobody waits
     return future

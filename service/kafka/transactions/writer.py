@@ -30,12 +30,12 @@ from service.kafka.transactions.outbox import Outbox, Outgoing, by_output_partit
 from service.kafka.transactions.producer import Fenced, TransactionalProducer
 
 READ_S = 5.0
-"""Reading back what Kafka holds, after a new epoch."""
+"""Reading back what Kafka holds, after a new epoch, may take this long."""
 HELD_BACK_S = 10.0
-"""How long outcomes for which the completed map has no room wait for others to be handed over."""
+"""Outcomes for which the completed map has no room wait this long for others to be handed over."""
 PAUSE_S = 0.1
 PAUSE_MAX_S = 5.0
-"""After a failure, doubled with each one that follows it."""
+"""After a failure a writer pauses; the pause doubles with each failure that follows, up to this."""
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ class Writer:
 
     @property
     def unused(self) -> bool:
-        """Its epoch is as the fence has left it, and nothing waits for it."""
+        """Whether its epoch is as the fence has left it, and nothing waits."""
         if self.lost or self._outbox or self._producer is None:
             return False
         return not self._producer.used
@@ -179,7 +179,7 @@ class Writer:
 
     @property
     def settled(self) -> bool:
-        """Everything sent is settled, or in a transaction that may still end well."""
+        """Whether everything sent is settled, or in a transaction that may still end well."""
         return not self.lost and self._producer is not None
 
     @property
@@ -208,7 +208,8 @@ class Writer:
         return handover.future
 
     def go_on(self) -> None:
-        """See that somebody works, and that he leaves when it is time."""
+        """Make sure that a task works while something is queued, and that it gathers no longer than
+        it should."""
         if self.hurried or self._outbox.urgent:
             self._leave.set()
         if self._task is None and self._outbox:
@@ -248,7 +249,8 @@ class Writer:
             raise
         finally:
             self._task = self.since_s = None
-            # Empty but for a cancelled task: those were not committed as far as we know.
+            # Something is left only where the task was cancelled; as far as we know it was not
+            # committed.
             fail((*self._sending, *self._outbox.take_all()), f"{self._partition}: stopped")
 
     async def _wait_for_more(self) -> None:
@@ -349,7 +351,7 @@ class Writer:
         return {where: batch for where, batch in taken.items() if batch}
 
     def _committed(self, stored: Stored) -> None:
-        """The ledger and whoever waits hear of it in the same breath."""
+        """The ledger and everyone who waits are told without a wait in between."""
         self._attempted = None
         self._context.ledger.stored(self._partition, stored)
         done, self._sending = self._sending, []
@@ -367,9 +369,10 @@ class Writer:
     async def _renew(self) -> None:
         """A new epoch of our own, and what became of the transaction before it.
 
-        Not all at once, when a broker is back; and only while the partition is ours: otherwise
-        the epoch is the new owner's. Where it has gone to another meanwhile all the same, he is
-        fenced, restores anew and fences us.
+        Writers take turns, so that not all of them connect at once when a broker is back. It
+        happens only while the partition is ours: otherwise the epoch belongs to the new owner. If
+        another worker owns the partition by now all the same, that one is fenced, restores it
+        anew and fences us.
         """
         async with self._context.turn:
             await self._renew_now(self._context)
@@ -429,7 +432,7 @@ class Writer:
         return bool(failed)
 
     def _fail_from(self, index: int, why: str) -> None:
-        """This one of the transaction and everything behind it."""
+        """Fail this one of the transaction and everything behind it."""
         failed, self._sending = self._sending[index:], self._sending[:index]
         fail((*failed, *self._outbox.take_all()), why)
 
@@ -439,7 +442,7 @@ class Writer:
         self._context.ledger.fenced(self._partition)
 
     def _lose(self, why: str) -> None:
-        """Whatever was handed over fails; what became of it only a restore can tell."""
+        """Fail whatever was handed over: only a restore can tell what became of it."""
         self.lost = True
         for producer in (self._producer, self._fresh):
             if producer is not None:
@@ -448,7 +451,8 @@ class Writer:
         self._fail_from(0, why)
 
     def _failed(self, what: str) -> None:
-        """Told once: it may go on for as long as a broker is away."""
+        """The first failure is a warning, later ones are for debugging: they may go on for as long
+        as a broker is away."""
         self._failures += 1
         self._failed_by = what
         level = logging.WARNING if self._failures == 1 else logging.DEBUG
@@ -458,7 +462,7 @@ class Writer:
         await asyncio.sleep(min(PAUSE_MAX_S, PAUSE_S * 2 ** min(self._failures, 10)))
 
     def _put_back(self) -> None:
-        """They go again, as they were; what has ended meanwhile is left out."""
+        """What was taken goes again, as it was; the outbox leaves out what has ended meanwhile."""
         again, self._sending = self._sending, []
         self._outbox.put_back(again)
         self._leave.set()
