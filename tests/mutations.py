@@ -567,7 +567,7 @@ TAKEN_AWAY = (
     Mutation(
         "16 a drain with an open circuit asks without end",
         PROBING,
-        "                continue  # the end of a call asks again\n",
+        "                continue  # the end of a running call calls `admit` again\n",
         "                return now_s + wait_s\n",
         (ADMISSION + "a_drain_sends_no_probe_that_nobody_waits_for",),
     ),

@@ -46,7 +46,7 @@ class CallFailure(Retry):
 
     shared = False
     route: str | None = None
-    """The route on which the call failed; None: the one on which the attempt began."""
+    """The route on which the call failed; None: the route on which the attempt began."""
 
     def __init__(
         self,

@@ -112,10 +112,10 @@ class Entry:
         self.calls_beside = 0
         self.beside_usd = 0.0  # the cost of `calls_beside`, as far as it is known
         self.text = ""
-        self.route = ""  # of its next call
-        self.turn = 0  # its place in the queue of its route: the lower, the earlier
-        self.suspicion: Suspicion | None = None  # once a call for it has failed
-        self.untroubled: Untroubled | None = None  # its route, as it was until then
+        self.route = ""  # the route of its next call
+        self.turn = 0  # its place in the queues: a lower number is called earlier
+        self.suspicion: Suspicion | None = None  # None until a call for it has failed
+        self.untroubled: Untroubled | None = None  # the state of its route before that failure
         self.outcome: Outcome | None = None
         self.attempts = 0  # failed attempts
         self.attempts_that_count = 0  # failed attempts that the message itself may have caused
@@ -306,7 +306,7 @@ class Window:
         return entry
 
     def queue(self, entry: Entry) -> None:
-        """Behind all others."""
+        """Queue an entry behind all others."""
         self._last_turn += 1
         entry.turn = self._last_turn
         self._queue_of(entry).append(entry)
@@ -323,7 +323,8 @@ class Window:
         return queue
 
     def next_queued(self, passing: Container[str] = ()) -> Entry | None:
-        """The entry to call next, without taking it; `passing` over what waits for these routes."""
+        """The entry to call next; it stays in the queue. Entries for routes in `passing` are left
+        out."""
         first: Entry | None = None
         for route, queue in self._queues.items():
             while queue and self._gone(queue[0], Stage.QUEUED):
@@ -338,8 +339,9 @@ class Window:
         return self.next_queued() is not None or self.next_retry_s is not None
 
     def waiting_for(self, route: str, now_s: float) -> Entry | None:
-        """Of those that wait for a call of a route, for a slot or for another attempt, the one
-        that was tried least; none that runs by itself, nor one that was asked to wait longer."""
+        """The entry with the fewest attempts among those that wait for a slot or another attempt on
+        a route. Suspects, which run by themselves, are left out, and entries that the provider
+        asked to wait longer."""
         queued = self._queues.get(route, ())
         waiting = (
             *(each for each in queued if not self._gone(each, Stage.QUEUED)),
@@ -352,7 +354,7 @@ class Window:
         )
 
     def call(self, entry: Entry, now_s: float) -> Entry:
-        """Take an entry that is queued, or waits for another attempt, for a call."""
+        """Take an entry out of the queue or the retries, for a call."""
         if entry.stage is Stage.RETRYING:
             self._retries = [each for each in self._retries if each[2] is not entry]
             heapq.heapify(self._retries)

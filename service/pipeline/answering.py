@@ -30,8 +30,8 @@ from service.ports import Extractor
 log = logging.getLogger(__name__)
 
 DRAIN_DELAY_S = 2.0
-"""The longest wait between two attempts in a drain, where nothing but the end of what failed is
-waited for; what the provider asks for is waited all the same."""
+"""The longest wait in seconds between two attempts in a drain, which waits only for such messages.
+Where the provider asks us to wait longer, that still counts."""
 
 
 class Answering:
@@ -59,7 +59,7 @@ class Answering:
         self._backoff = Backoff()
 
     def succeeded(self, turn: Turn) -> None:
-        """The call that the turn was for was answered."""
+        """The call of this turn was answered."""
         now_s = clock.now_s()
         if self._admission.succeeded(now_s, turn):
             self._window.wake_retries(now_s)
@@ -67,7 +67,7 @@ class Answering:
     def failed(self, entry: Entry, turn: Turn, failure: CallFailure) -> None:
         now_s = clock.now_s()
         if failure.route not in (None, turn.estimate.route):
-            self.succeeded(turn)  # else the attempt would not have come to another route
+            self.succeeded(turn)  # the first route answered: else no other would have been asked
         self._blame.failed(now_s, entry, turn, failure)
         self._observe(Retried(failure.reason))
         entry.progress = failure.progress
@@ -93,7 +93,7 @@ class Answering:
         return delay_s
 
     def _say_that_it_is_alone(self, entry: Entry, how: str) -> None:
-        """One line for a message that failed again and again while others were answered."""
+        """Log one line for a message that kept failing while others were answered."""
         log.warning(
             "%s is given up after %d failed attempts (%s): others were answered meanwhile",
             entry.message.coordinates,
@@ -102,7 +102,7 @@ class Answering:
         )
 
     def judged(self, entry: Entry, outcome: Extracted | Rejected) -> None:
-        """The extractor has come to an outcome."""
+        """The extractor has returned an outcome."""
         if (
             isinstance(outcome, Rejected)
             and outcome.reason is Reason.BAD_REQUEST

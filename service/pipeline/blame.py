@@ -1,7 +1,8 @@
-"""Whose fault a failed call is: everybody waits where it is the route's, one message where not.
+"""Blame: whether a failed call is the fault of its route or of its message.
 
-Rules of this file: a route is blamed for what others would meet too; a message for what it alone
-meets while others are answered. Quota, credentials, model and settings are never the message's.
+Rules of this file: a route is blamed for failures that other messages would have too; then all of
+them wait. A message is blamed for failures that it alone has while others are answered. Quota,
+credentials, model and settings are never a message's fault.
 """
 
 from __future__ import annotations
@@ -17,21 +18,22 @@ from service.pipeline.probing import Probing
 
 
 class Blame:
-    """Reads what others were told, and tells the route or remembers it with the message."""
+    """Compares a message's failures with the calls of others. It tells the route of a failure, or
+    keeps it with the message."""
 
     def __init__(self, admission: Admission, probing: Probing, bounds: Bounds) -> None:
         self._admission, self._probing = admission, probing
         self._attempts_max = bounds.attempts_max
 
     def failed(self, now_s: float, entry: Entry, turn: Turn, failure: CallFailure) -> None:
-        """A call for the message has failed; told before its attempts are counted."""
+        """A call for the message has failed; to be called before its attempts are counted."""
         route = route_of(turn, failure)
         if not self._suspect(entry, route, shared=failure.shared).its_own:
             self._blame_the_route(now_s, entry, turn, failure)
 
     def _suspect(self, entry: Entry, route: str, *, shared: bool) -> Suspicion:
-        """What the first refusals of a message have taught of the route is taken back once they
-        are its own, unless others were refused too."""
+        """Count the failure against the message. As soon as its failures seem its own, what the
+        route learned from the first ones is undone, unless others failed too."""
         before = entry.suspicion
         found = self._admission.suspect(route, before, shared=shared)
         if before is None or before.route != route:
@@ -45,9 +47,11 @@ class Blame:
     def _blame_the_route(
         self, now_s: float, entry: Entry, turn: Turn, failure: CallFailure
     ) -> None:
-        """One call counts once, however many waited; and while a probe is out, its answer counts,
-        not that of a call from before. A refusal that says nothing stops intake until the route
-        has answered at all; afterwards it is one failure in a row, like any other.
+        """Count the failure against the route.
+
+        A call for which several messages waited counts once. While a probe is out, only its answer
+        counts: this call began before it. An `Unclear` refusal stops intake as long as the route
+        has never answered; afterwards it is one failure in a row, like any other.
         """
         route = route_of(turn, failure)
         unclear = isinstance(failure, Unclear)
@@ -67,14 +71,14 @@ class Blame:
         return exhausted(entry.attempts_that_count, self._attempts_max, turn.started_s, success_s)
 
     def _fails_alone(self, entry: Entry, failure: CallFailure) -> bool:
-        """By chance no message fails so often: also where the kind of its failures (429, 503) is
+        """Whether chance cannot explain the message's failures, although their kind (429, 503) is
         hardly ever a message's fault."""
         if entry.attempts < self._attempts_max or not isinstance(failure, TransientFailure):
             return False
         return entry.suspicion is not None and entry.suspicion.certain
 
     def doubt(self, now_s: float, entry: Entry, turn: Turn, failure: CallFailure) -> None:
-        """Send a probe where nobody else has shown that the provider is there."""
+        """Send a probe where no other message shows that the provider is reachable."""
         if entry.attempts_that_count >= self._attempts_max or self._only_witness(entry, failure):
             self._admission.doubt(now_s, route_of(turn, failure))
 

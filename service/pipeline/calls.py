@@ -1,8 +1,8 @@
 """From the queue to an answer: which message is called next, and what comes of its attempt.
 
-Rules of this file: what a call holds (its slot, its charge) is given back exactly once, whether
-its task came to its first step or not. While the circuit of a route is not closed, nothing goes out
-on it but what asks whether it is back, one at a time; what waits for other routes goes on.
+Rules of this file: a call's slot and its charge are given back exactly once, whether its task came
+to its first step or not. While the circuit of a route is not closed, only probes and messages in
+their place go out on it, one at a time; messages for other routes go on.
 """
 
 from __future__ import annotations
@@ -107,11 +107,11 @@ class Calls:
         self._wake_at(ask_again_s)
 
     def _may_begin(self, entry: Entry) -> bool:
-        """Nobody runs who must be alone, nor must this one be while others run."""
+        """Whether no suspect is running, and this message is no suspect while others run."""
         return self._alone is None and not (entry.alone and self._window.calling)
 
     def _try(self, entry: Entry, estimate: Estimate) -> bool:
-        """Start a message that stands for a probe."""
+        """Start a message that goes out instead of a probe; False: it may not begin now."""
         now_s = clock.now_s()
         if not self._may_begin(entry) or self._guard.wait_s(now_s) > 0.0:
             return False
@@ -136,12 +136,14 @@ class Calls:
 
     @property
     def cannot_begin(self) -> bool:
-        """The route on which messages begin is not there: fetching more makes no sense."""
+        """Whether the circuit of the first route is not closed: fetching more messages makes no
+        sense then."""
         return not self._admission.closed(self._extractor.route(None))
 
     @property
     def waits_for_budget(self) -> bool:
-        """What is queued for the first route waits for it: fetching more makes no sense."""
+        """Whether messages queued for the first route wait for a budget: fetching more makes no
+        sense then."""
         hold = self._holds.get(self._extractor.route(None))
         if hold is None or hold.cause not in BUDGETS:
             return False
@@ -149,7 +151,7 @@ class Calls:
 
     @property
     def held(self) -> bool:
-        """Something keeps what is queued waiting: slots, a budget, a cooldown."""
+        """Whether admission keeps the queue of any route waiting (slots, a budget, a cooldown)."""
         return bool(self._holds)
 
     def waits(self, now_s: float) -> Mapping[Cause, float]:

@@ -137,7 +137,7 @@ def from_the_cache(outcome: Extracted | Rejected) -> bool:
 
 
 def sentence(failure: CallFailure, route: str) -> str:
-    """What readiness says while the route's circuit is open."""
+    """The sentence in /readyz while the route's circuit is open."""
     model = f"the model {route}" if route else "the model"
     if isinstance(failure, ServiceFailure):
         return f"calls to {model} fail ({failure.reason}): {failure.remedy}"
@@ -147,7 +147,8 @@ def sentence(failure: CallFailure, route: str) -> str:
 def tell_the_circuit(
     admission: Admission, now_s: float, route: str, failure: CallFailure, *, service: bool
 ) -> None:
-    """A call on the route, or a probe, was not answered; `service`: nor will be any other."""
+    """Report a failed call or probe to the route's circuit. `service`: no other call can succeed
+    either."""
     admission.failed(
         now_s,
         sentence(failure, route),
@@ -158,7 +159,7 @@ def tell_the_circuit(
 
 
 def earliest(one_s: float | None, other_s: float | None) -> float | None:
-    """Of two moments, each of which may be none."""
+    """The earlier of two moments, each of which may be None."""
     if one_s is None or other_s is None:
         return one_s if other_s is None else other_s
     return min(one_s, other_s)

@@ -1,7 +1,7 @@
 """While a route's circuit is not closed, one call at a time asks whether the provider is back.
 
-Two of three tries are probes, small calls with a fixed text that belong to no message. The third is
-a message that waits, each time another: a guardrail may refuse the probe's text alone.
+Two of three tries are probes: tiny calls with a fixed text that belong to no message. The third try
+is a waiting message, each time another one, because a guardrail may refuse only the probe's text.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from service.pipeline.tasks import Conditions, Tasks
 from service.ports import Extractor
 
 Begin: TypeAlias = Callable[[Entry, Estimate], bool]
-"""Starts a message's call, where it may begin now; says whether it did."""
+"""Starts a message's call where it may begin now; returns whether it did."""
 
 
 class Probing:
-    """What is out on each route to see: a probe, or a message."""
+    """Makes the tries; owns the probe, or the message in its place, that is out on each route."""
 
     def __init__(
         self,
@@ -43,7 +43,8 @@ class Probing:
         self._messages: dict[str, Entry] = {}  # that are out instead of a probe
 
     def when_due(self, now_s: float, again: Callable[[], None], begin: Begin) -> float | None:
-        """Send what is due; returns when to ask again. The end of each try calls `again`.
+        """Send the tries that are due; returns when to look again. The end of each try calls
+        `again`.
 
         Only one probe runs at a time, even where the circuit has closed and opened again meanwhile.
         In a drain a probe goes out only where a message waits for it, so that the message can
@@ -55,7 +56,7 @@ class Probing:
             if wait_s is None or route in self._running:
                 continue
             if self._phase.draining and not self._window.waits_for_a_call:
-                continue  # the end of a call asks again
+                continue  # the end of a running call calls `admit` again
             if wait_s > 0.0:
                 ask_again_s = earliest(ask_again_s, now_s + wait_s)
             elif not self._tried(now_s, route, begin):
@@ -65,7 +66,8 @@ class Probing:
     # --- a message -------------------------------------------------------------------------------
 
     def _tried(self, now_s: float, route: str, begin: Begin) -> bool:
-        """Whether a message goes out, with a slot and a charge as any other."""
+        """Send a message where the next try is one; it has a slot and a charge as any other.
+        Returns whether one went out."""
         if not self._admission.wants_a_message(route):
             return False
         entry = self._window.waiting_for(route, now_s)
@@ -82,12 +84,13 @@ class Probing:
         return False
 
     def stands_for_a_probe(self, entry: Entry, route: str) -> bool:
-        """Whether its call says how the provider is, although the circuit is not closed."""
+        """Whether the message went out instead of a probe, so that its call counts for the circuit
+        as a probe does."""
         return self._messages.get(route) is entry
 
     def ended(self, entry: Entry, route: str) -> None:
-        """A call of the message is over. If it stood for a probe and has told nothing of the
-        provider (cut off, answered from the cache), another may go."""
+        """A call of the message is over. Where it went out instead of a probe and shows nothing
+        about the provider (cut off, answered from the cache), another try may follow."""
         if self._messages.get(route) is entry:
             del self._messages[route]
             self._admission.probe_cancelled(route)
@@ -132,6 +135,6 @@ class Probing:
         again()
 
     def close(self) -> None:
-        """The probes that run are called off."""
+        """Cancel the probes that run."""
         for probe in self._running.values():
             probe.cancel()

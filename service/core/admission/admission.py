@@ -1,9 +1,9 @@
 """Admission: whether one more call may start now, and if not, why and when to ask again.
 
-What a call needs: a slot, room in the budgets of requests, tokens and money; and of its route its
-turn in the pace, no cooldown, a closed circuit. Each of these is a file of its own; here they are
-one answer. A route is named by the estimate of the call; where nobody tells routes apart there is
-one, without a name.
+A call needs a slot, and room in the budgets of requests, tokens and money. Its route must have no
+cooldown and a closed circuit, and it must be the call's turn in the route's pace. Each of these has
+a file of its own; this file joins their answers. The estimate of a call names its route; an
+extractor that does not tell routes apart uses one route without a name.
 
 Every call is charged here before it is sent. The first call of an attempt is charged when it gets
 its slot. For a further call (a re-ask, another model) the extractor asks `again`; where there is no
@@ -91,7 +91,7 @@ class Meter(Protocol):
         """An answer's headers have told the provider's limits."""
 
     def answered(self, now_s: float, route: str) -> None:
-        """A further call of a message was answered, whatever comes of the message."""
+        """A further call of a message was answered, whatever the outcome of the message is."""
 
 
 class Admission:
@@ -131,24 +131,23 @@ class Admission:
 
     @property
     def all_broken(self) -> bool:
-        """There are routes, and no circuit is closed."""
+        """Whether there are routes and the circuit of none of them is closed."""
         return bool(self._routes) and not any(route.closed for route in self._routes.values())
 
     @property
     def outages(self) -> tuple[str, ...]:
-        """Why circuits are not closed: a sentence for a person each."""
+        """A sentence for a person on each circuit that is not closed, and why."""
         reasons = (route.circuit.reason for route in self._routes.values())
         return tuple(reason for reason in reasons if reason is not None)
 
     @property
     def pace_per_s(self) -> float | None:
-        """Calls a second, where the provider's hidden rate had to be found; of all routes the
-        lowest."""
+        """Calls a second of the route with the lowest pace; None: no hidden limit was met."""
         paces = (route.pace.rate_per_s for route in self._routes.values())
         return min((pace for pace in paces if pace is not None), default=None)
 
     def last_success_s(self, route: str = "") -> float | None:
-        """When a call of the route, or its probe, was last answered: the provider is there."""
+        """When a call or a probe of the route was last answered; None: never."""
         return self._route(route).last_success_s
 
     @property
@@ -183,11 +182,11 @@ class Admission:
 
     @property
     def all_busy(self) -> bool:
-        """There is no slot left, on whatever route."""
+        """Whether all slots of all routes together are in use."""
         return self.busy >= self._slots_max
 
     def full(self, now_s: float, route: str = "") -> bool:
-        """All slots that may be in use now on this route are."""
+        """Whether all slots that this route may use now are in use."""
         to_use = self._route(route)
         to_use.restart_now(now_s)
         return self.all_busy or to_use.busy >= to_use.limit
@@ -216,7 +215,8 @@ class Admission:
     # --- one call --------------------------------------------------------------------------------
 
     def admit(self, now_s: float, estimate: Estimate = NO_TOKENS) -> Turn:
-        """Take a slot and what the call needs; only after `hold` gave None, or as a probe."""
+        """Take a slot and charge the call; allowed only after `hold` returned None, or where the
+        message goes out instead of a probe."""
         assert self.busy < self._slots_max, "no free slot"
         route = self._route(estimate.route)
         self.busy += 1
@@ -255,7 +255,7 @@ class Admission:
         self._tokens.correct(now_s, estimate.tokens, tokens)
 
     def told(self, now_s: float, allowance: Allowance) -> None:
-        """An answer's headers spoke of the provider's limits."""
+        """An answer's headers have told the provider's limits."""
         route, asked_at_s = allowance.route, allowance.asked_at_s
         if allowance.requests is not None:
             self._requests.heard(now_s, allowance.requests, asked_at_s, route=route)
@@ -272,7 +272,7 @@ class Admission:
         return self._reopened(route.succeeded(now_s, turn.started_s, turn.in_flight))
 
     def answered(self, now_s: float, route: str) -> None:
-        """A further call of a message was answered, whatever comes of the message."""
+        """A further call of a message was answered, whatever the outcome of the message is."""
         self._reopened(self._route(route).answers(now_s))
 
     def _reopened(self, reopened: bool) -> bool:
@@ -283,7 +283,7 @@ class Admission:
     def overloaded(
         self, now_s: float, turn: Turn, route: str, reason: str, retry_after_s: float | None
     ) -> None:
-        """A call on `route` was turned away, or not answered in time."""
+        """A call on `route` was refused for overload, or not answered in time."""
         self.cool_down(now_s, retry_after_s, route)
         in_flight = turn.in_flight if turn.estimate.route == route else None
         self._route(route).overloaded(now_s, turn.started_s, in_flight, reason)
@@ -302,7 +302,7 @@ class Admission:
         retry_after_s: float | None = None,
         route: str = "",
     ) -> None:
-        """A call, or a probe, was not answered."""
+        """A call or a probe failed."""
         self._route(route).fails(now_s, sentence, service=service, retry_after_s=retry_after_s)
 
     def spent(self, now_s: float, usd: float) -> None:
@@ -314,17 +314,18 @@ class Admission:
         self._spend.carry(now_s, age_s, usd)
 
     def doubt(self, now_s: float, route: str = "") -> None:
-        """Nobody knows whether the provider is there: a probe goes out at once."""
+        """Nothing shows whether the provider is reachable: a probe goes out at once."""
         self._route(route).circuit.doubt(now_s)
 
     # --- whose fault it is -----------------------------------------------------------------------
 
     def suspect(self, route: str, before: Suspicion | None, *, shared: bool) -> Suspicion:
-        """A message's call on the route has failed; what that says of the message itself."""
+        """A message's call on the route has failed: what now speaks against the message itself."""
         return self._route(route).suspect(route, before, shared=shared)
 
     def nobody_else(self, suspicion: Suspicion) -> bool:
-        """No call of others has begun on its route since a message's failure, or is under way."""
+        """Whether no call that began on its route after the message's failure was answered, and
+        none is running."""
         route = self._route(suspicion.route)
         return not route.busy and route.answered <= suspicion.since.answered
 
@@ -333,7 +334,8 @@ class Admission:
         return self._route(route).untroubled
 
     def take_back(self, route: str, before: Untroubled) -> None:
-        """Refusals that were about one message alone have taught nothing of the route."""
+        """Refusals turned out to concern one message alone: undo what the route learned from
+        them."""
         self._route(route).take_back(before)
 
     # --- probes ----------------------------------------------------------------------------------
@@ -351,11 +353,11 @@ class Admission:
         return self._route(route).circuit.wants_a_message and not self.all_busy
 
     def has_room(self, now_s: float, estimate: Estimate) -> bool:
-        """The budgets have room for a call, be its route there or not."""
+        """Whether the budgets have room for a call; the state of its route does not count."""
         return max(self._budget_waits(now_s, estimate)) <= 0.0
 
     def trying(self, route: str) -> None:
-        """A message goes out to see, as a probe does; it is charged as any other."""
+        """A message goes out instead of a probe; it is charged as any other message is."""
         self._route(route).circuit.probing()
 
     def probing(self, now_s: float, route: str = "") -> None:

@@ -45,7 +45,7 @@ class Estimate:
     tokens: int = 0
     tokens_max: int = 0
     route: str = ""
-    """On which it goes out."""
+    """The route that the call goes out on."""
 
 
 NO_TOKENS = Estimate()

@@ -21,8 +21,8 @@ PROBE_JITTER_S = 2.0
 workers send theirs at once."""
 
 MESSAGE_EVERY = 3
-"""Each so many-th try is a message that waits instead of the probe: a guardrail may refuse the
-probe's text alone."""
+"""Every third try is a waiting message instead of a probe, because a guardrail may refuse only the
+probe's text."""
 
 
 class CircuitState(StrEnum):
@@ -45,7 +45,7 @@ class Circuit:
     reason: str | None = None
     failures: int = 0
     openings: int = 0
-    tries: int = 0  # to see whether it is over, since the last success
+    tries: int = 0  # probes, and messages instead of them, since the last success
     reopen_at_s: float = 0.0
 
     def succeeded(self) -> bool:
@@ -93,7 +93,7 @@ class Circuit:
 
     @property
     def wants_a_message(self) -> bool:
-        """Whether the next try is a message that waits, not the probe's text."""
+        """Whether the next try is a waiting message and not a probe."""
         return (self.tries + 1) % MESSAGE_EVERY == 0
 
     def wait_s(self, now_s: float) -> float | None:

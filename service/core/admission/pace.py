@@ -112,8 +112,8 @@ class Pace:
             self._grown_s = 0.0
 
     def take_back(self) -> None:
-        """What was read from refusals is wrong: they were about one message alone, and nobody
-        knows of a limit."""
+        """The refusals turned out to concern one message alone: there is no known limit, and the
+        pace is off again."""
         self.rate_per_s, self._cut_at_s = None, float("-inf")
         self._low = self._found = self._grown_s = 0.0
         self._row, self._searching = 0, False

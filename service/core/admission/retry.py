@@ -19,8 +19,8 @@ OVERLOAD = frozenset({"rate_limited", "overloaded", "timeout"})
 """Reasons of failures that show that we send too much at once."""
 
 NEVER_THE_MESSAGE = frozenset({"rate_limited", "overloaded"})
-"""Failures that hardly a message is the cause of: they don't count towards its attempts, unless
-others are answered meanwhile (core/admission/suspicion.py)."""
+"""Reasons of failures that a message hardly ever causes: they don't count towards its
+`attempts_max`, unless others are answered meanwhile (core/admission/suspicion.py)."""
 
 
 def asked_to_wait_s(retry_after_s: float | None) -> float | None:

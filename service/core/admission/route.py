@@ -1,9 +1,9 @@
-"""A route: one endpoint, model and parameters, and what its own answers say of it.
+"""A route: one endpoint, model and parameters, and what its own answers show about it.
 
-A second model's 401 is not healed by the first one's answers. So circuit, slots, pace, cooldown and
-the last success belong to the route; slots altogether and the user's own budgets are shared by all
-of them (`Admission`). Rules of this file: time comes in as seconds of a monotonic clock; nothing
-waits here.
+Answers of the first model do not show that a second one works, whose key may be refused. So
+circuit, slots, pace, cooldown and last success belong to the route. All routes share the number of
+slots in the settings and the user's own budgets (`Admission`). Rules of this file: time comes in as
+seconds of a monotonic clock; nothing waits here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ itself frees, the number of calls triples in a round trip."""
 
 @dataclass(frozen=True, slots=True)
 class Untroubled:
-    """Of a route before a message's first refusal: how it is once that was only the message's."""
+    """A route's slots and pace before a message's first refusal. They are restored where it turns
+    out that the refusals concerned only that message."""
 
     slots: float
     paced: bool
@@ -35,19 +36,19 @@ class Untroubled:
 
 @dataclass(slots=True, eq=False)
 class Route:
-    """How many calls it bears, how fast, and whether it answers at all."""
+    """How many calls the route accepts, how fast, and whether it answers at all."""
 
     slots: Slots
     circuit: Circuit
     pace: Pace = field(default_factory=Pace)
     busy: int = 0
     last_success_s: float | None = None
-    """When a call, or a probe, was last answered: the provider is there."""
+    """When a call or a probe was last answered; None: never."""
     cooldown_until_s: float = 0.0
     answered: int = 0
     failed: int = 0
-    _restarting: bool = False  # from a cooldown or an outage to the first call after it
-    _restart_slots: int | None = None  # until the slots are all in use again
+    _restarting: bool = False  # True from a cooldown or an outage to the first call after it
+    _restart_slots: int | None = None  # the limit after a restart, while it is the smaller
 
     @property
     def limit(self) -> int:
@@ -66,7 +67,8 @@ class Route:
         return 0.0 if self.closed else max(self.circuit.wait_s(now_s) or 0.0, 1e-3)
 
     def restart_now(self, now_s: float) -> None:
-        """The first call behind a cooldown or an outage is about to start."""
+        """Called before each call starts: behind a cooldown or an outage few slots are used at
+        first."""
         if self._restarting and now_s >= self.cooldown_until_s and self.closed:
             self._restarting, self._restart_slots = False, self.busy + RESTART_SLOTS
 
@@ -93,8 +95,8 @@ class Route:
     def overloaded(
         self, now_s: float, started_s: float, in_flight: int | None, reason: str
     ) -> None:
-        """A call was turned away, or not answered in time; `in_flight` is None where it began on
-        another route, and nothing can be read from the number."""
+        """A call was refused for overload, or not answered in time. `in_flight` is None where the
+        attempt began on another route: the number of calls in flight then says nothing."""
         if not self.closed:
             return  # it failed because of the outage, not because of too many calls
         limited = reason == RATE_LIMITED
@@ -115,7 +117,7 @@ class Route:
     def fails(
         self, now_s: float, sentence: str, *, service: bool, retry_after_s: float | None
     ) -> None:
-        """A call, or a probe, was not answered."""
+        """A call or a probe failed."""
         opened = self.circuit.failed(now_s, sentence, service=service, retry_after_s=retry_after_s)
         if opened:
             self.slots.outage()
@@ -124,8 +126,8 @@ class Route:
     # --- whose fault it is -----------------------------------------------------------------------
 
     def suspect(self, name: str, before: Suspicion | None, *, shared: bool) -> Suspicion:
-        """A message's call has failed; `before` is what was known of it, `shared`: another message
-        has told of this very call."""
+        """A message's call has failed. `before` is what spoke against the message until now;
+        `shared` is true where another message has reported this call already."""
         now = Tally(self.answered, self.failed)
         self.failed += not shared
         since = Tally(self.answered + self.busy, self.failed)
@@ -138,7 +140,7 @@ class Route:
         return Untroubled(self.slots.limit, self.pace.rate_per_s is not None)
 
     def take_back(self, before: Untroubled) -> None:
-        """Refusals that were about one message alone have taught nothing."""
+        """Refusals turned out to concern one message alone: undo what was learned from them."""
         self.slots.take_back(before.slots)
         if not before.paced:
             self.pace.take_back()

@@ -110,6 +110,7 @@ class Slots:
         self.refused_at = float("inf")
 
     def take_back(self, limit: float) -> None:
-        """What was read from refusals is wrong: they were about one message alone."""
+        """The refusals turned out to concern one message alone: the number of slots is again at
+        least `limit`, and none is known to be too many."""
         self.limit = max(self.limit, limit)
         self.refused_at = float("inf")

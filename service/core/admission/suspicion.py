@@ -1,8 +1,8 @@
-"""Whether a message fails for its own sake, or by the same chance as everybody.
+"""Whether a message itself causes its failures, or only fails as often as all messages do.
 
-A provider that turns away nine calls of ten turns an innocent message away eight times in a row
-with a chance of 43 %; one that answers everybody else does so never. What others were told between
-two failures of the message says which of the two it is.
+A provider that refuses nine calls of ten refuses a harmless message eight times in a row with a
+probability of 43 %. A provider that answers all other messages practically never does. The calls of
+others between two failures of the message show which of the two cases it is.
 
 Rules of this file: pure.
 """
@@ -12,16 +12,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 CHANCE_MAX = 1e-6
-"""A message is rejected for failures that are never a message's fault by their kind (429, 503) once
-an innocent one would have been turned away so often with at most this probability."""
+"""Failures whose kind is hardly ever a message's fault (429, 503) reject a message only where a
+harmless one would have failed this often with at most this probability."""
 
 DOUBTFUL = 0.05
-"""From this probability on its failures count as its own: they slow nobody else down."""
+"""At or below this probability a message's failures count as caused by itself, so they do not slow
+down the calls of others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """Calls of a route so far: how many were answered, and how many failed."""
+    """How many calls of a route were answered and how many failed so far."""
 
     answered: int
     failed: int
@@ -29,10 +30,10 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Suspicion:
-    """What speaks against a message after its latest failure.
+    """How much speaks against a message after its last failure.
 
-    `chance` bounds the probability that a message which fails no more often than others has come
-    so far. Each failure after the first multiplies it by (r + 1) / (s + r + 1), where s calls of
+    `chance` bounds the probability that a message that fails no more often than others fails this
+    often. Each failure after the first multiplies it by (r + 1) / (s + r + 1), where s calls of
     others were answered and r failed since the failure before. Where each call fails with
     probability q, the mean of the inverse of that factor, over failures, is
     1 - (1 - q) ** (s + r + 1), at most 1: the inverse of `chance` is a supermartingale, and by
@@ -41,15 +42,15 @@ class Suspicion:
 
     route: str
     since: Tally
-    """The route's calls then; those that were in flight count as answered, so that only calls that
-    began later speak against the message."""
+    """The route's calls at the last failure. Those in flight then count as answered already, so
+    that only calls that began later speak against the message."""
     chance: float = 1.0
     failures: int = 1
     others_failed: int = 0
 
     def again(self, now: Tally, since: Tally) -> Suspicion:
-        """It has failed once more. `now` are the route's calls but for this one; from `since` on
-        is counted next."""
+        """The suspicion after one more failure. `now` counts the route's calls without this one;
+        the next failure is counted from `since` on."""
         answered = max(0, now.answered - self.since.answered)
         failed = max(0, now.failed - self.since.failed)
         chance = self.chance * (failed + 1) / (answered + failed + 1)
@@ -57,10 +58,10 @@ class Suspicion:
 
     @property
     def its_own(self) -> bool:
-        """It fails for its own sake, as far as anybody can tell."""
+        """Whether the message probably causes its failures itself."""
         return self.chance <= DOUBTFUL
 
     @property
     def certain(self) -> bool:
-        """So often by chance alone, nobody fails."""
+        """Whether chance alone cannot explain so many failures."""
         return self.chance <= CHANCE_MAX
