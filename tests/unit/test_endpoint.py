@@ -7,9 +7,15 @@ from pathlib import Path
 import pytest
 
 from service.core.errors import WrongSettings
-from service.llm.endpoint import endpoint
+from service.llm.endpoint import Endpoint, main_endpoint
+from service.settings import ExtractionSettings
 
 AZURE = "https://me.openai.azure.com/openai/deployments/small"
+
+
+def endpoint() -> Endpoint:
+    """That of the environment, with settings that say nothing of it."""
+    return main_endpoint(ExtractionSettings())
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +53,9 @@ def test_an_address_is_taken_apart(
 ) -> None:
     """The query goes behind each path; Azure's older address takes the key in its own header."""
     monkeypatch.setenv("OPENAI_BASE_URL", url)
-    assert endpoint() == (base_url, "sk-1", query, headers)
+    found = endpoint()
+    assert (found.base_url, found.key.value) == (base_url, "sk-1")
+    assert (found.query, found.headers) == (query, headers)
 
 
 @pytest.mark.parametrize(
@@ -79,4 +87,4 @@ def test_a_proxy_that_can_be_used(monkeypatch: pytest.MonkeyPatch, proxy: str) -
     """As most tools take it."""
     monkeypatch.setenv("HTTPS_PROXY", proxy)
     monkeypatch.setenv("SSL_CERT_DIR", str(Path(__file__).parent))
-    assert endpoint().key == "sk-1"
+    assert endpoint().key.value == "sk-1"

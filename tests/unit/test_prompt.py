@@ -12,6 +12,7 @@ from service.core.errors import WrongSettings
 from service.demo.records import Person
 from service.llm.prompt import Prompt, build_prompt, delimited
 from service.settings import Example
+from tests.tokens import BESIDE_MAX, beside
 
 ADA = Example(text="Ada is 36", records={"name": "Ada", "age": 36})
 HOSTILE = (
@@ -60,9 +61,6 @@ def test_a_tag_is_the_shortest_that_the_text_does_not_hold() -> None:
 
 def test_rules_and_tags_cost_little() -> None:
     """Beside text, schema and instructions, in the tokens of OpenAI's newer models."""
-    pytest.importorskip("bpe_openai")
-    from tests.tokens import BESIDE_MAX, beside
-
     assert 0 < beside() <= BESIDE_MAX
 
 
