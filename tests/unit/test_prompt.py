@@ -59,6 +59,7 @@ def test_a_tag_is_the_shortest_that_the_text_does_not_hold() -> None:
     assert tag[:-1] in every
 
 
+@pytest.mark.filterwarnings("ignore:open_binary is deprecated")  # in bpe_openai
 def test_rules_and_tags_cost_little() -> None:
     """Beside text, schema and instructions, in the tokens of OpenAI's newer models."""
     assert 0 < beside() <= BESIDE_MAX
