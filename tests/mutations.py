@@ -339,8 +339,8 @@ TAKEN_AWAY = (
     Mutation(
         "14 a text that is refused alone is everybody's fault",
         BLAME,
-        "if not self._suspect(entry, route, shared=failure.shared).its_own:",
-        "if self._suspect(entry, route, shared=failure.shared):",
+        "if not self._weigh(entry, route, shared=failure.shared).its_own:",
+        "if self._weigh(entry, route, shared=failure.shared):",
         (ROUTES + "one_poisoned_text_slows_nobody",),
     ),
     Mutation(

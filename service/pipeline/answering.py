@@ -78,7 +78,7 @@ class Answering:
         if entry.first_failed_at_ms is None:
             entry.first_failed_at_ms = self._wall_ms()
         if (outcome := self._given_up(entry, turn, failure)) is not None:
-            self._say_that_it_is_alone(entry, failure.reason)
+            self._log_its_own(entry, failure.reason)
             self.answer(entry, outcome)
             return
         self._blame.doubt(now_s, entry, turn, failure)
@@ -92,7 +92,7 @@ class Answering:
             return min(delay_s, DRAIN_DELAY_S)
         return delay_s
 
-    def _say_that_it_is_alone(self, entry: Entry, how: str) -> None:
+    def _log_its_own(self, entry: Entry, how: str) -> None:
         """Log one line for a message that kept failing while others were answered."""
         log.warning(
             "%s is given up after %d failed attempts (%s): others were answered meanwhile",
@@ -108,7 +108,7 @@ class Answering:
             and outcome.reason is Reason.BAD_REQUEST
             and entry.attempts
         ):
-            self._say_that_it_is_alone(entry, "refused")
+            self._log_its_own(entry, "refused")
         self.answer(entry, outcome)
 
     def let_go(self) -> None:

@@ -28,14 +28,14 @@ class Blame:
     def failed(self, now_s: float, entry: Entry, turn: Turn, failure: CallFailure) -> None:
         """A call for the message has failed; to be called before its attempts are counted."""
         route = route_of(turn, failure)
-        if not self._suspect(entry, route, shared=failure.shared).its_own:
+        if not self._weigh(entry, route, shared=failure.shared).its_own:
             self._blame_the_route(now_s, entry, turn, failure)
 
-    def _suspect(self, entry: Entry, route: str, *, shared: bool) -> Suspicion:
+    def _weigh(self, entry: Entry, route: str, *, shared: bool) -> Suspicion:
         """Count the failure against the message. As soon as its failures seem its own, what the
         route learned from the first ones is undone, unless others failed too."""
         before = entry.suspicion
-        found = self._admission.suspect(route, before, shared=shared)
+        found = self._admission.suspicion(route, before, shared=shared)
         if before is None or before.route != route:
             entry.untroubled = self._admission.untroubled(route)
         elif found.its_own and not before.its_own and not found.others_failed:
@@ -65,12 +65,12 @@ class Blame:
 
     def gives_up(self, entry: Entry, turn: Turn, failure: CallFailure) -> bool:
         """Whether the message has failed often enough while others succeeded."""
-        if self._fails_alone(entry, failure):
+        if self._beyond_chance(entry, failure):
             return True
         success_s = self._admission.last_success_s(route_of(turn, failure))
         return exhausted(entry.attempts_that_count, self._attempts_max, turn.started_s, success_s)
 
-    def _fails_alone(self, entry: Entry, failure: CallFailure) -> bool:
+    def _beyond_chance(self, entry: Entry, failure: CallFailure) -> bool:
         """Whether chance cannot explain the message's failures, although their kind (429, 503) is
         hardly ever a message's fault."""
         if entry.attempts < self._attempts_max or not isinstance(failure, TransientFailure):

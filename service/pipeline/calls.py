@@ -78,7 +78,7 @@ class Calls:
         """Start calls as far as admission allows, and set a timer where a later look is needed."""
         if not self._tasks.is_open or not self._phase.may_call:
             return
-        now_s, held = clock.now_s(), self.waits_for_budget
+        now_s, waited = clock.now_s(), self.waits_for_budget
         ask_again_s = self._probing.when_due(now_s, self.admit, self._try)
         self._holds = {route: Hold(None, Cause.CIRCUIT) for route in self._admission.broken}
         if not self._admission.all_broken:  # else who waits for another attempt is in no hurry
@@ -102,7 +102,7 @@ class Calls:
                 break
             if hold.wait_s is not None:
                 ask_again_s = earliest(ask_again_s, now_s + hold.wait_s)
-        if held and not self.waits_for_budget:
+        if waited and not self.waits_for_budget:
             self._conditions.look()  # there may be room to fetch
         self._wake_at(ask_again_s)
 
@@ -150,7 +150,7 @@ class Calls:
         return self._window.next_queued() is not None
 
     @property
-    def held(self) -> bool:
+    def queue_waits(self) -> bool:
         """Whether admission keeps the queue of any route waiting (slots, a budget, a cooldown)."""
         return bool(self._holds)
 

@@ -146,8 +146,8 @@ class Pipeline:
         self._intake.turned_at_s = self._conditions.moved_at_s = clock.now_s()
         async with asyncio.TaskGroup() as group:
             self._tasks.open(group)
-            intake = self._tasks.start_alone(self._intake.run, until, self.stop)
-            commits = self._tasks.start_alone(self._commits.regularly)
+            intake = self._tasks.start_for_run(self._intake.run, until, self.stop)
+            commits = self._tasks.start_for_run(self._commits.regularly)
             assert intake is not None, "the group is open"
             assert commits is not None, "the group is open"
             try:

@@ -99,7 +99,7 @@ class Probing:
 
     def _start(self, now_s: float, route: str, again: Callable[[], None]) -> None:
         self._admission.probing(now_s, route)
-        probe = self._tasks.start_alone(self._probe, route, again)
+        probe = self._tasks.start_for_run(self._probe, route, again)
         if probe is None:
             self._admission.probe_cancelled(route)
             return

@@ -94,7 +94,7 @@ class Reporting:
             return State.RUNNING
         if self._calls.waits_for_budget:
             return State.WAITING_FOR_BUDGET
-        if stages[Stage.RETRYING] or self._calls.held:
+        if stages[Stage.RETRYING] or self._calls.queue_waits:
             return State.WAITING_FOR_PROVIDER
         if not lag and not self._window.messages:
             return State.IDLE

@@ -47,7 +47,7 @@ class Tasks:
         or could not start (None). It has to call `over` for a task: one callback is cheaper than
         two.
         """
-        task = self.start_alone(work, *arguments)
+        task = self.start_for_run(work, *arguments)
         if task is None:
             if ended is not None:
                 ended(None)
@@ -59,7 +59,7 @@ class Tasks:
         """A task that was started for a holding has ended."""
         del self._working[task]
 
-    def start_alone(self, work: Work, *arguments: object) -> asyncio.Task[None] | None:
+    def start_for_run(self, work: Work, *arguments: object) -> asyncio.Task[None] | None:
         """Start a task that belongs to no holding. Returns None where the run is over, or is ending
         because another task has failed: the group then takes no more tasks, while timers and
         answers still arrive."""
@@ -82,7 +82,7 @@ class Tasks:
         try:
             act(*arguments)
         except Exception as error:  # the loop would only log it, and the message would hang
-            self.start_alone(_raise, error)
+            self.start_for_run(_raise, error)
 
 
 class Conditions:

@@ -59,16 +59,16 @@ def test_calls_in_flight_at_its_failure_are_no_evidence() -> None:
     """They had begun before: only what began later counts as answered."""
     route = Route(Slots(50), Circuit(lambda low, high: low))
     route.busy = 10
-    found = route.suspect("", None, shared=False)
+    found = route.suspicion("", None, shared=False)
     for _ in range(10):
         route.answers(0)
-    assert route.suspect("", found, shared=False).chance == 1.0
+    assert route.suspicion("", found, shared=False).chance == 1.0
 
 
 def test_a_shared_failure_counts_once() -> None:
     """Messages that waited for one call are told of it together; the route has failed once."""
     route = Route(Slots(50), Circuit(lambda low, high: low))
-    route.suspect("", None, shared=False)
+    route.suspicion("", None, shared=False)
     for _ in range(9):
-        route.suspect("", None, shared=True)
+        route.suspicion("", None, shared=True)
     assert route.failed == 1

@@ -319,9 +319,9 @@ class Admission:
 
     # --- whose fault it is -----------------------------------------------------------------------
 
-    def suspect(self, route: str, before: Suspicion | None, *, shared: bool) -> Suspicion:
+    def suspicion(self, route: str, before: Suspicion | None, *, shared: bool) -> Suspicion:
         """A message's call on the route has failed: what now speaks against the message itself."""
-        return self._route(route).suspect(route, before, shared=shared)
+        return self._route(route).suspicion(route, before, shared=shared)
 
     def nobody_else(self, suspicion: Suspicion) -> bool:
         """Whether no call that began on its route after the message's failure was answered, and

@@ -125,7 +125,7 @@ class Route:
 
     # --- whose fault it is -----------------------------------------------------------------------
 
-    def suspect(self, name: str, before: Suspicion | None, *, shared: bool) -> Suspicion:
+    def suspicion(self, name: str, before: Suspicion | None, *, shared: bool) -> Suspicion:
         """A message's call has failed. `before` is what spoke against the message until now;
         `shared` is true where another message has reported this call already."""
         now = Tally(self.answered, self.failed)
