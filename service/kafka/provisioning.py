@@ -32,8 +32,9 @@ BROKERS_CHOICE = -1
 """This number asks brokers for their default number of replicas."""
 
 DEAD_LETTER_ROOM_BYTES = 131_072
-"""A dead letter is at most this much larger than its message: 16,384 characters of the model's
-answer and 4,096 of the reason, at most four bytes each, and the other headers, rounded up."""
+"""A dead letter is at most this much larger than its message. The answer and the detail that it
+keeps are bounded (letters/written.py); the rest is room for our other headers, whose size depends
+on names that users choose."""
 
 HISTORY_ROOM_BYTES = 1_024
 """A message that is sent again is at most this much larger: the headers of core/history.py."""

@@ -15,6 +15,8 @@ from service.kafka.letters.written import (
     original_headers,
     smaller,
 )
+from service.kafka.provisioning import DEAD_LETTER_ROOM_BYTES
+from service.kafka.sending.sizes import size_alone
 
 NOW_MS = 1_700_000_009_000
 PROVENANCE = Provenance("small", "p1", "s1", calls=3, tokens_input=10, tokens_output=4)
@@ -30,6 +32,16 @@ REJECTED = Rejected(
 
 def message(headers: Headers = (), key: bytes | None = b"k", value: bytes | None = b"v") -> Message:
     return Message(Partition("notes", 3), 41, 1, key, value, headers, 1_700_000_000_123)
+
+
+def test_a_topic_has_room_for_the_largest_dead_letter() -> None:
+    """With answer and detail as long as they are kept, and each name as long as Kafka takes it."""
+    rejected = replace(REJECTED, answer="a" * 2 * ANSWER_MAX_BYTES, detail="d" * ANSWER_MAX_BYTES)
+    topic = "t" * 249
+    of_it = Message(Partition(topic, 3), 41, 1, b"k", b"v", (), 1_700_000_000_123)
+    letter = dead_letter(of_it, rejected, "g" * 249, NOW_MS, connect=True)
+    alone = size_alone(b"k", b"v", [])
+    assert size_alone(b"k", b"v", letter.headers) - alone < DEAD_LETTER_ROOM_BYTES
 
 
 def test_headers_stand_in_their_order() -> None:

@@ -51,6 +51,7 @@ TO_SPLIT = {
     "service.llm.extractor",
     "service.pipeline.calls",
 }
+"""Classes in these files exceed the bounds. None is added here; each goes as it is split."""
 
 AIOKAFKA_OFFERS = {
     "aiokafka",
