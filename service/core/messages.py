@@ -126,6 +126,8 @@ class Provenance:
     cached: bool = False
     calls_unpriced: int = 0
     text_cut: TextCut | None = None
+    cost_by_model: tuple[tuple[str, float], ...] = ()
+    """What each model that was asked has cost, in the order of the cascade."""
 
     def and_one_call(
         self,
@@ -150,7 +152,14 @@ class Provenance:
             self.cached,
             self.calls_unpriced + (cost_usd is None),
             self.text_cut,
+            self._cost_by_model(cost_usd or 0.0),
         )
+
+    def _cost_by_model(self, cost_usd: float) -> tuple[tuple[str, float], ...]:
+        before = self.cost_by_model
+        if before and before[-1][0] == self.model:
+            return (*before[:-1], (self.model, before[-1][1] + cost_usd))
+        return (*before, (self.model, cost_usd))
 
 
 class Reason(StrEnum):

@@ -51,6 +51,9 @@ def provenance_headers(provenance: Provenance) -> HeaderList:
     ]
     if not provenance.calls_unpriced:
         headers.append(("sluice.cost.usd", _dollars(provenance.cost_usd)))
+        if len(provenance.cost_by_model) > 1:
+            parts = (f"{model}={_dollars(usd).decode()}" for model, usd in provenance.cost_by_model)
+            headers.append(("sluice.cost.models", ", ".join(parts).encode()))
     if provenance.text_cut is not None:
         headers.append(("sluice.text.cut", str(provenance.text_cut).encode()))
     return headers

@@ -196,6 +196,17 @@ def test_headers_say_what_is_known_of_the_cost() -> None:
     assert "sluice.cost.usd" not in dict(provenance_headers(replace(spent, calls_unpriced=1)))
 
 
+def test_headers_tell_what_each_model_of_a_cascade_has_cost() -> None:
+    """Only where more than one was asked; re-asks of a model are in its sum."""
+    spent = EXTRACTED.provenance.and_one_call(1, 1, 0, 0, 0.00011)
+    spent = spent.and_one_call(1, 1, 0, 0, 0.00011)
+    assert "sluice.cost.models" not in dict(provenance_headers(spent))
+    both = replace(spent, model="large").and_one_call(1, 1, 0, 0, 0.0011)
+    costs = dict(provenance_headers(both))["sluice.cost.models"]
+    assert costs == f"{EXTRACTED.provenance.model}=0.00022, large=0.0011".encode()
+    assert both.cost_usd == pytest.approx(0.00132)
+
+
 def test_a_tombstones_headers_name_no_model() -> None:
     """A tombstone that is handed on says where it came from and nothing of a model."""
     names = [name for name, _ in tombstone_headers(message(None, (("a", b"1"),)))]
