@@ -52,7 +52,7 @@ PROGRESS_S = 0.2
 GARBAGE_OBJECTS = 50_000
 """How many new objects start a garbage collection. Python's default, 700, starts about one for each
 message and takes more than a fifth of the CPU. Only cycles have to be collected, which errors leave
-behind; some megabytes of them may now wait."""
+behind; some megabytes of them may now wait for a collection."""
 
 
 MODEL_WAIT_S = 5.0

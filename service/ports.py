@@ -112,10 +112,10 @@ class Extractor(Protocol):
         """The route of the next call for a message; without progress, that of its first call."""
 
     def estimate(self, text: str, progress: object | None) -> Estimate:
-        """The tokens of the next call for it, and its route."""
+        """The tokens and the route of the next call for this text."""
 
     async def probe(self, route: str) -> None:
-        """One tiny call on a route, the same each time, whose answer nobody reads; raises as `call`
+        """One tiny call on a route, the same each time, whose answer is not read; raises as `call`
         does."""
 
 

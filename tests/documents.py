@@ -101,6 +101,7 @@ WORDS = (
         "Restore",
     ),
     ("fence", "ending an older owner's transactions by a new epoch of its id", "Transactions"),
+    ("account", "what was spent on a partition in the last hour; it moves with it", "Purse"),
     ("mark", "who wrote a commit's metadata, when and about which topic", "Mark"),
     ("suspect", "a message at which the process may have died; it runs alone", "Holding"),
     ("suspicion", "what speaks against a message that fails while others succeed", "Suspicion"),

@@ -402,7 +402,7 @@ TAKEN_AWAY = (
     Mutation(
         "14 what was spent does not travel with the offset",
         "service/kafka/client/stored.py",
-        '        ("s", ledger.written(progress.spent)),\n',
+        '        ("s", accounts.written(progress.spent)),\n',
         "",
         (SPEND + "the_commit_has_it_and_says_nothing_where_nothing_was_spent",),
     ),

@@ -69,7 +69,7 @@ def _main() -> NoReturn:
 
 
 def _fail(text: str, code: int) -> NoReturn:
-    with suppress(OSError):  # nobody reads it
+    with suppress(OSError):  # the reader of stderr may have left
         print(text, file=sys.stderr, flush=True)
     sys.exit(code)
 
@@ -145,7 +145,8 @@ def demo(
         Path | None, typer.Option(hidden=True, help="Keep the last screen as an SVG file.")
     ] = None,
 ) -> None:
-    """See it work: an embedded Kafka and a small language model on this machine."""
+    """Show the service at work with an embedded Kafka and a small language model on this
+    machine."""
     from service.demo.app import demo as run_demo
 
     raise typer.Exit(run_demo(messages, example, picture, endpoint=endpoint))

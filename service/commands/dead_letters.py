@@ -70,7 +70,8 @@ async def _list(
 
 
 def counted(reasons: Counter[str], redriven: int) -> str:
-    """The list's last line."""
+    """The last line of the list: how many letters there are, by reason, and how many were sent
+    again."""
     counts = ", ".join(f"{number} {one_line(reason)}" for reason, number in reasons.most_common())
     return f"{reasons.total()} dead letters ({counts or 'none'}), {redriven} of them redriven"
 

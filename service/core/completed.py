@@ -41,7 +41,8 @@ PACKED_BYTES_MAX = 2**18
 the bound is what SPAN_MAX and RUNS_MAX allow: at most four bytes a run, nearly always three."""
 
 TEXT_CHARS_MAX = 2**19
-"""A longer text is refused unread. PACKED_BYTES_MAX bytes are fewer characters in base64."""
+"""The longest text that is read, in characters. It is more than PACKED_BYTES_MAX bytes need in
+base64."""
 
 _BITMAP_GROWTH_MAX = 8
 """A bitmap that is this many times as long as the run-lengths is not tried: even compressed it is
@@ -103,9 +104,9 @@ def fits_for_sure(runs: Runs, chars_max: int) -> bool:
 
 
 def decode(text: str) -> Runs:
-    """The runs that `text` stands for; Damaged where it is no map of ours.
+    """The runs that `text` stands for; raises `Damaged` where it is not a map of ours.
 
-    Takes milliseconds and a few megabytes at most, whatever the text.
+    It takes at most some milliseconds and a few megabytes, whatever the text is.
     """
     if not text:
         return ()
@@ -131,7 +132,8 @@ def decode(text: str) -> Runs:
 
 
 def runs_of(next_offset: int, finished: Iterable[range]) -> Runs:
-    """The runs from `next_offset` on; `finished` lies beyond it, ascending, and may touch."""
+    """The runs from `next_offset` on. The ranges in `finished` lie beyond it, in ascending order,
+    and two of them may touch."""
     runs: list[int] = []
     after = next_offset
     for each in finished:

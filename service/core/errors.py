@@ -13,10 +13,10 @@
     └── Stop                  the process ends, with a sentence for a person
         ├── WrongSettings       exit code 2
         └── CannotRun           exit code 1
-            └── NotReachable      somebody else is down; whoever can wait, waits
+            └── NotReachable      another system is down; the caller waits if it can
 
-What fails for good inside a call is no error but an outcome: `Rejected`. Texts of these errors
-may be logged, so they never hold a message's text or a model's answer.
+A message that fails for good is not an error but an outcome: `Rejected`. The texts of errors may
+be logged, so they never hold a message's text or a model's answer.
 """
 
 from service.core.admission.retry import asked_to_wait_s
@@ -102,7 +102,7 @@ class PublishFailed(Retry):
 
 
 class CommitFailed(Retry):
-    """A commit was refused or not answered in time; what it held is committed by a later one."""
+    """A commit was refused or not answered in time; a later commit stores what it held."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)

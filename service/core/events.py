@@ -1,4 +1,4 @@
-"""What happened, told once and heard by metrics and by the demo's view.
+"""Events: what happened, reported once, for metrics, traces and the summary of a run.
 
 Rules of this file: an event is named in the past tense and frozen, holds no text of a message or
 an answer, and takes its labels from closed sets. The part that does something reports it through
@@ -134,8 +134,9 @@ class PublishRetried:
 class Finished(NamedTuple):
     """An outcome was acknowledged by Kafka (or needed no publish).
 
-    `publish_s` counts from the hand-over to the acknowledgement, `end_to_end_s` from the
-    message's own timestamp, `lane_wait_s` from having the outcome to the hand-over.
+    All times are in seconds. `publish_s` is the time from the hand-over to the acknowledgement,
+    `end_to_end_s` that from the message's own timestamp to the acknowledgement, `lane_wait_s` that
+    from the outcome to the hand-over.
     """
 
     outcome: OutcomeWord

@@ -85,7 +85,7 @@ class History:
 
 
 def own_part(headers: Headers) -> Headers:
-    """The headers that the message first came in with."""
+    """The headers that the message had when it was first read."""
     return headers if History.of(headers) is None else headers[: -len(_block(headers))]
 
 

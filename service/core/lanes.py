@@ -33,7 +33,7 @@ class Lane:
         self._waiting: deque[int] = deque()  # not handed over, in order
         self._answered: set[int] = set()  # those of _waiting that have an outcome
         self._handed: set[int] = set()  # handed over, not settled
-        self._failed: list[int] = []  # settled badly, while others are not settled yet
+        self._failed: list[int] = []  # not acknowledged; waits until the others are settled
 
     def enter(self, offset: int) -> None:
         """A message of this lane was taken; offsets come in order."""

@@ -170,7 +170,7 @@ class Reason(StrEnum):
     FILTERED = "filtered"  # the provider's content filter cut the answer
     TRUNCATED = "truncated"  # the answer hit the output token limit
     TOO_LONG = "too_long"  # text above input.text_max_bytes, or above the model's context
-    UNDECODABLE = "undecodable"  # not UTF-8, not JSON, no such field
+    UNDECODABLE = "undecodable"  # the value is not UTF-8, not JSON or has no such field
     BAD_REQUEST = "bad_request"  # the provider refused this very request (400, 422)
     USER_CODE = "user_code"  # an exception in the user's own code
     EXHAUSTED = "exhausted"  # kept failing while others succeeded

@@ -15,7 +15,7 @@ class Life(IntEnum):
 
     WORKING = 0
     STOPPING = 1  # nothing more is taken
-    DRAINING = 2  # messages without a call or an answer were let go; the others finish, bounded
+    DRAINING = 2  # messages that wait for a call were let go; the others finish under a deadline
     ENDING = 3  # the last commits are made
 
 

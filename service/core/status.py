@@ -31,7 +31,7 @@ class PartitionStatus:
     lag: int | None
     unfinished: int
     oldest_unfinished_ms: int | None  # the message's own timestamp, epoch milliseconds
-    map_ratio: float = 0.0  # of the room for the completed map; intake stops at three quarters
+    map_ratio: float = 0.0  # how full the completed map is; intake stops at about 0.75
 
 
 @dataclass(frozen=True, slots=True)

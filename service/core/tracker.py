@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass
 from enum import Enum
 
-from service.core.admission.ledger import Ledger
+from service.core.admission.accounts import Account
 from service.core.completed import Runs, runs_of
 
 UNCLEAN_ENDS_MAX = 3
@@ -22,7 +22,7 @@ Up to this number the cause may as well lie elsewhere."""
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a partition is, as Kafka keeps it for whoever has the partition next.
+    """How far a partition is, as Kafka stores it for the partition's next holder.
 
     `runs` is the completed map: what is finished beyond `next_offset`. `unclean_ends` counts the
     holders that have ended without a clean stop while this was the next offset. The present holder
@@ -35,8 +35,8 @@ class Progress:
     runs: Runs = ()
     unclean_ends: int = 0
     alone: int | None = None
-    spent: Ledger = ()
-    """What was spent on its account in the last hour, for `limits.spend_usd_per_hour`."""
+    spent: Account = ()
+    """The partition's account: what was spent on it in the last hour."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,7 @@ class PartitionTracker:
         for before in self._finished_before:
             if before.stop > beyond:
                 finished.append(range(max(before.start, beyond), before.stop))
-        if finished and finished[0].start == next_offset:  # others have finished what comes now
+        if finished and finished[0].start == next_offset:  # an earlier holder has these
             next_offset = finished.pop(0).stop
         return next_offset, runs_of(next_offset, finished)
 

@@ -162,7 +162,8 @@ class Holding:
         self.end: int | None = None
         self.lost = False
         self.map_fullness = 0.0  # of the completed map, when it was last measured
-        self.measured_at = (next_offset - 1, 0)  # last delivered offset and number unfinished, then
+        # The last delivered offset and the number of unfinished messages at that measure.
+        self.measured_at = (next_offset - 1, 0)
         self.alone: int | None = given.progress.alone
         """The offset of the message that runs by itself, or that did when an earlier holder
         died."""
@@ -335,7 +336,7 @@ class Window:
 
     @property
     def waits_for_a_call(self) -> bool:
-        """Whether a message is queued, or will be for another attempt."""
+        """Whether a message is queued or waits for another attempt."""
         return self.next_queued() is not None or self.next_retry_s is not None
 
     def waiting_for(self, route: str, now_s: float) -> Entry | None:

@@ -19,7 +19,7 @@ def hold() -> None:
 
 
 def _wait() -> None:
-    # Not through sys.stdin: its lock, held while it reads, would break the interpreter's exit.
+    # sys.stdin is not used: it holds its lock while it reads, which would break Python's exit.
     while os.read(0, 4096):
         pass
     # There is no drain: the broker was part of the demo, so nothing could be committed.

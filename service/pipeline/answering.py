@@ -30,8 +30,8 @@ from service.ports import Extractor
 log = logging.getLogger(__name__)
 
 DRAIN_DELAY_S = 2.0
-"""The longest wait in seconds between two attempts in a drain, which waits only for such messages.
-Where the provider asks us to wait longer, that still counts."""
+"""The longest wait in seconds between two attempts during a drain, so that it ends soon. Where the
+provider asks us to wait longer, that still counts."""
 
 
 class Answering:

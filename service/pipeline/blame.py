@@ -90,7 +90,7 @@ class Blame:
 
 
 def counts(failure: CallFailure) -> bool:
-    """Whether the message may be the cause by the failure's kind alone."""
+    """Whether a failure of this kind may be the message's own fault."""
     return not isinstance(failure, ServiceFailure) and failure.reason not in NEVER_THE_MESSAGE
 
 

@@ -61,7 +61,7 @@ class Calls:
         self._phase, self._tasks, self._conditions = phase, tasks, conditions
         self._probing, self._answering = probing, answering
         self._asking, self._publishing, self._purse = asking, publishing, purse
-        self._holds: dict[str, Hold] = {}  # by route: why what is queued for it waits
+        self._holds: dict[str, Hold] = {}  # by route: why the messages queued for it wait
         self._lags: Mapping[Partition, int | None] = {}
         self._turns: dict[Entry, Turn] = {}  # of the calls that have a slot now
         self._alone: Entry | None = None  # the only call that may run now
@@ -81,7 +81,7 @@ class Calls:
         now_s, waited = clock.now_s(), self.waits_for_budget
         ask_again_s = self._probing.when_due(now_s, self.admit, self._try)
         self._holds = {route: Hold(None, Cause.CIRCUIT) for route in self._admission.broken}
-        if not self._admission.all_broken:  # else who waits for another attempt is in no hurry
+        if not self._admission.all_broken:  # else no retry could start
             ask_again_s = earliest(ask_again_s, self._requeue(now_s))
         while (entry := self._window.next_queued(self._holds)) is not None:
             if not self._may_begin(entry):

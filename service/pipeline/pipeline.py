@@ -184,7 +184,7 @@ class Pipeline:
         self._phase.drain()
         self._admission.finish(finishing=self._phase.finishing)
         self._answering.let_go()
-        self._window.wake_retries(clock.now_s())  # what is left is all that is waited for
+        self._window.wake_retries(clock.now_s())  # the drain waits only for what is left
         drained = await self._conditions.until(
             lambda: self._phase.forced or not self._window.messages, self._bounds.drain_timeout_s
         )

@@ -162,7 +162,7 @@ class Publishing:
         if not isinstance(outcome, Extracted | Rejected):
             return
         if isinstance(outcome, Rejected) and from_the_cache(outcome):
-            return  # one call that several messages shared has told of it already
+            return  # a shared call counts once: another message has told the guard
         before = self._guard.tripped
         reason = outcome.reason if isinstance(outcome, Rejected) else None
         self._guard.finished(reason, clock.now_s())

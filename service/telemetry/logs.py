@@ -251,7 +251,8 @@ def named(error: BaseException) -> str:
 
 
 def shown(error: BaseException) -> str:
-    """A traceback without foreign texts: type, frames, causes and members of a group."""
+    """A traceback without the texts of foreign exceptions: their types, frames, causes and, of a
+    group, its members."""
     return "\n".join(_lines(error, set()))
 
 

@@ -207,7 +207,7 @@ class _Series:
 
 
 class _MessageSeries:
-    """What becomes of messages."""
+    """The series about messages, from the poll to the acknowledgement."""
 
     def __init__(self, series: _Series) -> None:
         self._messages_taken = series.counter(
@@ -452,7 +452,7 @@ class _CallSeries:
 
 
 class _KafkaSeries:
-    """Publishing, commits, rebalances, and clients that had to be replaced."""
+    """The series about publishing, commits, rebalances and Kafka clients."""
 
     def __init__(self, series: _Series) -> None:
         self._publish_retries = series.counter(
@@ -528,7 +528,7 @@ class _KafkaSeries:
 
 
 class _CacheSeries:
-    """The result cache."""
+    """The series about the result cache."""
 
     def __init__(self, series: _Series) -> None:
         self._cache_lookups = series.counters(

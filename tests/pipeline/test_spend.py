@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from service.core.admission.accounts import PERIODS_MAX, TEXT, added, read, total_usd, written
 from service.core.admission.admission import Limits
-from service.core.admission.ledger import SLOTS_MAX, TEXT, added, read, total_usd, written
 from service.core.messages import Extracted, Partition, Rejected
 from service.core.tracker import Progress
 from service.kafka.client.stored import FIELDS_CHARS_MAX, Mark, to_store
@@ -153,7 +153,7 @@ def test_the_ledger_survives_its_text() -> None:
     assert text is not None
     assert TEXT.fullmatch(text)
     assert read(text) == ledger
-    assert len(ledger) == SLOTS_MAX
+    assert len(ledger) == PERIODS_MAX
     assert len(text) < 60
     assert 9 * 123.456789 <= total_usd(ledger) <= 10 * 123.456790 + 1e-3
 

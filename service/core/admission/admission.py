@@ -117,11 +117,11 @@ class Admission:
 
     @property
     def limit(self) -> int:
-        """Calls that may be in flight now: of the route that bears most of them."""
+        """How many calls may be in flight now on the route that accepts most."""
         return max((route.limit for route in self._routes.values()), default=self._slots_max)
 
     def closed(self, route: str = "") -> bool:
-        """Calls go through: the route's circuit is closed."""
+        """Whether the route's circuit is closed, so that calls may go out."""
         return self._route(route).closed
 
     @property
@@ -310,7 +310,8 @@ class Admission:
         self._spend.spent(now_s, usd)
 
     def carry(self, now_s: float, age_s: float, usd: float) -> None:
-        """So much more, or less, was spent so long ago on accounts that are ours now, or not."""
+        """Add what was spent `age_s` seconds ago on the account of a partition that has come;
+        negative for one that has gone."""
         self._spend.carry(now_s, age_s, usd)
 
     def doubt(self, now_s: float, route: str = "") -> None:

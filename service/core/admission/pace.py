@@ -32,11 +32,10 @@ SEARCH_PER_S = 0.05
 not known at all then."""
 
 LATE_S = 0.1
-"""Calls that a late event loop has not started may be made up for, up to this many seconds'
-worth."""
+"""For how many seconds' worth of calls a late event loop may catch up."""
 
 RATE_MIN_PER_S = 1 / 60
-"""One call a minute: the smallest limit that anybody sells."""
+"""The lowest pace, one call a minute: no provider has a smaller limit."""
 
 _KNOWN = 8
 """How many starts are needed to compute a rate from them."""

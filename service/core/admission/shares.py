@@ -18,7 +18,7 @@ partition with a backlog still gets 95 %."""
 
 
 def even_share(held: AbstractSet[Partition], all_of_them: Collection[Partition]) -> float:
-    """The part of the partitions that we hold; all of it while nothing is known of them."""
+    """The share of all partitions that we hold; 1 while the partitions are not known."""
     if not all_of_them:
         return 1.0
     return sum(partition in held for partition in all_of_them) / len(all_of_them)

@@ -73,7 +73,7 @@ class Slots:
         if in_flight < IN_USE * int(self.limit):
             return
         if in_flight >= self.refused_at:
-            self.refused_at = float("inf")  # it bears more now
+            self.refused_at = float("inf")  # the provider accepts more now
         known = self.refused_at < float("inf")
         more = self.limit + (1.0 / self.limit if known else max(1.0 / self.limit, SEARCH))
         if more >= self.refused_at and now_s - self.refused_at_s < PROBE_EVERY_S:

@@ -19,9 +19,9 @@ class Spend:
     """Compares what was spent in the last hour with our part of the limit.
 
     Each call in flight counts with the mean cost of a call, so that all of them together do not
-    exceed the limit. What was spent on the account of a partition goes with it to its next holder,
-    and so does its part of the limit, an equal one: lags don't count here, since what is spent is
-    spent when they have changed.
+    exceed the limit. Each partition has an equal part of the limit, and takes it and its account
+    along to its next holder. Lags don't count here: they change, but money that is spent stays
+    spent.
     """
 
     def __init__(self, usd_per_hour: float | None) -> None:
@@ -32,12 +32,12 @@ class Spend:
         self._knows_cost = False
 
     def set_share(self, share: float) -> None:
-        """Our part of the limit, from now on: that of the partitions held in all partitions."""
+        """Sets our part of the limit from now on: the share of all partitions that we hold."""
         self._share = share
 
     def carry(self, now_s: float, age_s: float, usd: float) -> None:
-        """So much more (or less) was spent so long ago, on the account of a partition that has come
-        (or gone)."""
+        """Add what was spent `age_s` seconds ago on the account of a partition that has come;
+        negative for one that has gone."""
         if age_s >= HOUR_S + MINUTE_S:
             return
         self._minutes = deque(sorted([*self._minutes, [now_s - age_s, usd]]))

@@ -11,7 +11,7 @@ are left out, and the map comes last:
     :iBEARER       who wrote it, where workers have names (instances.py)
     :uN            unclean ends at this next offset, the writer's own in advance
     :aN            the offset of the message that runs alone
-    :sLEDGER       what was spent on its account in the last hour (core/admission/ledger.py)
+    :sACCOUNT      what was spent on its account in the last hour (core/admission/accounts.py)
     :EN            the leader epoch of the last message that is finished, map included
     :HN            the log was cut: it ended at N, before what had been read of it
     :mMAP          the completed map (core/completed.py)
@@ -28,7 +28,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from service.core.admission import ledger
+from service.core.admission import accounts
 from service.core.completed import Damaged, decode, encode
 from service.core.tracker import Progress
 from service.core.window import MAP_CHARS_MAX
@@ -50,7 +50,7 @@ _KNOWN = {
     "i": instances.TEXT,
     "u": re.compile("[0-9]{1,9}"),
     "a": re.compile("[0-9]{1,19}"),
-    "s": ledger.TEXT,
+    "s": accounts.TEXT,
     "E": re.compile("[0-9]{1,10}"),
     "H": re.compile("[0-9]{1,19}"),
     "m": re.compile(".+"),
@@ -107,7 +107,7 @@ def to_store(progress: Progress, mark: Mark) -> Stored:
         ("i", None if mark.bearer is None else mark.bearer.text),
         ("u", progress.unclean_ends or None),
         ("a", progress.alone),
-        ("s", ledger.written(progress.spent)),
+        ("s", accounts.written(progress.spent)),
         ("E", mark.leader_epoch),
         ("H", mark.cut_at),
     )
@@ -137,7 +137,7 @@ def read(stored: Stored) -> tuple[Progress, Mark] | None:
         runs = decode(values.get("m", ""))
     except Damaged:
         return None
-    spent = ledger.read(values["s"]) if "s" in values else ()
+    spent = accounts.read(values["s"]) if "s" in values else ()
     progress = Progress(
         stored.offset, runs, int(values.get("u", 0)), _number(values.get("a")), spent
     )
