@@ -466,8 +466,8 @@ TAKEN_AWAY = (
         "14 a second call's answer is dropped where the first found no room",
         OUTCOMES,
         "    if not isinstance(other, CallFailure):\n        return other\n",
-        "    if not isinstance(other, CallFailure) and not isinstance(one, NoRoom):\n"
-        "        return other\n",
+        "    if not isinstance(other, CallFailure):\n"
+        "        return one if isinstance(one, NoRoom) else other\n",
         (ADMISSION + "a_second_call_is_answered_where_the_first_found_no_room",),
     ),
     Mutation(

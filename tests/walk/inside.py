@@ -6,11 +6,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import service.app  # everything that is patched below is imported with it
-from service.core.admission.retry import RETRY_AFTER_MAX_S
-from service.core.completed import finished_ranges
+from service.core.completed import Runs, encode, finished_ranges
 from service.core.messages import Partition
 from service.core.tracker import Delivery, PartitionTracker
 from service.core.window import Entry, Holding, Stage
@@ -36,14 +36,20 @@ def _places(name: str) -> list[tuple[Any, str]]:
 
 _CLIENTS = ("AIOKafkaConsumer", "AIOKafkaProducer", "AIOKafkaAdminClient", "reach")
 _MAP_ROOM = ("MAP_CHARS_MAX", "MAP_BITS", "SPAN_SURE", "RUNS_SURE", "MEASURE_AGAIN")
-_PLACES = {name: _places(name) for name in (*_CLIENTS, *_MAP_ROOM, "PartitionTracker")}
+_OTHERS = ("encode", "PartitionTracker", "RETRY_AFTER_MAX_S")
+_PLACES = {name: _places(name) for name in (*_CLIENTS, *_MAP_ROOM, *_OTHERS)}
 
 
-def map_room(chars: int) -> dict[str, int]:
-    """What follows from the room of a map, as core/window.py derives it."""
+def map_room(chars: int) -> dict[str, Any]:
+    """What follows from the room of a map, as core/window.py derives it; and a map never has
+    more room than that, although other fields of the metadata would leave it some."""
+
+    def narrow(runs: Runs, chars_max: int) -> str:
+        return encode(runs, min(chars, chars_max))
+
     span = 6 * chars - 16
     sure = {"MAP_BITS": 6 * chars, "SPAN_SURE": span, "RUNS_SURE": span // 8 // 5}
-    return {"MAP_CHARS_MAX": chars, "MEASURE_AGAIN": max(1, chars // 4), **sure}
+    return {"MAP_CHARS_MAX": chars, "MEASURE_AGAIN": max(1, chars // 4), "encode": narrow, **sure}
 
 
 @contextmanager
@@ -68,6 +74,16 @@ def held_by(pipeline: Pipeline) -> Mapping[Partition, Holding]:
 
 def calling(pipeline: Pipeline) -> Mapping[Entry, None]:
     return pipeline._window.calling
+
+
+def is_idle(pipeline: Pipeline) -> bool:
+    """Nothing is in the window and no slot is taken, so that nobody can be stuck in there."""
+    window = pipeline._window
+    return not (window.messages or window.calling or pipeline._admission.busy)
+
+
+def attempt_of(pipeline: Pipeline, entry: Entry) -> object:
+    return pipeline._calls._turns.get(entry)
 
 
 def busy(pipeline: Pipeline) -> int:
@@ -112,6 +128,9 @@ def retries_due_s(pipeline: Pipeline) -> Iterator[tuple[float, Entry]]:
             yield due_s, entry
 
 
+RETRY_AFTER_MAX_S = 90.0
+"""Stands for the service's cap of a Retry-After: a quarter of an hour takes much CPU."""
+
 RETRY_WAIT_MAX_S = 2 * RETRY_AFTER_MAX_S + 60.0
 """What a provider may ask for, the jitter upon it, and our own backoff."""
 
@@ -144,11 +163,10 @@ def lanes_asleep(pipeline: Pipeline) -> str | None:
     """An outcome that could be handed over, and nobody does."""
     if not pipeline._tasks.is_open or not pipeline._phase.may_publish:
         return None
-    publishing = pipeline._publishing
+    at_work, resting = pipeline._publishing._at_work, pipeline._publishing._resting
     for holding in pipeline._window.held.values():
         for lane in holding.lanes.values():
-            at_work = lane in publishing._at_work or lane in publishing._resting
-            if lane.ready and not at_work:
+            if lane.ready and lane not in at_work and lane not in resting:
                 return f"a lane of {holding.given} has an outcome that nobody hands over"
     return None
 
@@ -191,9 +209,11 @@ def forgotten(source: KafkaSource, assigned: AbstractSet[Partition]) -> set[Part
     """Partitions that the group has given and that are neither held, nor to be restored, nor held
     out with a sentence."""
     member = source._member
-    if member is None or member.holdings.closed or not member.settled:
+    if not assigned or member is None or member.holdings.closed or not member.settled:
         return set()
     holdings = member.holdings
+    if assigned <= holdings.held.keys():
+        return set()
     given = frozenset() if holdings.unrestored is None else holdings.unrestored.partitions
     return set(assigned - holdings.held.keys() - given - member.restore.held_out.keys())
 
@@ -225,8 +245,9 @@ class CheckedTracker(PartitionTracker):
 
     def __init__(self, next_offset: int, finished_before: tuple[range, ...] = ()) -> None:
         super().__init__(next_offset, finished_before)
-        self.before = finished_before
-        self.begin = self.at = next_offset
+        self.before = frozenset(chain(*finished_before))
+        self.runs_before = len(finished_before)
+        self.at = next_offset
         self.last = next_offset - 1
         self.open: set[int] = set()
         self.ended: set[int] = set()
@@ -234,7 +255,7 @@ class CheckedTracker(PartitionTracker):
     def deliver(self, offset: int, timestamp_ms: int) -> Delivery:
         known = offset <= self.last
         found = super().deliver(offset, timestamp_ms)
-        by_others = any(offset in each for each in self.before)
+        by_others = offset in self.before
         right = Delivery.KNOWN if known else Delivery.FINISHED if by_others else Delivery.NEW
         if found is not right:
             raise Violation(f"offset {offset} is {right}, and the tracker says {found}")
@@ -263,14 +284,14 @@ class CheckedTracker(PartitionTracker):
         unfinished = self.open - finishing
         beyond = max(self.at, self.last + 1)
         first = min(unfinished, default=beyond)
-        while not unfinished and (run := next((r for r in self.before if first in r), None)):
-            first = run.stop
+        while not unfinished and first in self.before:
+            first += 1
         if next_offset != first:
             raise Violation(f"next is {first}, and the tracker says {next_offset}")
         maps = finished_ranges(next_offset, runs)
+        mapped = set(chain(*maps))
         for offset in range(first, max(beyond, maps[-1].stop if maps else 0)):
-            in_map = any(offset in each for each in maps)
-            by_others = any(offset in each for each in self.before)
+            in_map, by_others = offset in mapped, offset in self.before
             may = by_others if offset >= beyond else offset not in unfinished
             must = offset in self.ended or offset in finishing or (by_others and offset >= beyond)
             if in_map is not must and not (in_map and may):  # of a hole both are right
@@ -280,5 +301,5 @@ class CheckedTracker(PartitionTracker):
     def _see_size(self) -> None:
         slots = (getattr(self, name) for name in PartitionTracker.__slots__)
         size = sum(len(each) for each in slots if hasattr(each, "__len__"))
-        if size > TRACKED_FOR_EACH * (len(self.open) + len(self.before) + 1):
+        if size > TRACKED_FOR_EACH * (len(self.open) + self.runs_before + 1):
             raise Violation(f"the tracker keeps {size} values for {len(self.open)} unfinished")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from service.core.messages import Partition
 from tests.walk import inside
 from tests.walk.loop import Violation
 from tests.walk.worker import Worker
@@ -13,8 +12,9 @@ from tests.walk.worker import Worker
 def check(workers: Iterable[Worker], now_s: float) -> None:
     for worker in workers:
         if worker.up and not worker.ended:
-            _permits(worker)
-            _waits(worker, now_s)
+            if worker.hedges() or not inside.is_idle(worker.pipeline):
+                _permits(worker)
+                _waits(worker, now_s)
             _partitions(worker)
 
 
@@ -50,8 +50,7 @@ def _partitions(worker: Worker) -> None:
     consumer = inside.consumer_of(worker.source)
     if consumer is None:
         return
-    assigned = {Partition(*each) for each in consumer.assignment()}
-    forgotten = inside.forgotten(worker.source, assigned)
+    forgotten = inside.forgotten(worker.source, consumer.given)
     if forgotten:
         raise Violation(f"{sorted(forgotten)} are given and forgotten")
 

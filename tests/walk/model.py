@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import math
 import random
+from bisect import insort
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,6 +25,10 @@ from tests.walk.loop import Violation
 
 PROVENANCE = Provenance("walk", "p", "s", calls=1)
 PROBE_S = 0.05
+
+TURNS_BEHIND = 8
+"""Turns of the loop at one instant by which the end of a call is put off at most: a restore needs
+some from a broker's last answer to its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,8 @@ class Provider:
         self.asked: dict[int, int] = defaultdict(int)
         self.down_until_s = 0.0
         self.down_as = "outage"
-        self.calm = False
+        self.calm = self.aligned = False
+        self._ends_s: list[float] = []  # of the calls that run, where answers are aligned
         self.die: Callable[[Any], None] = lambda _: None
 
     def failure(self) -> CallFailure | None:
@@ -67,6 +72,24 @@ class Provider:
             return ServiceFailure("credentials", remedy="mend them", provenance=PROVENANCE)
         retry_after_s = 2.0 if self.down_as == "rate_limited" else None
         return TransientFailure(self.down_as, retry_after_s=retry_after_s, provenance=PROVENANCE)
+
+    async def until_its_end(self, latency_s: float) -> None:
+        """A call's time. Where answers are aligned, its end is known to the brokers, and comes
+        some turns of the loop later in that moment."""
+        if not self.aligned:
+            return await asyncio.sleep(latency_s)
+        end_s = asyncio.get_running_loop().time() + latency_s
+        insort(self._ends_s, end_s)
+        try:
+            await asyncio.sleep(latency_s)
+            for _ in range(self.rng.randrange(TURNS_BEHIND)):
+                await asyncio.sleep(0)
+        finally:
+            self._ends_s.remove(end_s)
+
+    def next_end_s(self, now_s: float) -> float | None:
+        """When the next call ends."""
+        return next((each for each in self._ends_s if each >= now_s), None)
 
     def next_step(self, uid: int) -> Step:
         script = self.scripts[uid]
@@ -87,7 +110,7 @@ class Model:
         self._answers = itertools.count(1)
         self.running: dict[int, int] = defaultdict(int)  # calls, by message
         self.probing = 0
-        self.paid: dict[tuple[int, object], float] = {}  # when answered, by message and holding
+        self.paid: dict[Any, tuple[float, object]] = {}  # when, and in which attempt, by entry
 
     def estimate(self, text: str, progress: object | None) -> Estimate:
         return Estimate(0, 0)
@@ -116,17 +139,20 @@ class Model:
 
     async def _ask(self, text: str, publish: Publish | None) -> Extracted | Rejected:
         uid = int(text.split()[0])
-        holding = self._worker.holding_of(uid)
-        # A second call may have been begun in the very moment of the answer.
-        if self.paid.get((uid, holding), math.inf) < asyncio.get_running_loop().time():
-            raise Violation(f"message {uid} was answered, and is asked again in the same hands")
+        entry = self._worker.entry_of(uid)
+        if entry in self.paid:
+            paid_s, attempt = self.paid[entry]
+            # A second call of the same attempt may be begun in the very moment of the answer.
+            late = paid_s < asyncio.get_running_loop().time()
+            if late or attempt is not self._worker.attempt_of(entry):
+                raise Violation(f"message {uid} was answered, and is asked again in the same hands")
         self._provider.ledger.calls[self._worker, uid] += 1
         self.running[uid] += 1
         answer = f"{uid}-{next(self._answers)}-{self._worker.number}"
         try:
-            return await self._answer(uid, holding, answer, publish)
+            return await self._answer(uid, entry, answer, publish)
         except asyncio.CancelledError:
-            if holding is None or self._worker.is_lost(holding):
+            if entry is None or self._worker.is_lost(entry):
                 self._provider.ledger.abandoned.add(answer.encode())
             raise
         finally:
@@ -135,7 +161,7 @@ class Model:
                 del self.running[uid]
 
     async def _answer(
-        self, uid: int, holding: object, answer: str, publish: Publish | None
+        self, uid: int, entry: Any, answer: str, publish: Publish | None
     ) -> Extracted | Rejected:
         step = self._provider.next_step(uid)
         if step.kind == "no_room" and self._admission.finishing:
@@ -144,7 +170,7 @@ class Model:
         if publish is not None and step.kind in ("answer", "breaks", "slow"):
             await self._write(uid, answer, step.latency_s, publish)
         else:
-            await asyncio.sleep(step.latency_s)
+            await self._provider.until_its_end(step.latency_s)
         if step.kind == "dies":
             self._provider.die(self._worker)
             await asyncio.sleep(1e6)
@@ -158,8 +184,9 @@ class Model:
         if broken or step.kind in ("timeout", "overloaded", "rate_limited", "connection"):
             reason = "connection" if broken else step.kind
             raise TransientFailure(reason, retry_after_s=step.retry_after_s, provenance=PROVENANCE)
-        if step.kind != "cached":
-            self.paid[uid, holding] = asyncio.get_running_loop().time()
+        if entry is not None:
+            now_s = asyncio.get_running_loop().time()
+            self.paid[entry] = now_s, self._worker.attempt_of(entry)
         if step.kind == "reject":
             return Rejected(Reason.INVALID, "no", PROVENANCE)
         return self._extracted(uid, answer, streamed=publish is not None)

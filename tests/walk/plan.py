@@ -35,6 +35,7 @@ class Knobs:
     key_field: bool = False
     map_chars: int = 3_700
     old_broker: bool = False
+    aligned: bool = False  # answers of brokers come at the moments in which calls end
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +115,19 @@ ONCE_FAULTS = ("txn_refused", "txn_lost", "txn_hang", "sends_refused", "topic_mi
 THEMES = ("any", "any", "any", "fences", "doubt", "order", "map", "drain", "hedges", "cuts")
 """What a walk has more of than chance would give it; all else is drawn all the same."""
 
+COLLISIONS = {7: "room", 8: "lanes", 9: "turns"}
+"""By a seed's last digit: walks that bring about what chance hardly ever does, and little else.
+
+room: many messages finish out of order, and the completed map holds few of them.
+lanes: one output partition refuses a message while another, for the same lane, is busy.
+turns: restores end in the very turn of the loop in which a call ends and another is started.
+"""
+
 
 def draw(seed: int) -> Plan:
     rng = random.Random(seed)
     theme = rng.choice(THEMES)
+    theme = COLLISIONS.get(seed % 10, theme)
     knobs = _knobs(rng, theme)
     messages = _messages(rng, knobs, theme)
     if takes_long(knobs, messages):
@@ -128,7 +138,7 @@ def draw(seed: int) -> Plan:
 
 
 def takes_long(knobs: Knobs, events: Iterable[Message | Action]) -> bool:
-    """A provider asks for a quarter of an hour, or a guard lets a few through each minute."""
+    """A provider asks for a day, or a guard lets a few through each minute."""
     steps = [step for each in events if isinstance(each, Message) for step in each.steps]
     waits = any((step.retry_after_s or 0.0) > 60.0 for step in steps)
     return waits or knobs.guard is not None
@@ -184,6 +194,32 @@ def _themed(rng: random.Random, theme: str) -> dict[str, Any]:
             return {"drain_timeout_s": 30.0, "concurrency": rng.choice([2, 4]), "guard": None}
         case "hedges":
             return {"streaming": False, "hedge_after_s": 0.1, "concurrency": rng.choice([2, 4])}
+        case "room":
+            wide = {"concurrency": rng.choice([8, 12]), "window": 256, "ordering": "none"}
+            narrow = {"partitions": 1, "workers": 1, "map_chars": rng.choice([8, 10, 12])}
+            plain = {"guard": None, "later": False, "hedge_after_s": None}
+            return {**once, **wide, **narrow, **plain, "commit_interval_s": 0.1}
+        case "lanes":
+            return {
+                "mode": "at_least_once",
+                "ordering": rng.choice(["key", "key", "partition"]),
+                "streaming": False,
+                "later": False,
+                "key_field": True,
+                "outputs": rng.choice([2, 3]),
+                "partitions": 1,
+                "workers": 1,
+                "concurrency": 4,
+                "window": 64,
+                "guard": None,
+                "hedge_after_s": None,
+                "message_timeout_s": None,
+            }
+        case "turns":
+            few = {"concurrency": rng.choice([1, 1, 2]), "window": 64, "workers": 1}
+            plain = {"guard": None, "later": False, "message_timeout_s": None, "map_chars": 3_700}
+            often = {"partitions": rng.choice([1, 2]), "commit_interval_s": 0.1, "aligned": True}
+            return {**once, **few, **plain, **often}
         case _:
             return {}
 
@@ -193,15 +229,19 @@ def _messages(rng: random.Random, knobs: Knobs, theme: str) -> list[Message]:
     keys = rng.choice([KEYS, KEYS[:2], (*KEYS, None, None)])
     poison = rng.random()
     found = []
-    latencies_s, evenly = _latencies_s(theme), theme == "doubt"
-    for uid in range(1, rng.choice([8, 16, 30, 50]) + 1):
+    latencies_s, evenly = _latencies_s(theme), theme in ("doubt", "lanes")
+    count = rng.choice([8, 16, 30, 50])
+    if theme in COLLISIONS.values():
+        poison, count = 0.0, {"room": 70, "lanes": 40, "turns": 40}[theme]
+        keys = KEYS[:2] if theme == "lanes" else KEYS
+    for uid in range(1, count + 1):
         found.append(
             Message(
                 at_s=round(rng.uniform(0, 13), 2) if evenly or rng.random() < 0.25 else 0.0,
                 uid=uid,
                 partition=rng.randrange(knobs.partitions),
                 key=rng.choice(keys),
-                records=rng.choice([1, 1, 2, 3, 0]) if theme != "order" else rng.choice([2, 3]),
+                records=rng.choice(_records(theme)),
                 latency_s=rng.choice(latencies_s),
                 steps=_steps(rng, theme) if rng.random() < poison * 0.5 else (),
                 text=rng.random() > 0.03,
@@ -211,10 +251,18 @@ def _messages(rng: random.Random, knobs: Knobs, theme: str) -> list[Message]:
     return found
 
 
+def _records(theme: str) -> tuple[int, ...]:
+    return (2, 3) if theme in ("order", "lanes") else (1, 1, 2, 3, 0)
+
+
 def _latencies_s(theme: str) -> tuple[float, ...]:
     match theme:
-        case "order":
+        case "order" | "lanes":
             return (0.01, 0.01, 0.02, 0.05)
+        case "room":
+            return (0.01, 0.01, 0.02, 0.5, 1.5)
+        case "turns":
+            return (0.2, 0.3, 0.3)
         case "map":
             return (0.01, 0.05, 0.1, 0.3, 8.0)
         case "hedges":
@@ -252,7 +300,8 @@ def _steps(rng: random.Random, theme: str) -> tuple[Step, ...]:
 
 def _actions(rng: random.Random, knobs: Knobs, theme: str) -> list[Action]:
     found = _of_the_theme(rng, knobs, theme)
-    for _ in range(rng.choice([0, 0, 1, 2, 4, 8])):
+    others = (0, 0, 0, 1) if theme in COLLISIONS.values() else (0, 0, 1, 2, 4, 8)
+    for _ in range(rng.choice(others)):
         found += _action(rng, knobs, round(rng.uniform(0.0, 15.0), 2))
     return found
 
@@ -277,11 +326,28 @@ def _of_the_theme(rng: random.Random, knobs: Knobs, theme: str) -> list[Action]:
         case "drain":
             down = Action(at_s, rng.choice(["credentials", "outage"]), 0, 5.0)
             return [down, Action(round(at_s + rng.choice([0.1, 1.0]), 2), "stop", 0, 1.0)]
+        case "lanes":
+            return [each for n in range(8) for each in _refused(rng, knobs, 0.5 + 1.5 * n)]
+        case "turns":
+            # A restore begins three seconds behind its fence: calls are to be due until then.
+            fences_s = [round(0.5 + 4.5 * n + rng.random(), 2) for n in range(3)]
+            return [Action(at_s, "fence", n % knobs.partitions) for n, at_s in enumerate(fences_s)]
         case "cuts":
             number, back = rng.randrange(knobs.partitions), rng.randrange(1, 10)
             return [Action(round(at_s + 6.0, 2), "cut", number, back)]
         case _:
             return []
+
+
+def _refused(rng: random.Random, knobs: Knobs, at_s: float) -> list[Action]:
+    """One output partition refuses while the others are slow to acknowledge."""
+    refuses = rng.randrange(knobs.outputs)
+    slow = [
+        Action(at_s, "out_is_slow", number, 0.5)
+        for number in range(knobs.outputs)
+        if number != refuses
+    ]
+    return [*slow, Action(round(at_s + 0.1, 2), "out_refuses", refuses, 0.3)]
 
 
 DOUBTED = ("txn_refused", "txn_lost", "sends_refused", "producers_fail")

@@ -32,7 +32,7 @@ CALM_S = 400.0
 """From the last fault to the moment by which everything must be finished."""
 
 LONG_CALM_S = 4_000.0
-"""Where a provider may ask for a quarter of an hour, or a guard lets a few through each minute."""
+"""Where a provider may ask for long waits, or a guard lets a few through each minute."""
 
 LATER_MAX = 2
 
@@ -67,6 +67,7 @@ def play(plan: Plan) -> Report:
                 reach=_reach,
                 **inside.map_room(plan.knobs.map_chars),
                 PartitionTracker=inside.CheckedTracker,
+                RETRY_AFTER_MAX_S=inside.RETRY_AFTER_MAX_S,
             ),
         ):
             loop.run_until_complete(walk.run())
@@ -186,6 +187,9 @@ class Walk:
         self.provider = Provider(self.rng, self.ledger)
         self.provider.die = lambda worker: self.crash(worker, 0.5)
         self.wire.fail = self.fail
+        self.provider.aligned = knobs.aligned
+        if knobs.aligned:
+            self.wire.next_moment_s = self.provider.next_end_s
         self.workers: list[Worker] = []
         self.seats: list[Worker | None] = [None] * knobs.workers
         self.started = 0
@@ -352,6 +356,9 @@ class Walk:
                 self.wire.sizes[topic] = action.number
                 self.wire.tells_sizes = bool(action.share)
                 self.loop.call_later(action.amount, self.wire.sizes.pop, topic, None)
+            case "out_is_slow" | "out_refuses":
+                until_s = self.loop.time() + action.amount
+                self.wire.faults.start(f"{action.kind} {action.number}", until_s, action.share)
             case _:
                 until_s = self.loop.time() + action.amount
                 self.wire.faults.start(action.kind, until_s, action.share)

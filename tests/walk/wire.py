@@ -48,6 +48,9 @@ from tests.walk.loop import Violation
 LATENCIES_S = (0.0, 0.01, 0.01, 0.01, 0.02, 0.05)
 """Multiples of a hundredth: what happens at one moment is what races."""
 
+ALIGNED_S = 0.3
+"""So long a broker's answer waits for the end of a call at most, to come with it."""
+
 REBALANCE_TIMEOUT_S = 40.0
 """A member that does not come back from its revoke by then is out of the group."""
 
@@ -128,9 +131,11 @@ class Client:
         refused: Exception | None = None,
         lost: Exception | None = None,
         hangs: bool = False,
+        late_s: float = 0.0,
     ) -> asyncio.Future[Any]:
         """`refused`: it never arrives; `lost`: it arrives and the answer is this; `hangs`: no
-        answer comes. The future says what the client hears."""
+        answer comes; `late_s`: the answer takes so much longer. The future says what the client
+        hears."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Any] = loop.create_future()
         if self.dead:
@@ -138,7 +143,7 @@ class Client:
             return answer
         at_s = max(self._arrived_s + 1e-6, loop.time() + self.wire.latency_s())
         self._arrived_s = at_s
-        loop.call_at(at_s, self._arrive, arrive, answer, refused, lost, hangs)
+        loop.call_at(at_s, self._arrive, arrive, answer, refused, lost, hangs, late_s)
         return answer
 
     def _arrive(
@@ -148,6 +153,7 @@ class Client:
         refused: Exception | None,
         lost: Exception | None,
         hangs: bool,
+        late_s: float,
     ) -> None:
         result, error = None, refused
         if error is None:
@@ -160,7 +166,8 @@ class Client:
                 return
         if not hangs and not self.dead:
             loop = asyncio.get_running_loop()
-            loop.call_later(self.wire.latency_s(), _answer, answer, result, error or lost)
+            answer_s = self.wire.answer_s(loop.time()) + late_s
+            loop.call_at(answer_s, _answer, answer, result, error or lost)
 
 
 def _answer(answer: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
@@ -202,11 +209,19 @@ class Wire:
         self.under_way: dict[TopicPartition, int] = defaultdict(int)
         self.group = Group(self)
         self.fail: Callable[[Exception], None] = _raise
+        self.next_moment_s: Callable[[float], float | None] = lambda _: None
         self.tasks: set[asyncio.Task[None]] = set()
         self.wall_offset_s = 0.0
 
     def latency_s(self) -> float:
         return self.rng.choice(LATENCIES_S)
+
+    def answer_s(self, now_s: float) -> float:
+        """When a broker's answer comes: now and then in the moment in which a call ends."""
+        moment_s = self.next_moment_s(now_s)
+        if moment_s is None or moment_s > now_s + ALIGNED_S or self.rng.random() < 0.2:
+            return now_s + self.latency_s()
+        return moment_s
 
     def wall_s(self) -> float:
         return 1_700_000_000.0 + asyncio.get_running_loop().time() + self.wall_offset_s
@@ -576,6 +591,11 @@ class Consumer(Client):
         finally:
             self._rejoins = False
 
+    @property
+    def given(self) -> set[Partition]:
+        """What it has been assigned last; nothing before it was."""
+        return self.had if self.subscription.assignment is not None else set()
+
     # reading
 
     def assignment(self) -> set[TopicPartition]:
@@ -888,7 +908,7 @@ class Producer(Client):
             refused = MessageSizeTooLargeError()
         elif where in self._gaps:
             refused = OutOfOrderSequenceNumber()
-        elif faults.hit("sends_refused"):
+        elif faults.hit("sends_refused") or faults.hit(f"out_refuses {partition}"):
             refused = NotEnoughReplicasError()
         lost = RequestTimedOutError() if faults.hit("sends_lost") else None
         hangs = faults.hit("sends_hang")
@@ -915,7 +935,8 @@ class Producer(Client):
             self._newest()
             self._outputs += [(where, each) for each in batch.outputs]
 
-        answer = self.request(arrive, refused=refused, lost=lost, hangs=hangs)
+        late_s = rng.choice([0.05, 0.2, 0.4]) if faults.hit(f"out_is_slow {partition}") else 0.0
+        answer = self.request(arrive, refused=refused, lost=lost, hangs=hangs, late_s=late_s)
         self._unanswered[answer] = where  # type: ignore[assignment]
         answer.add_done_callback(lambda done: self._unanswered.pop(done, None))
         await asyncio.sleep(0)

@@ -62,16 +62,21 @@ class Worker:
             return Skipped()
         return message.value.decode()
 
-    def holding_of(self, uid: int) -> object:
-        """In whose hands the message is: its partition's holding in this process."""
+    def entry_of(self, uid: int) -> Any:
+        """The message in this process's hands; None: it is in no holding of it any more."""
+        begin = f"{uid} "
         for holding in inside.held_by(self.pipeline).values():
             for entry in holding.entries.values():
-                if entry.text.startswith(f"{uid} "):
-                    return holding, entry.message.offset
+                if entry.text.startswith(begin):
+                    return entry
         return None
 
-    def is_lost(self, holding: Any) -> bool:
-        return holding[0].lost or self.killed
+    def attempt_of(self, entry: Any) -> object:
+        """The one that runs now: all calls of one attempt have it in common."""
+        return inside.attempt_of(self.pipeline, entry)
+
+    def is_lost(self, entry: Any) -> bool:
+        return entry.holding.lost or self.killed
 
     async def run(self) -> None:
         """Start, work, stop, as the app does; a sentence for a person ends it too."""
