@@ -876,6 +876,14 @@ TAKEN_AWAY = (
         (UNIT_OFFSETS + "the_map_ends_with_the_last_finished_offset",),
     ),
     Mutation(
+        "30 a fenced partition that is then held out keeps its messages in the window",
+        RESTORE,
+        "        if first or given_now != self._told:\n",
+        "        new = any(self._told.get(each) != at for each, at in given_now.items())\n"
+        "        if first or new:\n",
+        (HAND_OVER + "a_fenced_partition_that_is_then_held_out_leaves_the_pipeline",),
+    ),
+    Mutation(
         "25 exactly once: what the map cannot hold goes into a transaction all the same",
         HOLDINGS,
         "            return len(offsets)\n        fits,",
@@ -1687,6 +1695,9 @@ TAKEN_AWAY = (
 WALKED = {
     "73 whoever sees a cut reads on once the log has grown again": 0,
     "25 behind one held message every finished one is remembered": 0,
+    "25 exactly once: what the map cannot hold goes into a transaction all the same": 0,
+    "21 what stands behind a failed message in another partition goes first": 1,
+    "30 a fenced partition that is then held out keeps its messages in the window": 7,
     "30 a topic in doubt loses a writer for good": 1,
     "30 a partition that was fenced during the restore of another is forgotten": 1,
     "16 a drain with an open circuit asks without end": 0,

@@ -58,6 +58,7 @@ class Offsets(GroupOffsets):
         self._group = group
         self.stale: dict[Partition, list[Stored | None]] = defaultdict(list)
         self.unstable: dict[Partition, int] = defaultdict(int)
+        self.ends: dict[Partition, int] = defaultdict(lambda: 100)
         self.reads = 0
         self.before_reading: HeldUp | None = None
         self.before_bounds: HeldUp | None = None
@@ -86,7 +87,7 @@ class Offsets(GroupOffsets):
     async def bounds(self, partitions: AbstractSet[Partition]) -> dict[Partition, LogRange]:
         if self.before_bounds is not None:
             await self.before_bounds.wait()
-        return {each: LogRange(0, 100) for each in partitions}
+        return {each: LogRange(0, self.ends[each]) for each in partitions}
 
     async def chosen(
         self, start: object, bounds: Mapping[Partition, LogRange]

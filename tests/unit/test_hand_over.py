@@ -120,6 +120,28 @@ def test_a_partition_fenced_behind_the_read_is_not_taken_for_read() -> None:
     play(scene)
 
 
+def test_a_fenced_partition_that_is_then_held_out_leaves_the_pipeline() -> None:
+    """Its log was cut: nothing of it can be published, and its messages must not fill the window
+    in which those of others wait for room."""
+
+    async def scene(worker: OneWorker) -> None:
+        await worker.given(P, Q)
+        assert await worker.publish(P, 4) == "ok"
+        assert worker.pipeline.assignments[-1].keys() == {P, Q}
+        worker.offsets.ends[P] = 0
+        worker.fails[P] = Fenced()
+        assert await worker.publish(P, 5) != "ok"
+        await worker.poll_for(4.0)
+        assert worker.holdings.held.keys() == {Q}
+        assert "log ends at 0" in (worker.member.problem or "")
+        assert worker.pipeline.assignments[-1].keys() == {Q}
+        told = len(worker.pipeline.assignments)
+        await worker.poll_for(60.0)
+        assert len(worker.pipeline.assignments) == told, "calls are called off by each look"
+
+    play(scene)
+
+
 def test_a_partition_that_is_held_nowhere_is_told_of() -> None:
     """From the fence to the restore there is a sentence, and no partition is forgotten."""
 

@@ -216,9 +216,9 @@ def _themed(rng: random.Random, theme: str) -> dict[str, Any]:
                 "message_timeout_s": None,
             }
         case "turns":
-            few = {"concurrency": rng.choice([1, 1, 2]), "window": 64, "workers": 1}
+            few = {"concurrency": 1, "window": 64, "workers": 1, "partitions": 1}
             plain = {"guard": None, "later": False, "message_timeout_s": None, "map_chars": 3_700}
-            often = {"partitions": rng.choice([1, 2]), "commit_interval_s": 0.1, "aligned": True}
+            often = {"hedge_after_s": None, "commit_interval_s": 0.1, "aligned": True}
             return {**once, **few, **plain, **often}
         case _:
             return {}
@@ -229,7 +229,7 @@ def _messages(rng: random.Random, knobs: Knobs, theme: str) -> list[Message]:
     keys = rng.choice([KEYS, KEYS[:2], (*KEYS, None, None)])
     poison = rng.random()
     found = []
-    latencies_s, evenly = _latencies_s(theme), theme in ("doubt", "lanes")
+    latencies_s = _latencies_s(theme)
     count = rng.choice([8, 16, 30, 50])
     if theme in COLLISIONS.values():
         poison, count = 0.0, {"room": 70, "lanes": 40, "turns": 40}[theme]
@@ -237,7 +237,7 @@ def _messages(rng: random.Random, knobs: Knobs, theme: str) -> list[Message]:
     for uid in range(1, count + 1):
         found.append(
             Message(
-                at_s=round(rng.uniform(0, 13), 2) if evenly or rng.random() < 0.25 else 0.0,
+                at_s=_sent_at_s(rng, theme),
                 uid=uid,
                 partition=rng.randrange(knobs.partitions),
                 key=rng.choice(keys),
@@ -251,6 +251,12 @@ def _messages(rng: random.Random, knobs: Knobs, theme: str) -> list[Message]:
     return found
 
 
+def _sent_at_s(rng: random.Random, theme: str) -> float:
+    if theme == "lanes":
+        return round(rng.choice(REFUSED_AT_S) + rng.uniform(0.0, 0.4), 2)
+    return round(rng.uniform(0, 13), 2) if theme == "doubt" or rng.random() < 0.25 else 0.0
+
+
 def _records(theme: str) -> tuple[int, ...]:
     return (2, 3) if theme in ("order", "lanes") else (1, 1, 2, 3, 0)
 
@@ -262,7 +268,7 @@ def _latencies_s(theme: str) -> tuple[float, ...]:
         case "room":
             return (0.01, 0.01, 0.02, 0.5, 1.5)
         case "turns":
-            return (0.2, 0.3, 0.3)
+            return (0.3, 0.4)
         case "map":
             return (0.01, 0.05, 0.1, 0.3, 8.0)
         case "hedges":
@@ -327,16 +333,18 @@ def _of_the_theme(rng: random.Random, knobs: Knobs, theme: str) -> list[Action]:
             down = Action(at_s, rng.choice(["credentials", "outage"]), 0, 5.0)
             return [down, Action(round(at_s + rng.choice([0.1, 1.0]), 2), "stop", 0, 1.0)]
         case "lanes":
-            return [each for n in range(8) for each in _refused(rng, knobs, 0.5 + 1.5 * n)]
+            return [each for at_s in REFUSED_AT_S for each in _refused(rng, knobs, at_s)]
         case "turns":
             # A restore begins three seconds behind its fence: calls are to be due until then.
-            fences_s = [round(0.5 + 4.5 * n + rng.random(), 2) for n in range(3)]
-            return [Action(at_s, "fence", n % knobs.partitions) for n, at_s in enumerate(fences_s)]
+            return [Action(round(7 * n + rng.random(), 2), "fence") for n in range(3)]
         case "cuts":
             number, back = rng.randrange(knobs.partitions), rng.randrange(1, 10)
             return [Action(round(at_s + 6.0, 2), "cut", number, back)]
         case _:
             return []
+
+
+REFUSED_AT_S = (0.5, 2.0, 3.5, 5.0)
 
 
 def _refused(rng: random.Random, knobs: Knobs, at_s: float) -> list[Action]:

@@ -48,7 +48,7 @@ from tests.walk.loop import Violation
 LATENCIES_S = (0.0, 0.01, 0.01, 0.01, 0.02, 0.05)
 """Multiples of a hundredth: what happens at one moment is what races."""
 
-ALIGNED_S = 0.3
+ALIGNED_S = 0.4
 """So long a broker's answer waits for the end of a call at most, to come with it."""
 
 REBALANCE_TIMEOUT_S = 40.0

@@ -81,6 +81,7 @@ class Restore:
         self._reading = Reading(membership, offsets, holdings, remembered, transactions)
         self._assignment, self._observe = assignment, observe
         self._restoring: Unrestored | None = None
+        self._told: Mapping[Partition, Given] = {}  # what the pipeline knows as ours
         self.held_out: dict[Partition, str] = {}
         self.problem = ""
 
@@ -331,7 +332,7 @@ class Restore:
         # Some sentences name the log's end, which moves: told once all the same.
         for problem in {held_out[each] for each in held_out.keys() - self.held_out.keys()}:
             log.error("%s", problem)
-        changed = held != self._holdings.held
+        given_now = {each: holding.given for each, holding in held.items()}
         self._remembered.had |= held.keys()
         self._holdings.held, self.held_out = held, held_out
         self._holdings.held_as = given.member_id, given.generation
@@ -344,8 +345,11 @@ class Restore:
         if self._transactions is not None:
             self._transactions.keep_only(held.keys())
             self._transactions.hurry(on=False)
-        if first or changed:
-            self._assignment.assigned({each: holding.given for each, holding in held.items()})
+        # A partition that was fenced has left `held` and nobody has told the pipeline. If it is
+        # held out now, the pipeline must let it go, or its messages fill the window for good.
+        if first or given_now != self._told:
+            self._told = given_now
+            self._assignment.assigned(given_now)
         if first:
             self._tell_of_the_rebalance(len(given.partitions), kept)
 
