@@ -303,6 +303,7 @@ def test_a_probe_that_never_begins_is_told_to_the_circuit() -> None:
     assert cut_off == [True]
     assert stage.extractor.probes == 0
     assert not stage.admission.closed()
+    assert not stage.admission.probe_is_out()
 
 
 # --- a drain with an open circuit ----------------------------------------------------------------

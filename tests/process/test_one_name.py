@@ -85,9 +85,13 @@ async def test_workers_that_push_each_other_out_have_not_died(
             holder = newcomer
             if number < rounds - 1:
                 await holder.until("sluice_slots_busy", 1)
-        async with asyncio.timeout(60):
-            while await scene.lag() > (mode == "exactly_once") * PARTITIONS:
-                await asyncio.sleep(0.3)
+        try:
+            async with asyncio.timeout(60):
+                while await scene.lag() > (mode == "exactly_once") * PARTITIONS:
+                    await asyncio.sleep(0.3)
+        except TimeoutError:
+            said = await holder.get("/readyz"), await holder.metrics()
+            pytest.fail(f"lag {await scene.lag()}: {said}\n{holder.printed}")
         holder.signal(signal.SIGTERM)
         assert (await holder.ended()).code == 0
     assert await scene.letters() == []
