@@ -68,6 +68,7 @@ STORED = "service/kafka/client/stored.py"
 HEADERS = "service/kafka/headers.py"
 COMMITTING = "service/kafka/group/committing.py"
 MEMBER = "service/kafka/group/member.py"
+TRAIL = "service/kafka/group/trail.py"
 POSITIONS = "service/kafka/group/positions.py"
 READING = "service/kafka/group/reading.py"
 RESTORE = "service/kafka/group/restore.py"
@@ -86,6 +87,7 @@ ROOM = "tests/unit/test_map_room.py::test_"
 UNIT_TRANSACTIONS = "tests/unit/test_transactions.py::test_"
 UNIT_STARTS = "tests/unit/test_starts.py::test_"
 UNIT_HISTORY = "tests/unit/test_history.py::test_"
+UNIT_EPOCHS = "tests/unit/test_epochs.py::test_"
 UNIT_HOLDINGS = "tests/unit/test_holdings.py::test_"
 CONTRACT = "tests/contract/test_source.py::test_"
 CONTRACT_SINK = "tests/contract/test_sink.py::test_"
@@ -1147,6 +1149,23 @@ TAKEN_AWAY = (
         "        if holding.trail.fetched(offset, batches):\n",
         "        holding.trail.fetched(offset, batches)\n        if False:\n",
         (UNIT_HOLDINGS + "another_leaders_messages_wait_until_it_is_known_that_nothing_is_cut",),
+    ),
+    Mutation(
+        "77 what an earlier leader wrote is verified and fetched again without end",
+        TRAIL,
+        "if epoch == last or (known and epoch < last):",
+        "if epoch == last:",
+        (
+            UNIT_EPOCHS + "what_an_earlier_leader_wrote_is_read_again_without_a_doubt",
+            UNIT_HOLDINGS + "what_was_fetched_before_a_leader_changed_can_be_fetched_again",
+        ),
+    ),
+    Mutation(
+        "77 what a later leader wrote below the map's end is verified up to the fetch alone",
+        TRAIL,
+        "self.unverified = max(offset, last_begin + 1), last",
+        "self.unverified = offset, last",
+        (UNIT_EPOCHS + "a_later_leader_below_what_was_read_is_verified_up_to_there",),
     ),
     Mutation(
         "77 a rebalance forgets that another leader's messages are unverified",

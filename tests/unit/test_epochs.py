@@ -57,6 +57,30 @@ def test_a_fetch_under_another_epoch_has_to_be_verified() -> None:
     assert trail.fetched(50, batch(50, 5)), "an earlier leader than has been read"
 
 
+def test_what_an_earlier_leader_wrote_is_read_again_without_a_doubt() -> None:
+    """The completed map reaches into a later epoch than the next offset, or a fetch was thrown
+    away: each fetch would be verified, and fetched again, without end."""
+    trail = Trail(reached=50, epoch=4)
+    assert not trail.fetched(20, batch(20, 2) + batch(30, 3) + batch(40, 4))
+    assert not trail.fetched(30, batch(30, 3))
+    assert trail.before(50) == 4
+    assert trail.fetched(50, batch(50, 5))
+    assert trail.unverified == (50, 4)
+    trail.unverified = None
+    assert not trail.fetched(45, batch(45, 4) + batch(50, 5))
+
+
+@pytest.mark.parametrize(("offset", "first"), [(20, batch(20, 4)), (30, b"")])
+def test_a_later_leader_below_what_was_read_is_verified_up_to_there(
+    offset: int, first: bytes
+) -> None:
+    """The log ends at 30 under the epoch of before, where 50 were finished: that is a cut. Up to
+    the fetch alone nothing would be seen, without end where it begins at 30."""
+    trail = Trail(reached=50, epoch=4)
+    assert trail.fetched(offset, first + batch(30, 5))
+    assert trail.unverified == (50, 4)
+
+
 def test_the_first_doubt_stays_until_it_is_settled() -> None:
     """A later fetch does not take its place."""
     trail = Trail(reached=20, epoch=3)

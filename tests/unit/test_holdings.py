@@ -400,6 +400,15 @@ async def test_a_map_that_reaches_into_another_epoch_is_stored_with_it(worker: W
     assert ":E3" in worker.commit(Progress(40, (5, 5))).metadata
 
 
+async def test_what_was_fetched_before_a_leader_changed_can_be_fetched_again(
+    worker: Worker,
+) -> None:
+    """Its messages were thrown away, as a rebalance does: they are handed out."""
+    worker.positions.fetched(P, 7, batch(7, 3) + batch(50, 4))
+    worker.positions.fetched(P, 7, batch(7, 3))
+    assert worker.positions.readable == [P]
+
+
 async def test_a_rebalance_does_not_forget_what_is_to_be_verified(worker: Worker) -> None:
     """The partition is kept, and still not read before it is known."""
     worker.positions.fetched(P, 7, batch(7, 3))

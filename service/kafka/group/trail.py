@@ -59,17 +59,22 @@ class Trail:
             self._begins.append((reached - 1, epoch))
 
     def fetched(self, offset: int, batches: bytes) -> bool:
-        """A fetch at this offset has brought these; whether it has to be verified first."""
+        """A fetch at this offset has brought these; whether it has to be verified first.
+
+        What an earlier leader wrote is fetched again where the completed map, or a fetch that was
+        thrown away, reached further. What a later leader wrote there means a cut.
+        """
         for index, (base, epoch) in enumerate(epochs_in(batches)):
             if not self._begins:
                 self._begins.append((base, epoch))
                 continue
             last_begin, last = self._begins[-1]
-            if epoch == last:
-                continue
-            if index == 0 and self.unverified is None:
-                self.unverified = offset, last
-            if base > last_begin:
+            known = base <= last_begin
+            if epoch == last or (known and epoch < last):
+                continue  # fetched again, from before where the last leader began
+            if self.unverified is None and (index == 0 or known):
+                self.unverified = max(offset, last_begin + 1), last
+            if not known:
                 self._begins.append((base, epoch))
         return self.unverified is not None
 
