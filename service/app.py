@@ -1,7 +1,8 @@
 """The life of the process: build, start, run, stop, in order; signals and the exit code.
 
-A first SIGTERM or SIGINT stops intake, drains and commits; a second one doesn't wait for what is
-in flight. The parts are stopped in the reverse order of their start, each within its own bound.
+A first SIGTERM, SIGINT or SIGHUP stops intake, drains and commits; a second one doesn't wait for
+what is in flight. The parts are stopped in the reverse order of their start, each within its own
+bound.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import random
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
+from functools import partial
+from logging import INFO, WARNING
 from typing import TYPE_CHECKING, Protocol
 
 from prometheus_client import CollectorRegistry
@@ -24,8 +26,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from service.core.admission.admission import Admission, Limits
 from service.core.admission.guard import GuardBounds
-from service.core.errors import CannotRun, NotReachable, Stop
-from service.core.events import Called, Event, Finished, Streamed
+from service.core.errors import (
+    ALL_REJECTED,
+    FAILED,
+    INTERRUPTED,
+    CannotRun,
+    NotReachable,
+    Stop,
+)
+from service.core.events import Event
 from service.core.messages import Partition
 from service.core.status import Status
 from service.kafka.decoding import decoder
@@ -35,10 +44,13 @@ from service.llm.cache import cached
 from service.llm.extractor import OpenAIExtractor
 from service.pipeline import Bounds, Later, Pipeline
 from service.settings import RetrySettings, Settings, warnings
+from service.signals import stopped_by
+from service.telemetry.changes import LOOK_S, TROUBLED, Changes, word
 from service.telemetry.gauges import StatusGauges
 from service.telemetry.logs import configured
 from service.telemetry.metrics import Metrics, expose_process
 from service.telemetry.probes import OwnAnswers, Patience, Probes
+from service.telemetry.summary import Summary
 
 if TYPE_CHECKING:
     from service.telemetry.tracing import Tracing
@@ -71,6 +83,9 @@ class Parent(Protocol):
 
     def up(self) -> None:
         """Tell the parent that all parts have started."""
+
+    def finished(self, asked: int, rejected: int) -> None:
+        """It has ended in order, having finished so many messages, of which it rejected some."""
 
     def fileno(self) -> int:
         """A file descriptor that becomes readable once the parent is gone."""
@@ -107,7 +122,7 @@ def run(
             if stop is not None:
                 raise stop from None
             log.critical("ended by an unexpected error", exc_info=True)
-            return 1
+            return FAILED
 
 
 def _tracing(settings: Settings) -> Tracing | None:
@@ -140,7 +155,7 @@ class _App:
     ) -> None:
         self._settings, self._metrics, self._tracing = settings, metrics, tracing
         self._parent = parent
-        self._summary = _Summary()
+        self._summary = Summary()
         admission = Admission(limits(settings), random.uniform)
         self._model = model = OpenAIExtractor(settings, self._observe, admission)
         self._extractor = cached(model, settings.cache, self._observe)
@@ -168,6 +183,7 @@ class _App:
             OwnAnswers(registry, self.status, Patience.of(settings)),
         )
         self._started = False
+        self._stopped_by: signal.Signals | None = None
 
     def status(self) -> Status:
         return self._pipeline.status(self._source.group())
@@ -179,11 +195,11 @@ class _App:
             self._tracing.observe(event)
 
     async def run(self, until_caught_up: bool) -> int:
-        """Start, work, stop; returns 0, or 1 where the last commit failed."""
+        """Start, work, stop; returns the exit code."""
         if self._parent is None:  # a parent has logged the warnings once for all workers
             for sentence in warnings(self._settings):
                 log.warning("%s", sentence)
-        with self._signals():
+        with stopped_by(partial(self._signalled, running_task())), self._watched_parent():
             try:
                 async with AsyncExitStack() as started:
                     await self._start(started)
@@ -196,12 +212,27 @@ class _App:
                 if self._started:
                     raise
                 log.info("stopped by a signal before it had started")
-                return 0
+                return self._exit_code(until_caught_up, committed=True)
         log.info("stopped: %s", self._summary)
         problem = self._source.group().problem or self._pipeline.problem
         if until_caught_up and problem is not None:
             raise CannotRun(problem)
-        return 0 if committed else 1
+        return self._exit_code(until_caught_up, committed)
+
+    def _exit_code(self, until_caught_up: bool, committed: bool) -> int:
+        """A worker of several tells its parent what it has finished, and the parent judges it."""
+        if self._parent is not None:
+            self._parent.finished(self._summary.asked, self._summary.rejected)
+        if self._stopped_by is signal.SIGINT:
+            return INTERRUPTED
+        if not committed:
+            return FAILED
+        if not until_caught_up:
+            return 0
+        if self._stopped_by is not None:
+            log.warning("stopped before it had caught up: run it again to go on from here")
+            return FAILED
+        return ALL_REJECTED if self._parent is None and self._summary.all_rejected else 0
 
     async def _start(self, started: AsyncExitStack) -> None:
         """Start the parts; the stop takes them in the reverse order."""
@@ -241,6 +272,7 @@ class _App:
             beside = [
                 tasks.create_task(self._metrics.watch(self.status)),
                 tasks.create_task(self._source.supervise()),
+                tasks.create_task(self._tell_changes()),
             ]
             if until is not None and self._parent is None and sys.stderr.isatty():
                 beside.append(tasks.create_task(self._show_progress(until)))
@@ -248,6 +280,16 @@ class _App:
             for task in beside:
                 task.cancel()
         return committed
+
+    async def _tell_changes(self) -> None:
+        """Say in the log what is going on, whenever that is something else than before."""
+        changes, loop = Changes(), asyncio.get_running_loop()
+        while True:
+            status = self.status()
+            said = changes.look(status, loop.time())
+            if said is not None:
+                log.log(WARNING if status.state in TROUBLED else INFO, "%s", said)
+            await asyncio.sleep(LOOK_S)
 
     async def _show_progress(self, until: Mapping[Partition, int]) -> None:
         """Draw the progress bar: how many of the messages that were there at the start have
@@ -257,42 +299,47 @@ class _App:
         with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
             task = progress.add_task("messages", total=None)
             while True:
-                for partition, one in self.status().partitions.items():
+                status = self.status()
+                for partition, one in status.partitions.items():
                     if partition in until:
                         first.setdefault(partition, one.next_offset)
                 total = sum(max(0, until[partition] - at) for partition, at in first.items())
-                progress.update(task, total=total, completed=self._summary.finished)
+                progress.update(
+                    task,
+                    total=total,
+                    completed=self._summary.finished,
+                    description=word(status),
+                )
                 await asyncio.sleep(PROGRESS_S)
 
     # --- signals -------------------------------------------------------------------------------
 
     @contextmanager
-    def _signals(self) -> Iterator[None]:
-        loop, running = asyncio.get_running_loop(), asyncio.current_task()
-        assert running is not None, "runs inside a task"
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._signalled, running)
-        if self._parent is not None:
-            loop.add_reader(self._parent.fileno(), self._left_alone, running)
+    def _watched_parent(self) -> Iterator[None]:
+        """Stop as with SIGTERM once the parent is gone."""
+        if self._parent is None:
+            yield
+            return
+        loop, line = asyncio.get_running_loop(), self._parent.fileno()
+        loop.add_reader(line, self._left_alone, running_task())
         try:
             yield
         finally:
-            if self._parent is not None:
-                loop.remove_reader(self._parent.fileno())
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(number)
+            loop.remove_reader(line)
 
     def _left_alone(self, running: asyncio.Task[object]) -> None:
         assert self._parent is not None, "nobody else is listened to"
         asyncio.get_running_loop().remove_reader(self._parent.fileno())
         log.warning("the process that had started this worker is gone")
         if not self._pipeline.stopping:
-            self._signalled(running)
+            self._signalled(running, signal.SIGTERM)
 
-    def _signalled(self, running: asyncio.Task[object]) -> None:
+    def _signalled(self, running: asyncio.Task[object], number: signal.Signals) -> None:
         if not self._started:
+            self._stopped_by = number
             running.cancel()
         elif not self._pipeline.stopping:
+            self._stopped_by = number
             log.info("stopping: finishing what is in flight; a second signal does not wait for it")
             self._pipeline.stop()
         else:
@@ -300,44 +347,11 @@ class _App:
             self._pipeline.force()
 
 
-class _Summary:
-    """Counts for the last log line of a run."""
-
-    def __init__(self) -> None:
-        self._outcomes: Counter[str] = Counter()
-        self._records = self._calls = self._tokens_input = self._tokens_output = 0
-        self._cost_usd, self._unpriced = 0.0, 0
-
-    @property
-    def finished(self) -> int:
-        return self._outcomes.total()
-
-    def observe(self, event: Event) -> None:
-        if isinstance(event, Finished):
-            self._outcomes[event.outcome] += 1
-            self._records += event.records
-        elif isinstance(event, Streamed):
-            self._records += event.records
-        elif isinstance(event, Called):
-            self._calls += 1
-            self._tokens_input += event.tokens_input
-            self._tokens_output += event.tokens_output
-            self._cost_usd += event.cost_usd or 0.0
-            self._unpriced += event.cost_usd is None
-
-    def __str__(self) -> str:
-        outcomes = ", ".join(f"{count} {word}" for word, count in self._outcomes.items())
-        return (
-            f"{self.finished} messages finished ({outcomes or 'none'}), {self._records} records, "
-            f"{self._calls} calls, {self._tokens_input} tokens in, {self._tokens_output} out, "
-            f"{self._money()}"
-        )
-
-    def _money(self) -> str:
-        spent = f"{self._cost_usd:.4f} USD"
-        if not self._unpriced:
-            return spent
-        return f"{spent} and {self._unpriced} calls whose price is not known (set prices)"
+def running_task() -> asyncio.Task[object]:
+    """The task that runs this very line."""
+    task = asyncio.current_task()
+    assert task is not None, "runs inside a task"
+    return task
 
 
 def bounds(settings: Settings) -> Bounds:

@@ -17,17 +17,26 @@ import random
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol, TypeAlias
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from service import clock
 from service.core.admission.retry import Backoff, Uniform
-from service.core.errors import FAILED, WRONG, CannotRun, Stop, WrongSettings
+from service.core.errors import (
+    ALL_REJECTED,
+    FAILED,
+    INTERRUPTED,
+    WRONG,
+    CannotRun,
+    Stop,
+    WrongSettings,
+)
 from service.settings import Settings, warnings
+from service.signals import stopped_by
 from service.telemetry.logs import configured, shown
 from service.telemetry.merged import MergedAnswers, Worker
 from service.telemetry.metrics import WorkerMetrics
@@ -90,7 +99,7 @@ async def _run(settings: Settings, count: int, until_caught_up: bool, start_over
         until_caught_up=until_caught_up,
     )
     telemetry = settings.telemetry
-    with _signals(workers.stop):
+    with stopped_by(workers.stop):
         async with Probes(telemetry.host, telemetry.port, MergedAnswers(registry, workers.seen)):
             return await workers.run()
 
@@ -115,19 +124,14 @@ def stop_within_s(settings: Settings) -> float:
     return drain_s + settings.extraction.call_timeout_s + STOP_MARGIN_S
 
 
-@contextmanager
-def _signals(stop: Callable[[], None]) -> Iterator[None]:
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
-    try:
-        yield
-    finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
-
-
 # --- watching over them -----------------------------------------------------------------------
+
+
+class Tally(NamedTuple):
+    """What a worker that ended in order had finished: messages, and those of them rejected."""
+
+    asked: int
+    rejected: int
 
 
 class Child(Protocol):
@@ -142,6 +146,9 @@ class Child(Protocol):
 
     @property
     def failure(self) -> Stop | None: ...
+
+    @property
+    def tally(self) -> Tally | None: ...
 
     def signal(self, number: signal.Signals) -> None: ...
 
@@ -182,6 +189,8 @@ class Workers:
         self._until_caught_up = until_caught_up
         self._seats = {number: _Seat() for number in range(1, count + 1)}
         self._stopping = asyncio.Event()
+        self._stopped_by: signal.Signals | None = None
+        self._tallies: list[Tally | None] = []  # of each life that has ended
         self._failure: Stop | None = None
 
     async def run(self) -> int:
@@ -198,11 +207,28 @@ class Workers:
             late.cancel()
         if self._failure is not None:
             raise self._failure
-        return max(seat.exit_code for seat in self._seats.values())
+        return self._exit_code()
 
-    def stop(self) -> None:
+    def _exit_code(self) -> int:
+        worst = max(seat.exit_code for seat in self._seats.values())
+        if self._stopped_by is signal.SIGINT:
+            return INTERRUPTED
+        if not self._until_caught_up or worst != 0:
+            return worst
+        if self._stopped_by is not None:
+            return FAILED
+        return ALL_REJECTED if self._all_rejected() else 0
+
+    def _all_rejected(self) -> bool:
+        """Never said where a worker was killed: nobody knows what that one had finished."""
+        told = [each for each in self._tallies if each is not None]
+        asked = sum(each.asked for each in told)
+        return len(told) == len(self._tallies) and 0 < asked == sum(each.rejected for each in told)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Stop all workers after what is in flight; a second call does not wait for that."""
         if not self._stopping.is_set():
+            self._stopped_by = number
             log.info("stopping all workers; a second signal does not wait for what is in flight")
         self._end_all()
 
@@ -249,6 +275,7 @@ class Workers:
             finally:
                 self._metrics.running.dec()
                 seat.child = None
+        self._tallies.append(child.tally)
         seat.came_up |= ending.came_up
         seat.exit_code = ending.exit_code
         return ending
@@ -369,6 +396,7 @@ class ChildProcess:
         self.port: int | None = None
         self.up = False
         self.failure: Stop | None = None
+        self.tally: Tally | None = None
 
     @property
     def pid(self) -> int:
@@ -397,6 +425,8 @@ class ChildProcess:
                 self.port = port
             case {"up": True}:
                 self.up = True
+            case {"asked": int(asked), "rejected": int(rejected)}:
+                self.tally = Tally(asked, rejected)
             case {"failure": str(sentence), "wrong": bool(wrong)}:
                 self.failure = WrongSettings(sentence) if wrong else CannotRun(sentence)
             case _:
@@ -448,6 +478,9 @@ class Line:
 
     def up(self) -> None:
         self._say({"up": True})
+
+    def finished(self, asked: int, rejected: int) -> None:
+        self._say({"asked": asked, "rejected": rejected})
 
     def failed(self, error: Stop) -> None:
         self._say({"failure": str(error), "wrong": isinstance(error, WrongSettings)})

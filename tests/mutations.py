@@ -1709,6 +1709,48 @@ TAKEN_AWAY = (
         "        if False:\n",
         ("tests/unit/test_demo.py::test_what_is_waited_for_is_told_once",),
     ),
+    Mutation(
+        "bounded: the second SIGHUP of a terminal cuts calls off",
+        "service/signals.py",
+        "        if number is signal.SIGHUP and hung_up:\n",
+        "        if False:\n",
+        ("tests/unit/test_signals.py::test_a_terminal_that_closes_says_so_twice",),
+    ),
+    Mutation(
+        "bounded: nohup is forgotten",
+        "service/signals.py",
+        "    return number is signal.SIGHUP and signal",
+        "    return False and signal",
+        ("tests/unit/test_signals.py::test_nohup_is_kept",),
+    ),
+    Mutation(
+        "bounded: a stopped catch-up counts as done",
+        "service/workers.py",
+        "        if self._stopped_by is not None:\n            return FAILED\n",
+        "",
+        ("tests/unit/test_workers.py::test_the_exit_code_of_a_stop",),
+    ),
+    Mutation(
+        "bounded: one worker's rejects are taken for everybody's",
+        "service/workers.py",
+        "0 < asked == sum(each.rejected for each in told)",
+        "any(each.asked for each in told)",
+        ("tests/unit/test_workers.py::test_every_message_rejected_by_all_of_them",),
+    ),
+    Mutation(
+        "bounded: a wait is told every second",
+        "service/telemetry/changes.py",
+        '    return re.sub(r"\\d+", "#", cause)\n',
+        "    return cause\n",
+        ("tests/unit/test_changes.py::test_a_wait_is_told_once",),
+    ),
+    Mutation(
+        "bounded: each message of a slow topic is two lines",
+        "service/telemetry/changes.py",
+        "or now_s - self._since_s < STEADY_S:",
+        "or False:",
+        ("tests/unit/test_changes.py::test_what_passes_is_not_told",),
+    ),
 )
 
 WALKED = {

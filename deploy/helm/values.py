@@ -84,7 +84,8 @@ class Job(Group):
     schedule: str = ""
     """A CronJob at these times (cron's five fields); without it one Job for each `helm upgrade`."""
     backoffLimit: int = Field(default=6, ge=0)
-    """How often a failed pod is tried again; wrong settings (exit code 2) never are."""
+    """How often a failed pod is tried again; wrong settings (exit code 2) and a
+    topic of which every message was rejected (3) never are."""
     activeDeadlineSeconds: int | None = Field(default=None, ge=1)
     """The longest that it may take; without it no bound."""
     ttlSecondsAfterFinished: int = Field(default=86_400, ge=0)

@@ -22,8 +22,9 @@ be logged, so they never hold a message's text or a model's answer.
 from service.core.admission.retry import asked_to_wait_s
 from service.core.messages import Provenance
 
-FAILED, WRONG = 1, 2
-"""Exit codes: something failed; the settings are wrong. 0 is done."""
+FAILED, WRONG, ALL_REJECTED, INTERRUPTED = 1, 2, 3, 130
+"""Exit codes: something failed, or `--until-caught-up` ended without catching up; the settings are
+wrong; it caught up and every message was rejected; Ctrl-C ended it. 0 is done."""
 
 
 class SluiceError(Exception):

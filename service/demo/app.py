@@ -10,7 +10,6 @@ import asyncio
 import json
 import os
 import re
-import signal
 import socket
 import sys
 import tempfile
@@ -35,6 +34,7 @@ from service.demo.examples import EXAMPLES, DemoExample, ExampleName, upstream
 from service.demo.figures import Figures, read_figures
 from service.demo.model import MODEL_NAME, SLOTS, local_model
 from service.demo.view import Board, Extraction, Rejection, line, screen, summary
+from service.signals import stopped_by
 
 INPUT, OUTPUT, DEAD_LETTERS = "messages", "records", "dead-letters"
 PARTITIONS = 4
@@ -409,8 +409,8 @@ def _free_port() -> int:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C and SIGTERM cancel the running task; the value tells whether one of them did."""
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    """Let a signal that stops cancel the running task; the value tells whether one of them did."""
+    task = asyncio.current_task()
     assert task is not None, "runs inside a task"
     signals: list[int] = []
 
@@ -418,13 +418,8 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
         signals.append(number)
         task.cancel()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, interrupt, number)
-    try:
+    with stopped_by(interrupt):
         yield lambda: bool(signals)
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
 
 
 def _shown(value: bytes) -> str:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import time
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from service.core.completed import finished_ranges
 from service.kafka.client.stored import Stored, read
 from service.settings.reading import load
 from tests.process.conftest import PARTITIONS, Scene
-from tests.support.endpoint import Latency
+from tests.support.endpoint import Latency, Step, script_in_text
 from tests.support.service import service
 from tests.support.stopping import longest_stop_s
 from tests.support.topics import committed, produce, produce_transaction, read_topic
@@ -82,6 +85,54 @@ async def finished_in_kafka(scene: Scene) -> set[str]:
         if any(message.offset in each for each in ranges):
             found.add((message.value or b"").decode())
     return found
+
+
+async def test_a_catch_up_of_rejects_alone(scene: Scene) -> None:
+    """3 where every message was rejected, with the reasons and the command; then nothing is left,
+    and 0."""
+    await scene.send(*((None, b"\xff") for _ in range(3)))
+    ended = await scene.catch_up()
+    assert ended.code == 3, ended.printed
+    assert "rejected: 3 undecodable (`sluice dead-letters list` shows them)" in ended.printed
+    assert (await scene.catch_up()).code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "number", "code"),
+    [
+        (("run", "--until-caught-up"), signal.SIGTERM, 1),
+        (("run", "--until-caught-up"), signal.SIGINT, 130),
+        (("run",), signal.SIGINT, 130),
+        (("run",), signal.SIGHUP, 0),
+    ],
+)
+async def test_the_exit_code_of_a_stop(
+    scene: Scene, arguments: tuple[str, ...], number: signal.Signals, code: int
+) -> None:
+    """It says whether all of the topic was worked off, and who ended it; what was in flight is
+    finished each time."""
+    await scene.send(*((None, b"Ada is %d [[answer after_ms=500]]" % n) for n in range(50)))
+    slow = {**scene.environment, "SLUICE_LIMITS__CONCURRENCY": "5"}
+    async with service(slow, arguments) as running:
+        await running.until("sluice_messages_finished_total", 5)
+        running.signal(number)
+        ended = await running.ended()
+    assert ended.code == code, ended.printed
+    assert scene.endpoint.total() == len(await scene.outputs())
+
+
+async def test_waiting_is_told(scene: Scene) -> None:
+    """While the endpoint fails, one line says so and why; another one when it is over."""
+    await scene.send(*((None, b"Ada is %d" % n) for n in range(20)))
+    scene.endpoint.script = lambda _: Step("500")
+    async with service(scene.environment, ("run", "--until-caught-up")) as running:
+        async with asyncio.timeout(60):
+            while "waiting for the model's endpoint" not in running.printed:
+                await asyncio.sleep(0.1)
+        scene.endpoint.script = script_in_text
+        ended = await running.ended()
+    assert ended.code == 0, ended.printed
+    assert ended.printed.count("waiting for the model's endpoint") == 1
 
 
 async def test_kill_9_loses_nothing(scene: Scene) -> None:

@@ -13,6 +13,7 @@ FILES = sorted((ROOT / "service").rglob("*.py"))
 BELOW: dict[str, set[str]] = {
     "service": set(),
     "service.clock": set(),
+    "service.signals": set(),
     "service.core": set(),
     "service.ports": {"service.core"},
     "service.settings": {"service.core"},

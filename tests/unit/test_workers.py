@@ -22,6 +22,7 @@ from service.workers import (
     ChildProcess,
     Line,
     Once,
+    Tally,
     Workers,
     of_worker,
     started,
@@ -41,6 +42,7 @@ class Process:
         self.port: int | None = None
         self.up = False
         self.failure: Stop | None = None
+        self.tally: Tally | None = None
         self.deaf = False
         self.signals: list[signal.Signals] = []
         self.code: int | None = None
@@ -322,6 +324,49 @@ def test_a_catch_up_outlives_a_kill() -> None:
         scene.process(1).ends(0)
 
     assert play(lambda: Scene(until_caught_up=True), course) == 0
+
+
+@pytest.mark.parametrize(
+    ("tallies", "code"),
+    [
+        ((Tally(3, 3), Tally(0, 0)), 3),
+        ((Tally(3, 3), Tally(2, 1)), 0),
+        ((Tally(0, 0), Tally(0, 0)), 0),
+        ((Tally(3, 3), None), 0),
+    ],
+)
+def test_every_message_rejected_by_all_of_them(
+    tallies: tuple[Tally | None, Tally | None], code: int
+) -> None:
+    """3 where all that they finished together was rejected; not where one did not tell."""
+
+    async def course(scene: Scene) -> None:
+        scene.all_come_up()
+        for number, tally in enumerate(tallies, 1):
+            scene.process(number).tally = tally
+            scene.process(number).ends(0)
+
+    assert play(lambda: Scene(until_caught_up=True), course) == code
+
+
+@pytest.mark.parametrize(
+    ("number", "until_caught_up", "code"),
+    [
+        (signal.SIGTERM, False, 0),
+        (signal.SIGTERM, True, 1),
+        (signal.SIGHUP, False, 0),
+        (signal.SIGINT, False, 130),
+        (signal.SIGINT, True, 130),
+    ],
+)
+def test_the_exit_code_of_a_stop(number: signal.Signals, until_caught_up: bool, code: int) -> None:
+    """130 for Ctrl-C; 1 where a catch-up was stopped before its end; else 0."""
+
+    async def course(scene: Scene) -> None:
+        scene.all_come_up()
+        scene.workers.stop(number)
+
+    assert play(lambda: Scene(until_caught_up=until_caught_up), course) == code
 
 
 def test_a_stop_ends_the_wait_for_a_restart() -> None:
