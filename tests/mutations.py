@@ -878,6 +878,13 @@ TAKEN_AWAY = (
         (UNIT_OFFSETS + "the_map_ends_with_the_last_finished_offset",),
     ),
     Mutation(
+        "30 a partition is kept behind the fence that has dropped its commit in doubt",
+        "service/kafka/group/reading.py",
+        "            given.anew.update(unfenced)\n",
+        "",
+        (HAND_OVER + "a_commit_in_doubt_is_not_forgotten_by_its_fence",),
+    ),
+    Mutation(
         "30 a fenced partition that is then held out keeps its messages in the window",
         RESTORE,
         "        if first or given_now != self._told:\n",
@@ -1759,6 +1766,7 @@ WALKED = {
     "25 exactly once: what the map cannot hold goes into a transaction all the same": 0,
     "21 what stands behind a failed message in another partition goes first": 1,
     "30 a fenced partition that is then held out keeps its messages in the window": 7,
+    "30 a partition is kept behind the fence that has dropped its commit in doubt": 13,
     "30 a topic in doubt loses a writer for good": 1,
     "30 a partition that was fenced during the restore of another is forgotten": 1,
     "16 a drain with an open circuit asks without end": 0,

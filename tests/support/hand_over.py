@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from aiokafka import TopicPartition
+from aiokafka.errors import KafkaError
 
 from service.core.errors import PublishFailed
 from service.core.messages import Partition
@@ -124,6 +125,8 @@ class Producer(TransactionalProducer):
             await held_up.wait()
         self._fail()
         self._one.group.stored[self._partition] = self._storing
+        if self._partition in self._one.loses_answers:
+            raise KafkaError("no answer")
 
     def _fail(self) -> None:
         if (error := self._one.fails.pop(self._partition, None)) is not None:
@@ -144,6 +147,7 @@ class OneWorker:
         self.offsets = Offsets(self.group)
         self.pipeline: Member[Any] = Member(None)
         self.fails: dict[Partition, Exception] = {}
+        self.loses_answers: set[Partition] = set()  # of commits that have succeeded
         self.slow_commits: dict[Partition, HeldUp] = {}
         self.slow_opens: HeldUp | None = None
         self.opened: list[Partition] = []

@@ -167,6 +167,31 @@ async def rebalance(worker: OneWorker) -> None:
     await worker.given(P, Q)
 
 
+def test_a_commit_in_doubt_is_not_forgotten_by_its_fence() -> None:
+    """A rebalance comes before its writer has learned what became of it. Behind the fence there
+    is a new writer that is in no doubt: kept all the same, the outcome would go out again."""
+
+    async def scene(worker: OneWorker) -> None:
+        await worker.given(P, Q)
+        assert await worker.publish(P, 3) == "ok"
+        epochs = dict(worker.pipeline.epochs)
+        worker.loses_answers.add(P)
+        in_doubt = asyncio.create_task(worker.publish(P, 4))
+        while worker.group.stored[P].offset < 5:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.01)  # its writer pauses before it looks
+        worker.loses_answers.clear()
+        await rebalance(worker)
+        await asyncio.wait([in_doubt])
+        assert in_doubt.cancelled()
+        assert worker.opened.count(P) == 2
+        assert worker.pipeline.epochs[P] > epochs[P]
+        assert worker.pipeline.epochs[Q] == epochs[Q]
+        assert worker.pipeline.given[P].progress.next_offset == 5
+
+    play(scene)
+
+
 @pytest.mark.parametrize("reads", [1, 5])
 def test_an_earlier_offset_of_our_own_is_read_again(reads: int) -> None:
     """A commit is answered before its offset can be read: the running calls go on."""

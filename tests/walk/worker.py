@@ -63,13 +63,16 @@ class Worker:
         return message.value.decode()
 
     def entry_of(self, uid: int) -> Any:
-        """The message in this process's hands; None: it is in no holding of it any more."""
+        """The message in this process's hands; None: it is in no holding of it any more, or it
+        is there twice, as the retry topic may have it, and nobody knows which one is meant."""
         begin = f"{uid} "
-        for holding in inside.held_by(self.pipeline).values():
-            for entry in holding.entries.values():
-                if entry.text.startswith(begin):
-                    return entry
-        return None
+        found = [
+            entry
+            for holding in inside.held_by(self.pipeline).values()
+            for entry in holding.entries.values()
+            if entry.text.startswith(begin)
+        ]
+        return found[0] if len(found) == 1 else None
 
     def attempt_of(self, entry: Any) -> object:
         """The one that runs now: all calls of one attempt have it in common."""

@@ -85,6 +85,8 @@ class Unrestored:
     member_id: str
     generation: int
     fenced: set[Partition] = field(default_factory=set)
+    anew: set[Partition] = field(default_factory=set)
+    """Those that cannot be kept any more, because their fence has dropped what was in doubt."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -89,6 +89,8 @@ class Reading:
             if not unfenced:
                 stable = await self._stable(fresh)
                 return FromKafka({**stored, **stable}, topic_ids, kept, fresh)
+            # The fence gives each a new writer, which knows nothing of a transaction in doubt.
+            given.anew.update(unfenced)
             await self._transactions.fence(unfenced)
             given.fenced.update(unfenced)
 
@@ -124,7 +126,7 @@ class Reading:
         return {
             partition: holding
             for partition, holding in before.held.items()
-            if partition in given.partitions
+            if partition in given.partitions - given.anew
             and self._is_the_topic_it_was(partition.topic, topic_ids)
             and (self._transactions is None or self._transactions.holds(partition))
         }
