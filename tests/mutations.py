@@ -1758,6 +1758,29 @@ TAKEN_AWAY = (
         "or False:",
         ("tests/unit/test_changes.py::test_what_passes_is_not_told",),
     ),
+    Mutation(
+        "bounded: half-open connections take all descriptors",
+        "service/telemetry/connections.py",
+        "        if len(self) >= CONNECTIONS_MAX:\n",
+        "        if False:\n",
+        (
+            "tests/unit/test_probes.py::test_half_open_connections_are_bounded_and_probes_are_answered",
+        ),
+    ),
+    Mutation(
+        "bounded: a connection may say nothing for ever",
+        "service/telemetry/connections.py",
+        "            self._rest(transport, HEADERS_S)\n",
+        "            pass\n",
+        ("tests/unit/test_probes.py::test_a_connection_without_a_request_is_closed",),
+    ),
+    Mutation(
+        "bounded: scrapes without number hold up the loop",
+        "service/telemetry/probes.py",
+        "        if self._scrapes_waiting >= SCRAPES_WAITING_MAX:\n",
+        "        if False:\n",
+        ("tests/unit/test_probes.py::test_scrapes_do_not_hold_up_probes",),
+    ),
 )
 
 WALKED = {

@@ -562,7 +562,9 @@ class RetrySettings(Section):
 
 class TelemetrySettings(Section):
     host: str = Field(default="0.0.0.0", min_length=1)  # probes come from other machines
-    """The address that /metrics, /livez and /readyz listen on."""
+    """Address of /metrics, /livez and /readyz. The default opens them to every machine that reaches
+    this one, without a password: they show names of topics and models, figures and reasons, and no
+    texts. 127.0.0.1 keeps them to this machine."""
     port: int = Field(default=9100, ge=0, le=65535)
     """The port of /metrics, /livez and /readyz; 0 takes a free one and logs it."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"

@@ -6,6 +6,7 @@ it fail. Readiness tells whether intake goes on, and if not, why, in sentences.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -14,12 +15,14 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from service.core.errors import CannotRun
 from service.core.status import Status
 from service.settings import Settings
+from service.telemetry.connections import Connections
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,15 @@ seconds, and each look is bounded."""
 UNSETTLED_MARGIN_S = 60.0
 """Seconds added to the group's own timeouts, so that a slow member elsewhere does not make this one
 fail."""
+
+SCRAPES_WAITING_MAX = 8
+"""Scrapes under way or waiting; each takes milliseconds of the event loop."""
+
+BACKLOG_MAX = 128
+"""Connections that the system keeps until they are accepted."""
+
+EVERYWHERE = ("0.0.0.0", "::")
+"""Hosts that stand for every address of the machine."""
 
 CLOSE_S = 1.0
 """How many seconds closing the server waits for answers that are being written."""
@@ -130,7 +142,7 @@ class Probes:
 
     def __init__(self, host: str, port: int, answers: Answers) -> None:
         self.host, self.port, self._answers = host, port, answers
-        application = web.Application()
+        application = web.Application(middlewares=[self._counted])
         application.add_routes(
             [
                 web.get("/metrics", self._metrics),
@@ -139,16 +151,32 @@ class Probes:
             ]
         )
         self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=CLOSE_S)
+        self._connections = Connections(self._handler)
+        self._listening: asyncio.Server | None = None
+        self._scrape = asyncio.Lock()
+        self._scrapes_waiting = 0
+
+    def _handler(self) -> asyncio.Protocol:
+        assert self._runner.server is not None, "it is set up"
+        return self._runner.server()
 
     async def __aenter__(self) -> Self:
         await self._runner.setup()
+        loop = asyncio.get_running_loop()
         try:
-            await web.TCPSite(self._runner, self.host, self.port).start()
+            self._listening = await loop.create_server(
+                self._connections, self.host, self.port, backlog=BACKLOG_MAX, reuse_address=True
+            )
         except OSError as error:
             await self._runner.cleanup()
             raise CannotRun(_unavailable(self.host, self.port, error)) from error
-        self.port = int(self._runner.addresses[0][1])
+        self.port = int(self._listening.sockets[0].getsockname()[1])
         logger.info("metrics and probes on http://%s:%d/metrics", self.host, self.port)
+        if self.host in EVERYWHERE:
+            logger.info(
+                "they are open to every machine that reaches this one, without a password; "
+                "telemetry.host 127.0.0.1 keeps them to this machine"
+            )
         return self
 
     async def __aexit__(
@@ -157,11 +185,26 @@ class Probes:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._listening is not None:
+            self._listening.close()
         await self._runner.cleanup()
 
+    @web.middleware
+    async def _counted(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        with self._connections.answering(request.transport):
+            return await handler(request)
+
     async def _metrics(self, request: web.Request) -> web.Response:
+        """One scrape at a time, and few that wait: probes are answered between two of them."""
+        if self._scrapes_waiting >= SCRAPES_WAITING_MAX:
+            return web.Response(status=503, text="too many scrapes at once\n")
         encode, content_type = choose_encoder(",".join(request.headers.getall(hdrs.ACCEPT, [])))
-        body = encode(await self._answers.metrics())
+        self._scrapes_waiting += 1
+        try:
+            async with self._scrape:
+                body = encode(await self._answers.metrics())
+        finally:
+            self._scrapes_waiting -= 1
         return web.Response(body=body, headers={hdrs.CONTENT_TYPE: content_type})
 
     async def _livez(self, _: web.Request) -> web.Response:

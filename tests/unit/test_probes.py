@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from contextlib import suppress
 from dataclasses import replace
 
 import aiohttp
@@ -16,9 +17,17 @@ from service.core.errors import CannotRun
 from service.core.events import Called
 from service.core.status import GroupStatus, State, Status
 from service.settings import Settings
+from service.telemetry import connections
+from service.telemetry.connections import CONNECTIONS_MAX
 from service.telemetry.gauges import StatusGauges
 from service.telemetry.metrics import Metrics
-from service.telemetry.probes import OwnAnswers, Patience, Probes, not_alive
+from service.telemetry.probes import (
+    SCRAPES_WAITING_MAX,
+    OwnAnswers,
+    Patience,
+    Probes,
+    not_alive,
+)
 
 PATIENCE = Patience(poll_turn_s=90, call_overdue_s=60, unsettled_s=110, look_s=120)
 
@@ -258,3 +267,87 @@ async def test_port_of_the_settings_is_kept() -> None:
         assert probes.port == port
     async with Probes("127.0.0.1", 0, OF_NONE) as probes:
         assert probes.port > 0
+
+
+# --- connections ---
+
+
+async def silent(port: int, count: int) -> list[asyncio.StreamWriter]:
+    """Connections that are opened and say nothing, or half a request."""
+    opened = [await asyncio.open_connection("127.0.0.1", port) for _ in range(count)]
+    for number, (_, writer) in enumerate(opened):
+        if number % 2:
+            writer.write(b"GET /livez HTTP/1.1\r\nHost: x")
+    return [writer for _, writer in opened]
+
+
+async def test_half_open_connections_are_bounded_and_probes_are_answered(served: Served) -> None:
+    """However many are opened, a bounded number is held, and each probe is answered."""
+    async with served.probes:
+        writers = []
+        for _ in range(4):
+            writers += await silent(served.probes.port, CONNECTIONS_MAX)
+            assert (await served.get("/livez"))[0] == 200
+            assert (await served.get("/readyz"))[0] == 200
+            assert len(served.probes._connections) <= CONNECTIONS_MAX
+        for writer in writers:
+            writer.close()
+
+
+async def test_a_connection_without_a_request_is_closed(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing, half a header, or silence after an answer: each has its time, then it is closed."""
+    monkeypatch.setattr(connections, "HEADERS_S", 0.05)
+    monkeypatch.setattr(connections, "IDLE_S", 0.05)
+    async with served.probes, asyncio.timeout(10):
+        half = b"GET /livez HTTP/1.1\r\nHost: x"
+        for said in (b"", half, half + b"\r\n\r\n"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", served.probes.port)
+            writer.write(said)
+            with suppress(ConnectionError):
+                while await reader.read(4096):
+                    pass
+            writer.close()
+        assert len(served.probes._connections) == 0
+
+
+class Slow(OwnAnswers):
+    """Metrics that take until they are let go."""
+
+    go = asyncio.Event()
+
+    async def metrics(self) -> CollectorRegistry:
+        await self.go.wait()
+        return self.registry
+
+
+async def test_scrapes_do_not_hold_up_probes() -> None:
+    """Few scrapes wait, more are refused at once, and a probe passes them all."""
+    answers = Slow(CollectorRegistry(), lambda: WELL, PATIENCE)
+    Slow.go = asyncio.Event()
+    async with Probes("127.0.0.1", 0, answers) as probes, aiohttp.ClientSession() as session:
+
+        async def status(path: str) -> int:
+            async with session.get(f"http://127.0.0.1:{probes.port}{path}") as answer:
+                return answer.status
+
+        async with asyncio.TaskGroup() as tasks:
+            scrapes = [
+                tasks.create_task(status("/metrics")) for _ in range(SCRAPES_WAITING_MAX + 3)
+            ]
+            await asyncio.wait(scrapes, return_when=asyncio.FIRST_COMPLETED)
+            assert await status("/livez") == 200
+            Slow.go.set()
+    assert sorted(each.result() for each in scrapes) == [200] * SCRAPES_WAITING_MAX + [503] * 3
+
+
+@pytest.mark.parametrize(("host", "said"), [("0.0.0.0", True), ("127.0.0.1", False)])
+async def test_what_is_open_to_everybody_says_so(
+    host: str, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line, with the setting that closes it."""
+    with caplog.at_level("INFO"):
+        async with Probes(host, 0, OF_NONE):
+            pass
+    assert ("telemetry.host 127.0.0.1" in caplog.text) is said
