@@ -1788,6 +1788,7 @@ WALKED = {
     "25 behind one held message every finished one is remembered": 0,
     "25 exactly once: what the map cannot hold goes into a transaction all the same": 0,
     "21 what stands behind a failed message in another partition goes first": 1,
+    "11 a slot is lost with a call that was called off before its first step": 1,
     "30 a fenced partition that is then held out keeps its messages in the window": 7,
     "30 a partition is kept behind the fence that has dropped its commit in doubt": 13,
     "30 a topic in doubt loses a writer for good": 1,

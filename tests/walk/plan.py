@@ -232,7 +232,7 @@ def _messages(rng: random.Random, knobs: Knobs, theme: str) -> list[Message]:
     latencies_s = _latencies_s(theme)
     count = rng.choice([8, 16, 30, 50])
     if theme in COLLISIONS.values():
-        poison, count = 0.0, {"room": 70, "lanes": 40, "turns": 40}[theme]
+        poison, count = 0.0, {"room": 70, "lanes": 40, "turns": 60}[theme]
         keys = KEYS[:2] if theme == "lanes" else KEYS
     for uid in range(1, count + 1):
         found.append(
