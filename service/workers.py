@@ -157,7 +157,7 @@ class Child(Protocol):
         it."""
 
 
-Start: TypeAlias = Callable[[int], AbstractAsyncContextManager[Child]]
+StartWorker: TypeAlias = Callable[[int], AbstractAsyncContextManager[Child]]
 """Starts the worker with this number; when the context is left, its process is gone."""
 
 
@@ -176,7 +176,7 @@ class Workers:
 
     def __init__(
         self,
-        start: Start,
+        start: StartWorker,
         count: int,
         stop_within_s: float,
         metrics: WorkerMetrics,
@@ -329,7 +329,7 @@ class Ending:
 
 # --- a process, from its parent's side --------------------------------------------------------
 
-START = (
+WORKER_CODE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
     "from service.workers import work; work(int(sys.argv[1]))"
 )
@@ -338,7 +338,7 @@ files in the working folder don't count."""
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class WorkerTask:
     """The first thing that a worker reads from its line."""
 
     settings: Settings
@@ -355,7 +355,14 @@ async def started(
     a terminal's Ctrl-C. When the context is left, its process is gone."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        command = (sys.executable, "-P", "-c", START, str(theirs.fileno()), json.dumps(sys.path))
+        command = (
+            sys.executable,
+            "-P",
+            "-c",
+            WORKER_CODE,
+            str(theirs.fileno()),
+            json.dumps(sys.path),
+        )
         process = await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.DEVNULL,
@@ -365,7 +372,7 @@ async def started(
         theirs.close()
         try:
             reader, writer = await asyncio.open_connection(sock=ours)
-            task = Task(of_worker(settings, number), number, until_caught_up, start_over)
+            task = WorkerTask(of_worker(settings, number), number, until_caught_up, start_over)
             writer.write(pickle.dumps(task))
             try:
                 yield ChildProcess(process, reader)
@@ -442,13 +449,13 @@ def work(descriptor: int) -> NoReturn:
         line.set_inheritable(False)
         try:
             with line.makefile("rb") as told:
-                task: Task = pickle.load(told)
+                task: WorkerTask = pickle.load(told)
         except EOFError:
             sys.exit(FAILED)  # the parent is gone already
         sys.exit(_work(task, Line(line, task.worker)))
 
 
-def _work(task: Task, line: Line) -> int:
+def _work(task: WorkerTask, line: Line) -> int:
     from service.app import run as run_app  # not above: the parent needs none of its clients
 
     try:

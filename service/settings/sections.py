@@ -174,7 +174,7 @@ def legal_url(value: str) -> str:
 
 
 Parameters: TypeAlias = Annotated[dict[str, JsonValue], AfterValidator(_parameters)]
-Headers: TypeAlias = Annotated[dict[str, str], AfterValidator(_headers)]
+HttpHeaders: TypeAlias = Annotated[dict[str, str], AfterValidator(_headers)]
 
 OrNull = BeforeValidator(lambda value: None if value == "null" else value)
 """Lets the word `null` stand for None: an empty environment variable counts as not set."""
@@ -413,7 +413,7 @@ class ExtractionSettings(Section):
     endpoints: dict[str, EndpointSettings] = Field(default_factory=dict)
     """Endpoints of models that are not at OPENAI_BASE_URL, by the model's name: {base_url,
     key_file}. They get neither OPENAI_API_KEY nor `headers`."""
-    headers: Headers = Field(default_factory=dict)
+    headers: HttpHeaders = Field(default_factory=dict)
     """Further HTTP headers for OPENAI_BASE_URL, such as a gateway's labels; no secrets."""
     headers_file: Path | None = None
     """A JSON file with further headers in one object, which may be secrets; it is read at the

@@ -37,7 +37,7 @@ class Worker:
     up: bool
 
 
-Workers = Mapping[int, Worker]
+WorkersByNumber = Mapping[int, Worker]
 """The workers by their numbers, without those that have ended for good."""
 
 
@@ -45,7 +45,7 @@ class MergedAnswers:
     """The parent's pages: those of all workers in one, and the parent's own metrics in
     `registry`."""
 
-    def __init__(self, registry: CollectorRegistry, workers: Callable[[], Workers]) -> None:
+    def __init__(self, registry: CollectorRegistry, workers: Callable[[], WorkersByNumber]) -> None:
         self._registry, self._workers = registry, workers
 
     async def metrics(self) -> CollectorRegistry:
@@ -132,7 +132,7 @@ class _Page:
         return str(json.loads(self.body)["state"])
 
 
-async def _pages(workers: Workers, path: str, accept: str = "*/*") -> dict[int, _Page]:
+async def _pages(workers: WorkersByNumber, path: str, accept: str = "*/*") -> dict[int, _Page]:
     """The page of each worker that answers in time."""
     limit = aiohttp.ClientTimeout(total=ANSWER_S)
     asking = aiohttp.ClientSession(timeout=limit, headers={hdrs.ACCEPT: accept})

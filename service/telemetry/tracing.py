@@ -57,7 +57,7 @@ gone."""
 CHECK_TIMEOUT_S = 3.0
 """How many seconds `sluice check` waits for the collector, the exporter's own retries included."""
 
-ANSWERED = frozenset({"validated", "unsure"})
+NO_ERRORS = frozenset({"validated", "unsure"})
 """Results that are no errors in a call's span; after an unsure answer the next model is asked."""
 
 FINISH_REASONS: Mapping[str, str] = {"truncated": "length", "filtered": "content_filter"}
@@ -167,7 +167,7 @@ class Tracing:
             span.set_attribute("gen_ai.usage.output_tokens", called.tokens_output)
         if (reason := FINISH_REASONS.get(called.result)) is not None:
             span.set_attribute("gen_ai.response.finish_reasons", (reason,))
-        if called.result not in ANSWERED:
+        if called.result not in NO_ERRORS:
             _failed(span, called.result)
         span.end(now_ns)
 
