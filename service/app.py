@@ -113,7 +113,8 @@ def run(
     expose_process(registry)
     _look_for_garbage_rarely()
     worker = None if parent is None else parent.worker
-    with configured(settings.telemetry, metrics.log_line, worker=worker):
+    lines_lost = metrics.log_lines_dropped
+    with configured(settings.telemetry, metrics.log_line, worker=worker, dropped=lines_lost):
         try:
             app = _App(settings, registry, metrics, tracing, parent, start_over)
             return asyncio.run(app.run(until_caught_up))

@@ -37,7 +37,7 @@ from service.core.errors import (
 )
 from service.settings import Settings, warnings
 from service.signals import stopped_by
-from service.telemetry.logs import configured, shown
+from service.telemetry.logs import configured, last_words, shown
 from service.telemetry.merged import MergedAnswers, Worker
 from service.telemetry.metrics import WorkerMetrics
 from service.telemetry.probes import Probes
@@ -469,7 +469,7 @@ def _work(task: WorkerTask, line: Line) -> int:
         line.failed(error)
         return WRONG if isinstance(error, WrongSettings) else FAILED
     except Exception as error:  # the boundary of the process: any other error is a fault of ours
-        print(shown(error), file=sys.stderr)
+        last_words(shown(error))
         return FAILED
 
 

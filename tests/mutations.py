@@ -1781,6 +1781,27 @@ TAKEN_AWAY = (
         "        if False:\n",
         ("tests/unit/test_probes.py::test_scrapes_do_not_hold_up_probes",),
     ),
+    Mutation(
+        "bounded: lines that nobody reads fill the memory",
+        "service/telemetry/line_queue.py",
+        "            if self._chars + len(line) > QUEUED_MAX_CHARS:\n",
+        "            if False:\n",
+        ("tests/unit/test_line_queue.py::test_logging_goes_by_the_queue",),
+    ),
+    Mutation(
+        "bounded: a full stderr freezes whoever logs",
+        "service/telemetry/logs.py",
+        "        if self._queue is not None and sys.stderr is self._stderr:\n",
+        "        if False:\n",
+        ("tests/unit/test_line_queue.py::test_logging_goes_by_the_queue",),
+    ),
+    Mutation(
+        "bounded: the end waits for a reader that never comes",
+        "service/telemetry/line_queue.py",
+        "        self._writer.join(CLOSE_S)\n",
+        "        self._writer.join()\n",
+        ("tests/unit/test_line_queue.py::test_the_end_waits_a_bounded_time",),
+    ),
 )
 
 WALKED = {

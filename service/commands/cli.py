@@ -11,7 +11,6 @@ import os
 import re
 import sys
 from collections.abc import Iterable
-from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -69,8 +68,9 @@ def _main() -> NoReturn:
 
 
 def _fail(text: str, code: int) -> NoReturn:
-    with suppress(OSError):  # the reader of stderr may have left
-        print(text, file=sys.stderr, flush=True)
+    from service.telemetry.logs import last_words
+
+    last_words(text)
     sys.exit(code)
 
 

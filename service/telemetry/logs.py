@@ -24,6 +24,7 @@ from typing import Any, Literal, TextIO, TypeAlias
 
 from service.core.errors import SluiceError
 from service.settings import TelemetrySettings
+from service.telemetry.line_queue import LineQueue
 
 Level: TypeAlias = Literal["warning", "error"]
 
@@ -67,13 +68,16 @@ def configured(
     count: Callable[[Level], None] | None = None,
     stream: TextIO | None = None,
     worker: int | None = None,
+    dropped: Callable[[int], None] = lambda _: None,
 ) -> Iterator[None]:
     """Log as the settings say, and afterwards as before. `count` is called for each warning and
-    error. Where there are several workers, each line holds the number of its `worker`."""
+    error. Where there are several workers, each line holds the number of its `worker`. Nobody waits
+    for a reader of stderr: `dropped` is called for lines that were not read in time."""
     root, shown_before = logging.getLogger(), warnings.showwarning
     level, handlers = root.level, root.handlers[:]
     formatter = JsonLines() if telemetry.log_format == "json" else TextLines()
-    root.handlers[:] = [_Lines(formatter, count, stream, worker)]
+    queue = _queue(dropped, formatter) if stream is None else None
+    root.handlers[:] = [_Lines(formatter, count, stream, worker, queue)]
     root.setLevel(telemetry.log_level)
     warnings.showwarning = _warned
     try:
@@ -82,6 +86,34 @@ def configured(
         root.setLevel(level)
         root.handlers[:] = handlers
         warnings.showwarning = shown_before
+        if queue is not None:
+            queue.close()
+
+
+def last_words(text: str) -> None:
+    """Write to stderr as the process ends, which does not wait long for a reader."""
+    queue = _queue(lambda _: None, logging.Formatter())
+    if queue is None:
+        with suppress(OSError, ValueError):
+            print(text, file=sys.stderr, flush=True)
+        return
+    queue.put(f"{text}\n")
+    queue.close()
+
+
+def _queue(dropped: Callable[[int], None], formatter: logging.Formatter) -> LineQueue | None:
+    """The way to stderr; None where it is no file of the system's."""
+
+    def missing(lines: int) -> str:
+        said = ("%d log lines were dropped: nobody read them in time", (lines,))
+        record = logging.LogRecord(__name__, logging.WARNING, __file__, 0, *said, None)
+        return f"{formatter.format(record)}\n"
+
+    try:
+        sys.stderr.flush()
+        return LineQueue(sys.stderr.fileno(), dropped, missing)
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 class _Lines(logging.StreamHandler[TextIO]):
@@ -93,9 +125,11 @@ class _Lines(logging.StreamHandler[TextIO]):
         count: Callable[[Level], None] | None,
         stream: TextIO | None,
         worker: int | None,
+        queue: LineQueue | None,
     ) -> None:
         super().__init__(stream)
         self._follows_stderr, self._worker = stream is None, worker
+        self._queue, self._stderr = queue, sys.stderr
         self.setFormatter(formatter)
         self.addFilter(may_be_logged)
         self.addFilter(_Repeats())
@@ -106,9 +140,19 @@ class _Lines(logging.StreamHandler[TextIO]):
             record.__dict__["worker"] = self._worker
         if self._follows_stderr:
             self.stream = sys.stderr  # read anew: a progress bar replaces it while it is shown
-        super().emit(record)
+        if self._queue is not None and sys.stderr is self._stderr:
+            self._put(record, self._queue)
+        else:
+            super().emit(record)
         if self._count is not None and record.levelno >= logging.WARNING:
             self._count("error" if record.levelno >= logging.ERROR else "warning")
+
+    def _put(self, record: logging.LogRecord, queue: LineQueue) -> None:
+        try:
+            line = self.format(record)
+        except Exception:  # as logging does: a line that cannot be formatted stops nobody
+            line = f"a log line of {record.name}:{record.lineno} could not be written"
+        queue.put(f"{line}\n")
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Report a line that could not be written. Logging's own report would show the line's

@@ -143,6 +143,11 @@ class Metrics:
         self._log_lines = series.counters(
             "sluice_log_lines", "Lines logged as a warning or an error.", "level", _LOG_LEVELS
         )
+        self._log_lines_dropped = series.counter(
+            "sluice_log_lines_dropped",
+            "Log lines that were not written because nobody read stderr in time, or because it is "
+            "closed. Let something read the pipe; the service does not wait for it.",
+        )
         self._loop_delay = series.histogram(
             "sluice_event_loop_delay_seconds",
             "Seconds by which the event loop is late for a timer. Above 0.1 the process has too "
@@ -165,6 +170,10 @@ class Metrics:
     def log_line(self, level: str) -> None:
         """Count a line that was logged as a warning or an error."""
         self._log_lines[level].inc()
+
+    def log_lines_dropped(self, lines: int) -> None:
+        """Count lines that could not be written."""
+        self._log_lines_dropped.inc(lines)
 
     async def watch(self, status: Callable[[], Status]) -> None:
         """Sample until cancelled: the event loop's delay and tasks, busy slots and the full window

@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeAlias
 
 from aiohttp import hdrs, web
-from aiohttp.typedefs import Handler
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
@@ -40,6 +39,8 @@ seconds, and each look is bounded."""
 UNSETTLED_MARGIN_S = 60.0
 """Seconds added to the group's own timeouts, so that a slow member elsewhere does not make this one
 fail."""
+
+Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 SCRAPES_WAITING_MAX = 8
 """Scrapes under way or waiting; each takes milliseconds of the event loop."""
