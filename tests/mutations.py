@@ -320,7 +320,7 @@ TAKEN_AWAY = (
         "11 a probe that was called off before its first step counts as out",
         PROBING,
         "            del self._running[route]\n"
-        "            self._admission.probe_cancelled(route)\n",
+        "            self._admission.routes.probe_cancelled(route)\n",
         "            del self._running[route]\n",
         (ADMISSION + "a_probe_that_never_begins_is_told_to_the_circuit",),
     ),
@@ -334,7 +334,7 @@ TAKEN_AWAY = (
     Mutation(
         "11 an older call's failure is taken for the answer to a probe",
         BLAME,
-        "if not failure.shared and (a_try or not self._admission.probe_is_out(route)):",
+        "if not failure.shared and (a_try or not self._admission.routes.probe_is_out(route)):",
         "if not failure.shared:",
         (ADMISSION + "one_probe_at_a_time_whatever_older_calls_come_to",),
     ),
@@ -348,7 +348,7 @@ TAKEN_AWAY = (
     Mutation(
         "14 what a message's own refusals have taught of the route stays",
         BLAME,
-        "            self._admission.take_back(route, entry.untroubled)\n",
+        "            self._admission.routes.take_back(route, entry.untroubled)\n",
         "",
         (ROUTES + "one_poisoned_text_slows_nobody",),
     ),
@@ -362,14 +362,14 @@ TAKEN_AWAY = (
     Mutation(
         "14 an unknown refusal of a route that never answered does not stop intake",
         BLAME,
-        "known = not unclear or self._admission.last_success_s(route) is None",
+        "known = not unclear or self._admission.routes.last_success_s(route) is None",
         "known = not unclear",
         (ROUTES + "an_unknown_refusal_before_the_first_success_stops_intake",),
     ),
     Mutation(
         "14 nobody is asked whether a text that is alone is refused alone",
         BLAME,
-        "        return self._admission.nobody_else(entry.suspicion)\n",
+        "        return self._admission.routes.nobody_else(entry.suspicion)\n",
         "        return False\n",
         (ROUTES + "a_poisoned_text_alone_is_found_by_probes",),
     ),

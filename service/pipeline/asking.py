@@ -187,5 +187,5 @@ class Asking:
         now_s = clock.now_s()
         age_s = now_s - entry.first_called_s
         return age_s >= self._bounds.message_timeout_s and others_succeed(
-            now_s, self._admission.last_success_s(entry.route)
+            now_s, self._admission.routes.last_success_s(entry.route)
         )

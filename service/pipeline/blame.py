@@ -35,12 +35,12 @@ class Blame:
         """Count the failure against the message. As soon as its failures seem its own, what the
         route learned from the first ones is undone, unless others failed too."""
         before = entry.suspicion
-        found = self._admission.suspicion(route, before, shared=shared)
+        found = self._admission.routes.suspicion(route, before, shared=shared)
         if before is None or before.route != route:
-            entry.untroubled = self._admission.untroubled(route)
+            entry.untroubled = self._admission.routes.untroubled(route)
         elif found.its_own and not before.its_own and not found.others_failed:
             assert entry.untroubled is not None, "it is set with the first failure on a route"
-            self._admission.take_back(route, entry.untroubled)
+            self._admission.routes.take_back(route, entry.untroubled)
         entry.suspicion = found
         return found
 
@@ -55,9 +55,9 @@ class Blame:
         """
         route = route_of(turn, failure)
         unclear = isinstance(failure, Unclear)
-        known = not unclear or self._admission.last_success_s(route) is None
+        known = not unclear or self._admission.routes.last_success_s(route) is None
         a_try = self._probing.stands_for_a_probe(entry, route)
-        if not failure.shared and (a_try or not self._admission.probe_is_out(route)):
+        if not failure.shared and (a_try or not self._admission.routes.probe_is_out(route)):
             service = isinstance(failure, ServiceFailure) and known
             tell_the_circuit(self._admission, now_s, route, failure, service=service)
         if failure.reason in OVERLOAD:
@@ -67,7 +67,7 @@ class Blame:
         """Whether the message has failed often enough while others succeeded."""
         if self._beyond_chance(entry, failure):
             return True
-        success_s = self._admission.last_success_s(route_of(turn, failure))
+        success_s = self._admission.routes.last_success_s(route_of(turn, failure))
         return exhausted(entry.attempts_that_count, self._attempts_max, turn.started_s, success_s)
 
     def _beyond_chance(self, entry: Entry, failure: CallFailure) -> bool:
@@ -80,13 +80,13 @@ class Blame:
     def doubt(self, now_s: float, entry: Entry, turn: Turn, failure: CallFailure) -> None:
         """Send a probe where no other message shows that the provider is reachable."""
         if entry.attempts_that_count >= self._attempts_max or self._only_witness(entry, failure):
-            self._admission.doubt(now_s, route_of(turn, failure))
+            self._admission.routes.doubt(now_s, route_of(turn, failure))
 
     def _only_witness(self, entry: Entry, failure: CallFailure) -> bool:
         by_evidence = failure.reason in NEVER_THE_MESSAGE or isinstance(failure, Unclear)
         if not by_evidence or entry.attempts < 2 or entry.suspicion is None:
             return False
-        return self._admission.nobody_else(entry.suspicion)
+        return self._admission.routes.nobody_else(entry.suspicion)
 
 
 def counts(failure: CallFailure) -> bool:

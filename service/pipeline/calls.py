@@ -16,7 +16,7 @@ from service.core.admission.admission import BUDGETS, NO_SLOT, Admission, Cause,
 from service.core.admission.budgets import NO_TOKENS, Estimate
 from service.core.admission.guard import Guard
 from service.core.admission.shares import even_share, share
-from service.core.errors import CallFailure, NoRoom, ServiceFailure, TransientFailure
+from service.core.errors import CallFailure, NoRoom
 from service.core.events import Admitted, Observe
 from service.core.messages import Partition
 from service.core.phase import Phase
@@ -25,7 +25,6 @@ from service.pipeline.answering import Answering
 from service.pipeline.asking import Asking
 from service.pipeline.outcomes import (
     CutOff,
-    Result,
     earliest,
     from_the_cache,
 )
@@ -80,8 +79,8 @@ class Calls:
             return
         now_s, waited = clock.now_s(), self.waits_for_budget
         ask_again_s = self._probing.when_due(now_s, self.admit, self._try)
-        self._holds = {route: Hold(None, Cause.CIRCUIT) for route in self._admission.broken}
-        if not self._admission.all_broken:  # else no retry could start
+        self._holds = {route: Hold(None, Cause.CIRCUIT) for route in self._admission.routes.broken}
+        if not self._admission.routes.all_broken:  # else no retry could start
             ask_again_s = earliest(ask_again_s, self._requeue(now_s))
         while (entry := self._window.next_queued(self._holds)) is not None:
             if not self._may_begin(entry):
@@ -138,7 +137,7 @@ class Calls:
     def cannot_begin(self) -> bool:
         """Whether the circuit of the first route is not closed: fetching more messages makes no
         sense then."""
-        return not self._admission.closed(self._extractor.route(None))
+        return not self._admission.routes.closed(self._extractor.route(None))
 
     @property
     def waits_for_budget(self) -> bool:
@@ -229,7 +228,7 @@ class Calls:
             raise
         finally:
             self._give_back(entry)
-        self._account(entry, turn, result)
+        self._purse.account(entry, turn, result)
         match result:
             case CutOff():
                 self._answering.cut_off(entry)
@@ -245,20 +244,6 @@ class Calls:
         self._probing.ended(entry, turn.estimate.route)
         self.admit()
         await self._publishing.hand_over(entry.holding, entry.lane)
-
-    def _account(self, entry: Entry, turn: Turn, result: Result | CutOff) -> None:
-        """Report the attempt's cost to admission. An answer from the cache has cost nothing, so its
-        charge is given back."""
-        if isinstance(result, CutOff) or result.provenance is None:
-            return
-        spent = result.provenance
-        before, entry.spent = entry.spent, spent
-        usd = spent.cost_usd - (0.0 if before is None else before.cost_usd)
-        answered = not (spent.cached or isinstance(result, TransientFailure | ServiceFailure))
-        if usd > 0 or answered:  # a call without an answer does not show what a call costs
-            self._purse.spent(usd)
-        if spent.cached:
-            self._admission.unused(clock.now_s(), turn.estimate)
 
     def _go_on_later(self, entry: Entry, paused: NoRoom) -> None:
         if not entry.holding.lost:

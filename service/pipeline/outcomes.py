@@ -149,7 +149,7 @@ def tell_the_circuit(
 ) -> None:
     """Report a failed call or probe to the route's circuit. `service`: no other call can succeed
     either."""
-    admission.failed(
+    admission.routes.failed(
         now_s,
         sentence(failure, route),
         service=service,

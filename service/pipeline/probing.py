@@ -51,8 +51,8 @@ class Probing:
         finish before the deadline.
         """
         ask_again_s: float | None = None
-        for route in self._admission.broken:
-            wait_s = self._admission.probe_wait_s(now_s, route)
+        for route in self._admission.routes.broken:
+            wait_s = self._admission.routes.probe_wait_s(now_s, route)
             if wait_s is None or route in self._running:
                 continue
             if self._phase.draining and not self._window.waits_for_a_call:
@@ -77,7 +77,7 @@ class Probing:
         if not self._admission.has_room(now_s, estimate):
             return False
         self._messages[route] = entry
-        self._admission.trying(route)
+        self._admission.routes.trying(route)
         if begin(entry, estimate):
             return True
         self.ended(entry, route)
@@ -93,7 +93,7 @@ class Probing:
         about the provider (cut off, answered from the cache), another try may follow."""
         if self._messages.get(route) is entry:
             del self._messages[route]
-            self._admission.probe_cancelled(route)
+            self._admission.routes.probe_cancelled(route)
 
     # --- a probe ---------------------------------------------------------------------------------
 
@@ -101,7 +101,7 @@ class Probing:
         self._admission.probing(now_s, route)
         probe = self._tasks.start_for_run(self._probe, route, again)
         if probe is None:
-            self._admission.probe_cancelled(route)
+            self._admission.routes.probe_cancelled(route)
             return
         self._running[route] = probe
         probe.add_done_callback(partial(self._called_off, route, again))
@@ -111,7 +111,7 @@ class Probing:
         go out."""
         if self._running.get(route) is probe:
             del self._running[route]
-            self._admission.probe_cancelled(route)
+            self._admission.routes.probe_cancelled(route)
             asyncio.get_running_loop().call_soon(self._tasks.called_back, again)
 
     async def _probe(self, route: str, again: Callable[[], None]) -> None:
@@ -125,10 +125,10 @@ class Probing:
         self._running.pop(route, None)
         now_s = clock.now_s()
         if failure is None:
-            self._admission.probe_succeeded(now_s, route)
+            self._admission.answered(now_s, route)
             self._window.wake_retries(now_s)
         else:
-            self._admission.cool_down(now_s, failure.retry_after_s, route)
+            self._admission.routes.cool_down(now_s, failure.retry_after_s, route)
             service = isinstance(failure, ServiceFailure)
             tell_the_circuit(self._admission, now_s, route, failure, service=service)
         self._conditions.moved_on()

@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping
 
 from service import clock
 from service.core.admission.accounts import PERIOD_S, Account, added, total_usd
-from service.core.admission.admission import Admission
+from service.core.admission.admission import Admission, Turn
+from service.core.errors import ServiceFailure, TransientFailure
 from service.core.messages import Partition
-from service.core.window import Holding, Window
+from service.core.window import Entry, Holding, Window
+from service.pipeline.outcomes import CutOff, Result
 
 
 class Purse:
@@ -30,6 +32,20 @@ class Purse:
         if usd > 0 and self._window.held:
             least = min(self._window.held.values(), key=lambda each: total_usd(each.spent))
             least.spent = added(least.spent, self._wall_clock(), usd)
+
+    def account(self, entry: Entry, turn: Turn, result: Result | CutOff) -> None:
+        """Report the attempt's cost to admission. An answer from the cache has cost nothing, so its
+        charge is given back."""
+        if isinstance(result, CutOff) or result.provenance is None:
+            return
+        spent = result.provenance
+        before, entry.spent = entry.spent, spent
+        usd = spent.cost_usd - (0.0 if before is None else before.cost_usd)
+        answered = not (spent.cached or isinstance(result, TransientFailure | ServiceFailure))
+        if usd > 0 or answered:  # a call without an answer does not show what a call costs
+            self.spent(usd)
+        if spent.cached:
+            self._admission.unused(clock.now_s(), turn.estimate)
 
     def reassigned(self, before: Mapping[Partition, Holding]) -> None:
         """Partitions have come and gone. The accounts of those that have come count from now on;

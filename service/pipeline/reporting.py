@@ -53,7 +53,7 @@ class Reporting:
         held = self._phase.tenure is Tenure.HELD
         return Status(
             state=self._state(group, now_s, stages, lag),
-            slots=admission.limit,
+            slots=admission.routes.limit,
             slots_busy=admission.busy,
             window=self._bounds.window,
             window_messages=window.messages,
@@ -71,7 +71,7 @@ class Reporting:
             reject_guard_tripped=self._guard.tripped,
             admission_waits=self._calls.waits(now_s),
             budget_share=admission.share,
-            pace_per_s=admission.pace_per_s,
+            pace_per_s=admission.routes.pace_per_s,
             spent_last_hour_usd=admission.spent_last_hour_usd(now_s),
             oldest_message_age_s=now_s - oldest_s,
             lanes_waiting=window.lanes_waiting(),
@@ -120,7 +120,7 @@ class Reporting:
         sentences = (
             first,
             group.problem,
-            *self._admission.outages,
+            *self._admission.routes.outages,
             self._guard.problem,
             self._admission.spend_exceeded(now_s),
         )

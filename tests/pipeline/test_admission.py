@@ -158,7 +158,7 @@ def test_ten_minutes_without_a_provider_lose_nothing_and_end_at_once() -> None:
         assert len(stage.extractor.calls) < 5 * 100 + 300, "a storm"
         assert stage.pipeline.status(SETTLED).state is State.WAITING_FOR_PROVIDER
         stage.extractor.always = None
-        while not stage.admission.closed():
+        while not stage.admission.routes.closed():
             await asyncio.sleep(0.1)  # the last Retry-After is over, but for the probe's jitter
         await asyncio.sleep(13)
         before = len(stage.extractor.calls)
@@ -255,7 +255,7 @@ def test_one_probe_at_a_time_whatever_older_calls_come_to() -> None:
     async def wait() -> None:
         await asyncio.sleep(90)
         assert stage.extractor.probes == 1  # type: ignore[attr-defined]
-        assert stage.admission.probe_is_out()
+        assert stage.admission.routes.probe_is_out()
         await asyncio.sleep(110)
 
     stage.show(wait)
@@ -272,7 +272,7 @@ def test_one_probe_at_a_time_where_the_circuit_has_closed_and_opened_beside_it()
     async def wait() -> None:
         await asyncio.sleep(90)
         assert stage.extractor.probes == 1
-        assert not stage.admission.closed()
+        assert not stage.admission.routes.closed()
         await asyncio.sleep(300)
 
     stage.show(wait)
@@ -293,7 +293,7 @@ def test_a_probe_that_never_begins_is_told_to_the_circuit() -> None:
 
         def cut_off_as_it_starts(now_s: float, estimate: Estimate) -> None:
             charge(now_s, estimate)
-            if stage.admission.probe_is_out():
+            if stage.admission.routes.probe_is_out():
                 cut_off.append(run.cancel())
 
         stage.admission.charge = cut_off_as_it_starts  # type: ignore[method-assign]
@@ -302,8 +302,8 @@ def test_a_probe_that_never_begins_is_told_to_the_circuit() -> None:
     virtual_time.run(play())
     assert cut_off == [True]
     assert stage.extractor.probes == 0
-    assert not stage.admission.closed()
-    assert not stage.admission.probe_is_out()
+    assert not stage.admission.routes.closed()
+    assert not stage.admission.routes.probe_is_out()
 
 
 # --- a drain with an open circuit ----------------------------------------------------------------

@@ -203,7 +203,7 @@ def test_a_lasting_fault_costs_no_message(fault: Told, named: str) -> None:
         asked = stage.judged.calls.total() - before
         assert asked < 12 * stage.slots, "a storm"  # what is in flight may be asked otherwise
         stage.judged.provider = good
-        while not stage.admission.closed("small"):
+        while not stage.admission.routes.closed("small"):
             await asyncio.sleep(0.1)
         await asyncio.sleep(1)
         before = stage.judged.calls.total()
@@ -355,8 +355,8 @@ def test_what_a_second_model_refuses_stops_nobody_else(large: Told, named: str) 
         assert len(stage.broker.texts()) == 80
         status = stage.pipeline.status(SETTLED)
         assert any("the model large" in each and named in each for each in status.not_ready)
-        assert stage.admission.closed("small")
-        assert not stage.admission.closed("large")
+        assert stage.admission.routes.closed("small")
+        assert not stage.admission.routes.closed("large")
         assert stage.judged.probes("small") == 0
         assert stage.judged.probes("large") > 0
         for n in range(101, 105):

@@ -99,7 +99,7 @@ class Simulation:
     def _start(self, worker: Worker) -> None:
         """As many as may; then again when it is said that one may."""
         admission = worker.admission
-        if admission.probe_wait_s(self.now_s) == 0.0 and admission.outages:
+        if admission.routes.probe_wait_s(self.now_s) == 0.0 and admission.routes.outages:
             self._probe(worker)
         while (hold := admission.hold(self.now_s)) is None:
             self._send(worker)
@@ -119,9 +119,9 @@ class Simulation:
         def probed() -> None:
             if taken:
                 self.provider.busy -= 1
-                worker.admission.probe_succeeded(0)
+                worker.admission.answered(0)
             else:
-                worker.admission.failed(
+                worker.admission.routes.failed(
                     self.now_s, "refused", service=False, retry_after_s=retry_after_s
                 )
             self._start(worker)
@@ -148,6 +148,8 @@ class Simulation:
 
     def _refused(self, worker: Worker, turn: Turn, retry_after_s: float | None) -> None:
         worker.admission.release()
-        worker.admission.failed(self.now_s, "refused", service=False, retry_after_s=retry_after_s)
+        worker.admission.routes.failed(
+            self.now_s, "refused", service=False, retry_after_s=retry_after_s
+        )
         worker.admission.overloaded(self.now_s, turn, "", "rate_limited", retry_after_s)
         self._start(worker)

@@ -46,8 +46,8 @@ def test_a_slot_is_given_back_once() -> None:
 def test_the_cooldown_is_shared_and_never_shortened() -> None:
     """The longest Retry-After counts for everybody."""
     admission = of()
-    admission.cool_down(0, 10)
-    admission.cool_down(1, 2)
+    admission.routes.cool_down(0, 10)
+    admission.routes.cool_down(1, 2)
     assert held(admission, 4) == Hold(6, Cause.COOLDOWN)
     assert admission.hold(10) is None
 
@@ -55,9 +55,9 @@ def test_the_cooldown_is_shared_and_never_shortened() -> None:
 def test_after_a_cooldown_it_starts_slowly_and_is_soon_at_full_speed() -> None:
     """A few calls more than are running; three rounds of answers give fifty slots back."""
     admission = of(slots=50)
-    admission.cool_down(0, 10)
+    admission.routes.cool_down(0, 10)
     rounds, now_s = [], 10.0
-    while admission.limit < 50 or not rounds:
+    while admission.routes.limit < 50 or not rounds:
         turns = []
         while admission.hold(now_s) is None:
             turns.append(admission.admit(now_s))
@@ -75,18 +75,18 @@ def test_a_row_of_failures_opens_the_circuit() -> None:
     it is open, only a probe."""
     admission = of()
     for _ in range(CIRCUIT_FAILURES - 1):
-        admission.failed(0, "down", service=False)
-    admission.probe_succeeded(0)
+        admission.routes.failed(0, "down", service=False)
+    admission.answered(0)
     for _ in range(CIRCUIT_FAILURES - 1):
-        admission.failed(0, "down", service=False)
+        admission.routes.failed(0, "down", service=False)
     assert admission.hold(0) is None
-    admission.failed(0, "down", service=False)
-    assert admission.outages == ("down",)
+    admission.routes.failed(0, "down", service=False)
+    assert admission.routes.outages == ("down",)
     assert held(admission, 0) == Hold(4, Cause.CIRCUIT)
     assert held(admission, 4).cause is Cause.CIRCUIT
     admission.probing(4)
     assert held(admission, 4) == Hold(None, Cause.CIRCUIT)
-    assert admission.probe_succeeded(0)
+    assert admission.answered(0)
     assert admission.hold(4) is None
 
 
@@ -117,11 +117,11 @@ def test_an_outage_takes_back_what_it_seemed_to_say() -> None:
     admission = of(slots=50)
     turns = [admission.admit(n / 100) for n in range(50)]
     for turn in turns:
-        admission.failed(1, "down", service=False)
+        admission.routes.failed(1, "down", service=False)
         admission.overloaded(1, turn, "", "rate_limited", None)
-    assert not admission.closed()
-    assert admission.limit == 50
-    assert admission.pace_per_s is None
+    assert not admission.routes.closed()
+    assert admission.routes.limit == 50
+    assert admission.routes.pace_per_s is None
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_retries_are_free_once_the_provider_is_back() -> None:
     """What an outage has used up of the retries does not slow the return."""
     admission = of()
     admission.took_retries(admission.retries_available(0))
-    admission.failed(0, "down", service=True)
+    admission.routes.failed(0, "down", service=True)
     assert admission.retries_available(0) == 0
-    admission.probe_succeeded(0)
+    admission.answered(0)
     assert admission.retries_available(0) == RETRIES_SAVED

@@ -143,9 +143,9 @@ def sleeps_unwoken(pipeline: Pipeline, now_s: float) -> str | None:
     admission, window = pipeline._admission, pipeline._window
     if calls._wake is not None and not calls._wake.cancelled():
         return None
-    if admission.probe_is_out:
+    if admission.routes.probe_is_out:
         return None
-    if not admission.closed:
+    if not admission.routes.closed:
         waits = any(e.stage in (Stage.QUEUED, Stage.RETRYING) for e in window.entries())
         idle = not window.messages or (pipeline._phase.draining and not waits)
         return None if idle else "the circuit is open and no probe is due"
