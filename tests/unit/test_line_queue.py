@@ -112,6 +112,8 @@ def test_the_last_words_wait_a_bounded_time(
     """Why a process ends is written where it can be; a full pipe does not keep the process."""
     with open(pipe[1], "w", closefd=False) as stderr:
         monkeypatch.setattr("sys.stderr", stderr)
+        monkeypatch.setattr(line_queue, "CLOSE_S", 30.0)  # a busy machine starts threads late
         last_words("why")
         assert os.read(pipe[0], 100) == b"why\n"
+        monkeypatch.setattr(line_queue, "CLOSE_S", 0.2)
         last_words(LINE * 100)
