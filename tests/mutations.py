@@ -1612,6 +1612,20 @@ TAKEN_AWAY = (
         ("tests/unit/test_settings.py::test_wrong_value",),
     ),
     Mutation(
+        "the demo's records vanish with its screen",
+        "service/demo/app.py",
+        "for row in farewell(self._board):",
+        "for row in ():",
+        ("tests/unit/test_demo.py::test_the_newest_rows_outlive_the_screen",),
+    ),
+    Mutation(
+        "sentences: 1 records",
+        "service/core/words.py",
+        'noun}" if number == 1 else',
+        'noun}" if False else',
+        ("tests/unit/test_words.py",),
+    ),
+    Mutation(
         "the demo hides why it ends behind what fails at its end",
         "service/demo/app.py",
         "        if stops is None:\n            raise",

@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 from service.core.errors import CallFailure, CannotRun, ServiceFailure, Stop, WrongSettings
 from service.core.messages import Extracted, Reason, Rejected
+from service.core.words import how_many
 from service.kafka.client.connection import reach
 from service.kafka.client.groups_seen import look_at_group
 from service.kafka.client.topics_seen import Operation, look_at_topics
@@ -160,20 +161,24 @@ async def _group(settings: Settings) -> tuple[str, ...]:
     ahead = await look_ahead(settings)
     if ahead.problems:
         more = len(ahead.problems) - 1
-        raise CannotRun(ahead.problems[0] + (f" And {more} more partitions." if more else ""))
+        raise CannotRun(
+            ahead.problems[0] + (f" And {how_many(more, 'more partition')}." if more else "")
+        )
     if ahead.new and not group.members:
         return (
-            f"{name} has no offsets: it starts at {settings.input.start} and reads "
-            f"{ahead.messages} messages that are there now",
+            f"{name} has no offsets: it starts at {settings.input.start} and reads what "
+            f"is there now, {how_many(ahead.messages, 'message')}",
         )
     besides: tuple[str, ...] = ()
     if ahead.unknown:
         besides = (
-            f"{name} has no offsets for {ahead.unknown} partitions: they are read from their "
-            f"start, {ahead.messages} messages that are there now",
+            f"{name} has no offsets for {how_many(ahead.unknown, 'partition')}: what is there now "
+            f"is read from the log's start, {how_many(ahead.messages, 'message')}",
         )
     if group.members:
-        members = f"{name} has {group.members} members now; partitions are shared with them"
+        members = (
+            f"{name} has {how_many(group.members, 'member')} now; partitions are shared with them"
+        )
         return (members, *besides)
     return (f"{name} has no members now and goes on where it stopped", *besides)
 
@@ -217,7 +222,7 @@ async def _call(settings: Settings) -> tuple[str, ...]:
     match outcome:
         case Extracted(records=records, provenance=spent):
             return (
-                f"{spent.model} made {len(records)} records of a sample in "
+                f"{spent.model} made {how_many(len(records), 'record')} of a sample in "
                 f"{time.monotonic() - began_s:.1f} s: {spent.tokens_input} tokens in, "
                 f"{spent.tokens_output} out, "
                 + ("price not known" if spent.calls_unpriced else f"{spent.cost_usd:.6f} USD"),

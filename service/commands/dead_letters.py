@@ -24,6 +24,7 @@ from rich.text import Text
 
 from service.core.errors import CannotRun
 from service.core.messages import Coordinates
+from service.core.words import how_many
 from service.kafka.letters.reader import Letter, Redriven, Selection, opened
 from service.kafka.letters.redrive import RedrivePlan, RedriveRequest, plan_redrive, redrive
 from service.settings import Settings
@@ -73,7 +74,8 @@ def counted(reasons: Counter[str], redriven: int) -> str:
     """The last line of the list: how many letters there are, by reason, and how many were sent
     again."""
     counts = ", ".join(f"{number} {one_line(reason)}" for reason, number in reasons.most_common())
-    return f"{reasons.total()} dead letters ({counts or 'none'}), {redriven} of them redriven"
+    letters = how_many(reasons.total(), "dead letter")
+    return f"{letters} ({counts or 'none'}), {redriven} of them redriven"
 
 
 def _table() -> Table:
@@ -241,11 +243,11 @@ def redrive_letters(
     were refused, or the person said no."""
     if dry_run:
         plan = asyncio.run(plan_redrive(settings, request))
-        print(f"{plan.sent} dead letters would be sent again")
+        print(f"{how_many(plan.sent, 'dead letter')} would be sent again")
     else:
         with _Bar() as bar:
             plan = asyncio.run(redrive(settings, request, bar.ask(yes), bar.sent))
-        print(f"{bar.done} dead letters were sent again")
+        print(f"sent again: {how_many(bar.done, 'dead letter')}")
     for sentence in plan.sentences():
         print(sentence)
     return 1 if plan.refused or plan.declined else 0
@@ -286,5 +288,6 @@ def _confirmed(plan: RedrivePlan) -> bool:
     for sentence in plan.sentences():
         print(sentence)
     if not sys.stdin.isatty():
-        raise CannotRun(f"{plan.sent} dead letters would be sent again: add --yes to do so.")
-    return typer.confirm(f"Send {plan.sent} dead letters to the input again?", err=True)
+        letters = how_many(plan.sent, "dead letter")
+        raise CannotRun(f"{letters} would be sent again: add --yes to do so.")
+    return typer.confirm(f"Send {how_many(plan.sent, 'dead letter')} to the input again?", err=True)

@@ -11,6 +11,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from service.core.words import how_many
+
 UTILISATION = 0.97
 """The share of the slots that is busy while there is a backlog: the design's promise in key
 order."""
@@ -133,13 +135,11 @@ def sentences(demand: Demand, found: Plan) -> Iterator[str]:
         f"{demand.messages_per_s:,.1f} messages/s, {found.requests_per_minute:,.0f} calls/min, "
         f"{found.tokens_per_minute:,.0f} tokens/min"
     )
+    yield f"{found.in_flight:,.0f} calls in flight on average ({_latency(demand, found)})"
     yield (
-        f"{found.in_flight:,.0f} calls in flight on average (a call takes "
-        f"{found.latency_mean_s:.2f} s on average)"
-    )
-    yield (
-        f"{found.workers:,} workers (by {found.bound_by}) with limits.concurrency "
-        f"{found.slots_per_worker:,}, {found.partitions:,} partitions of the input topic"
+        f"{how_many(found.workers, 'worker', ',')} (by {found.bound_by}) with limits.concurrency "
+        f"{found.slots_per_worker:,}, {how_many(found.partitions, 'partition', ',')} of the input "
+        "topic"
     )
     yield f"{found.cores:,.1f} cores busy with {demand.cpu_ms:g} ms CPU a call"
     if found.usd_per_month:
@@ -155,3 +155,14 @@ def sentences(demand: Demand, found: Plan) -> Iterator[str]:
         )
     else:
         yield f"this is enough for up to {found.messages_per_s_max:,.1f} messages/s"
+
+
+def _latency(demand: Demand, found: Plan) -> str:
+    """How long a call takes on average, and why that is not the median that was asked for."""
+    mean = f"a call takes {found.latency_mean_s:.2f} s on average"
+    if not demand.latency_sigma:
+        return mean
+    return (
+        f"{mean}: latencies are taken as lognormal with sigma {demand.latency_sigma:g}, whose slow "
+        f"calls raise the mean above the median of {demand.latency_median_s:g} s"
+    )

@@ -33,7 +33,7 @@ from service.demo.download import WHEEL_BYTES, fetch_model
 from service.demo.examples import EXAMPLES, DemoExample, ExampleName, upstream
 from service.demo.figures import Figures, read_figures
 from service.demo.model import MODEL_NAME, SLOTS, local_model
-from service.demo.view import Board, Extraction, Rejection, line, screen, summary
+from service.demo.view import Board, Extraction, Rejection, farewell, line, screen, summary
 from service.signals import stopped_by
 
 INPUT, OUTPUT, DEAD_LETTERS = "messages", "records", "dead-letters"
@@ -64,7 +64,7 @@ COMPLAINTS = 30
 
 NEXT = (
     "next: your own topic. `sluice schema --settings` lists what sluice.yaml may say; then "
-    "`sluice check --call`, `sluice topics create`, `sluice run --until-caught-up`"
+    "`sluice topics create`, `sluice check --call`, `sluice run --until-caught-up`"
 )
 
 PICTURE_SIZE: Final = (100, 30)
@@ -238,11 +238,10 @@ class _Demo:
         if arrived.topic == OUTPUT:
             written_s = int(headers["sluice.source.timestamp"]) / 1000
             row = Extraction(text, json.loads(arrived.value or b"{}"), time.time() - written_s)
-            self._board.extractions.append(row)
         else:
             reason = headers["sluice.error.reason"].decode()
             row = Rejection(text, reason, headers["sluice.error.detail"].decode())
-            self._board.rejections.append(row)
+        self._board.arrived(row)
         if not self._console.is_terminal:
             self._say(line(row))
         self._seen.add(number)
@@ -308,6 +307,9 @@ class _Demo:
         if self._board.figures == Figures():
             self._say("stopped before the service had started")
             return
+        if self._console.is_terminal:
+            for row in farewell(self._board):
+                self._say(row)
         for sentence in (*summary(self._board), self._board.broker, self._board.model, NEXT):
             self._say(sentence)
         if self._picture is not None:

@@ -18,11 +18,14 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from service.core.words import how_many
 from service.demo.figures import Figures
 
 ROWS_KEPT = 60
 """How many records are kept: as many as a very tall terminal can show."""
 REJECTED_ROWS = 2
+LAST_ROWS = 5
+"""How many of the newest rows are told once more after the screen has closed."""
 RATE_WINDOW_S = 15.0
 """The throughput on the screen is the mean over this many seconds. Calls take seconds, so a shorter
 mean would jump."""
@@ -64,8 +67,17 @@ class Board:
     began_s: float | None = None
     now_s: float = 0.0
     extractions: deque[Extraction] = field(default_factory=lambda: deque(maxlen=ROWS_KEPT))
+    last: deque[Extraction | Rejection] = field(default_factory=lambda: deque(maxlen=LAST_ROWS))
     rejections: deque[Rejection] = field(default_factory=lambda: deque(maxlen=REJECTED_ROWS))
     _history: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=1200))
+
+    def arrived(self, row: Extraction | Rejection) -> None:
+        """Take over a record or a dead letter."""
+        self.last.append(row)
+        if isinstance(row, Extraction):
+            self.extractions.append(row)
+        else:
+            self.rejections.append(row)
 
     def scraped(self, figures: Figures, now_s: float) -> None:
         """Take over the figures of a new scrape."""
@@ -118,15 +130,23 @@ def line(row: Extraction | Rejection) -> str:
     return f"{row.text}  ->  rejected, {row.reason}: {row.detail}"
 
 
+def farewell(board: Board) -> list[str]:
+    """The newest rows as lines, oldest first: the screen takes everything with it when it
+    closes."""
+    return [line(row) for row in board.last]
+
+
 def summary(board: Board) -> list[str]:
     """The demo's result in a few lines."""
     seen = board.figures
     return [
-        f"{seen.finished} messages, {seen.records} records, {seen.rejected} rejected",
+        f"{how_many(seen.finished, 'message')}, {how_many(seen.records, 'record')}, "
+        f"{seen.rejected} rejected",
         f"{board.mean_rate:.2f} messages/s over {board.running_s:.0f} s",
         f"call p50 {seconds(seen.call_p50_s)}, p95 {seconds(seen.call_p95_s)}; "
         f"end to end p50 {seconds(seen.end_to_end_p50_s)}, p95 {seconds(seen.end_to_end_p95_s)}",
-        f"{seen.calls} calls, {seen.tokens_input} tokens in, {seen.tokens_output} out",
+        f"{how_many(seen.calls, 'call')}, {how_many(seen.tokens_input, 'token')} in, "
+        f"{seen.tokens_output} out",
     ]
 
 

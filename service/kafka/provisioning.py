@@ -9,6 +9,7 @@ from aiokafka.admin import NewTopic
 from aiokafka.errors import NoError, TopicAlreadyExistsError, for_code
 
 from service.core.errors import CannotRun
+from service.core.words import how_many
 from service.kafka.client.deadlines import within
 from service.kafka.client.private import has_controller
 from service.kafka.client.topics_seen import LOOK_S, FoundTopic, look_at_topics, opened_admin
@@ -82,7 +83,7 @@ async def _made(
     kafka: KafkaSettings, topic: FoundTopic, numbers: tuple[int, int], record_max: int | None = None
 ) -> str:
     if topic.partitions:
-        return f"topic {topic.name} is there already ({topic.partitions} partitions)"
+        return f"topic {topic.name} is there already ({how_many(topic.partitions, 'partition')})"
     config = {} if record_max is None else {"max.message.bytes": str(record_max)}
     # The client takes the brokers' choice only beside an assignment, which may be empty.
     assignments: dict[int, list[int]] | None = {} if BROKERS_CHOICE in numbers else None
@@ -105,5 +106,7 @@ async def _made(
 
 
 def _counted(partitions: int, replicas: int) -> str:
-    copies = "the brokers' number of" if replicas == BROKERS_CHOICE else replicas
-    return f"{partitions} partitions and {copies} replicas"
+    copies = how_many(replicas, "replica")
+    if replicas == BROKERS_CHOICE:
+        copies = "the brokers' number of replicas"
+    return f"{how_many(partitions, 'partition')} and {copies}"

@@ -22,6 +22,7 @@ from service.core.phase import Phase
 from service.core.status import GroupStatus, Status
 from service.core.tracker import Given, Progress
 from service.core.window import Holding, Window
+from service.core.words import how_many
 from service.pipeline.answering import Answering
 from service.pipeline.asking import Asking
 from service.pipeline.blame import Blame
@@ -232,7 +233,8 @@ class Pipeline:
 
     def _abandon(self, calls: int) -> None:
         if calls:
-            log.warning("%d calls were cut off; their messages may be paid for again", calls)
+            cut_off = how_many(calls, "call")
+            log.warning("cut off: %s, whose messages may be paid for again", cut_off)
             self._observe(Abandoned(calls))
 
     # --- what others ask -------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 from service.core.status import State, Status
+from service.core.words import how_many
 
 LOOK_S = 1.0
 """Between two looks at the status."""
@@ -48,7 +49,7 @@ def sentence(status: Status) -> str:
             f"the next call may start in {seconds:.0f} s ({cause.value})"
             for cause, seconds in status.admission_waits.items()
         ]
-    under_way = f"{status.window_messages} messages taken and not finished"
+    under_way = f"{how_many(status.window_messages, 'message')} taken and not finished"
     said = _SENTENCES[status.state]
     if status.state in (State.IDLE, State.STARTING, State.RUNNING) and not causes:
         return said

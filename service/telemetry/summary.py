@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from service.core.events import Called, Event, Finished, Streamed
+from service.core.words import how_many
 
 
 class Summary:
@@ -54,8 +55,9 @@ class Summary:
     def __str__(self) -> str:
         outcomes = ", ".join(f"{count} {word}" for word, count in self._outcomes.items())
         return (
-            f"{self.finished} messages finished ({outcomes or 'none'}), {self._records} records, "
-            f"{self._calls} calls, {self._tokens_input} tokens in, {self._tokens_output} out, "
+            f"{how_many(self.finished, 'message')} finished ({outcomes or 'none'}), "
+            f"{how_many(self._records, 'record')}, {how_many(self._calls, 'call')}, "
+            f"{how_many(self._tokens_input, 'token')} in, {self._tokens_output} out, "
             f"{self._money()}{self._why()}"
         )
 
@@ -63,7 +65,9 @@ class Summary:
         spent = f"{self._cost_usd:.4f} USD"
         if not self._unpriced:
             return spent
-        return f"{spent} and {self._unpriced} calls whose price is not known (set prices)"
+        return (
+            f"{spent} and {how_many(self._unpriced, 'call')} whose price is not known (set prices)"
+        )
 
     def _why(self) -> str:
         if not self.rejected:

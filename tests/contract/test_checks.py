@@ -169,7 +169,7 @@ async def test_one_real_call(mock_kafka: EmbeddedBroker, endpoint: Endpoint) -> 
     """--call makes one call and says what it cost."""
     _, said = await checked(settings(mock_kafka.bootstrap_servers), call=True)
     assert endpoint.total() == 1
-    assert said["model"][0].startswith(f"✓ {MODEL} made 1 records of a sample in ")
+    assert said["model"][0].startswith(f"✓ {MODEL} made 1 record of a sample in ")
     assert " tokens in, " in said["model"][0]
 
 
@@ -243,7 +243,7 @@ async def test_a_group_without_offsets_is_told_with_what_it_will_read(
     await produce(real_kafka, given.input.topics[0], [b"a"])
     _, said = await checked(given)
     assert said["group"] == [
-        f"✓ {name} has no offsets: it starts at earliest and reads 1 messages that are there now"
+        f"✓ {name} has no offsets: it starts at earliest and reads what is there now, 1 message"
     ]
     await stored_by_a_run(real_kafka, given)
     _, said = await checked(given)
@@ -360,8 +360,8 @@ async def test_topics_are_made_like_the_input(real_kafka: str, endpoint: Endpoin
     )
     there, first, second = await created(given)
     assert there == f"topic {given.input.topics[0]} is there already (3 partitions)"
-    assert first == f"topic {given.output.topic} is made with 3 partitions and 1 replicas"
-    assert second == f"topic {given.dead_letters.topic} is made with 3 partitions and 1 replicas"
+    assert first == f"topic {given.output.topic} is made with 3 partitions and 1 replica"
+    assert second == f"topic {given.dead_letters.topic} is made with 3 partitions and 1 replica"
     letters = await record_max_bytes(given.kafka, given.dead_letters.topic)
     assert letters == 2_000_000 + DEAD_LETTER_ROOM_BYTES
     assert all("is there already" in line for line in await created(given))
@@ -391,14 +391,14 @@ async def test_numbers_can_be_named(real_kafka: str) -> None:
     given = settings(real_kafka)
     made = await created(given, 2, 1)
     assert len(made) == 3
-    assert all(line.endswith(" is made with 2 partitions and 1 replicas") for line in made)
+    assert all(line.endswith(" is made with 2 partitions and 1 replica") for line in made)
 
 
 async def test_too_many_replicas_is_a_sentence(real_kafka: str) -> None:
     """What the controller refuses comes with its own words."""
     if os.environ.get("KAFKA_BOOTSTRAP_SERVERS"):
         pytest.skip("the given Kafka may have brokers enough")
-    with pytest.raises(CannotRun, match="cannot be made with 1 partitions and 9 replicas: "):
+    with pytest.raises(CannotRun, match="cannot be made with 1 partition and 9 replicas: "):
         await created(settings(real_kafka), 1, 9)
 
 

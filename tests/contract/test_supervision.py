@@ -144,9 +144,9 @@ Break = Callable[[AIOKafkaConsumer, pytest.MonkeyPatch], None]
 @pytest.mark.parametrize(
     ("how", "why"),
     [
-        (hang, "silent: 1 partitions gave nothing for"),
+        (hang, "silent: 1 partition gave nothing for"),
         (die, "its task that fetches has ended"),
-        (go_stale, "silent: 1 partitions gave nothing for"),
+        (go_stale, "silent: 1 partition gave nothing for"),
         (fail, "it has failed for 1 s (KafkaError)"),
     ],
 )
@@ -629,7 +629,7 @@ async def test_a_client_that_does_not_learn_of_a_partition_is_replaced(
         await real.send(topic, "b", partition=1)
         await one.until(lambda: len(one.messages) == 1)
     assert one.texts == ["b"]
-    assert f"it knows 1 partitions of topic {topic}, which has 2" in caplog.text
+    assert f"it knows 1 partition of topic {topic}, which has 2" in caplog.text
 
 
 async def _add_partition(kafka: Kafka, topic: str) -> None:

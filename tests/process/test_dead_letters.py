@@ -46,7 +46,7 @@ async def test_a_spoilt_prompt_and_its_repair(scene: Scene) -> None:
     listed = await run(environment, "dead-letters", "list", "--reason", "refused", "--json")
     assert len(listed.printed.splitlines()) == rejected
     redriven = await run(environment, "dead-letters", "redrive", "--yes")
-    assert (redriven.code, f"{rejected} dead letters were sent again" in redriven.printed) == (
+    assert (redriven.code, f"sent again: {rejected} dead letter" in redriven.printed) == (
         0,
         True,
     )

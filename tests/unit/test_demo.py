@@ -23,7 +23,7 @@ from service.demo import download, model
 from service.demo.examples import BROKEN_EVERY, EXAMPLES, DemoExample, upstream
 from service.demo.figures import Figures, quantile, read_figures
 from service.demo.texts import ABOUT_ORDERS, ABOUT_PEOPLE, PASTED_LOG, UNREADABLE
-from service.demo.view import Board, Extraction, Rejection, line, screen, summary
+from service.demo.view import Board, Extraction, Rejection, farewell, line, screen, summary
 from service.telemetry.metrics import Metrics
 from tests.support import virtual_time
 
@@ -186,6 +186,26 @@ def test_lines_and_summary() -> None:
     assert line(shown.extractions[0]) == 'Ada is 36.  ->  {"name": "Ada [b]", "age": 36}'
     assert line(shown.rejections[0]).endswith("->  rejected, undecodable: not UTF-8")
     assert summary(shown)[0] == "20 messages, 18 records, 2 rejected"
+
+
+def test_the_newest_rows_outlive_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a terminal the screen closes with what it showed: the last rows, in their order, are told
+    again before the totals. Without a terminal they were told as they came."""
+    for in_terminal in (True, False):
+        demo = demo_app._Demo(None, EXAMPLES["person"], "person", None, own_endpoint=False)
+        said: list[str] = []
+        monkeypatch.setattr(demo, "_console", Console(force_terminal=in_terminal))
+        monkeypatch.setattr(demo, "_say", said.append)
+        demo._board = board()
+        for number in range(9):
+            demo._board.arrived(Extraction(f"text {number}.", {"age": number}, 1.0))
+        demo._board.arrived(Rejection("caf\ufffd", "undecodable", "not UTF-8"))
+        demo._say_summary()
+        told = [f'text {number}.  ->  {{"age": {number}}}' for number in range(5, 9)]
+        told.append("caf\ufffd  ->  rejected, undecodable: not UTF-8")
+        assert farewell(demo._board) == told
+        assert said[:5] == told if in_terminal else said[0].startswith("20 messages, ")
+        assert said[-1] == demo_app.NEXT
 
 
 def test_damaged_model_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

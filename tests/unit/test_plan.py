@@ -106,3 +106,18 @@ def test_nothing_to_do_still_takes_one_worker() -> None:
     """And one slot: the smallest that runs."""
     found = plan(Demand(0.0, 1.0))
     assert (found.workers, found.slots) == (1, 1)
+
+
+def test_the_mean_says_where_it_comes_from() -> None:
+    """A median of 2 s means 3.30 s on average, for the spread that the sentence names; without a
+    spread there is nothing to explain."""
+
+    def said(sigma: float) -> str:
+        demand = Demand(1.0, 2.0, sigma)
+        return " ".join(sentences(demand, plan(demand)))
+
+    assert "(a call takes 3.30 s on average: " in said(1.0)
+    assert "lognormal with sigma 1," in said(1.0)
+    assert "the median of 2 s)" in said(1.0)
+    assert "(a call takes 2.00 s on average)" in said(0.0)
+    assert " 1 worker (by " in said(0.0)

@@ -20,7 +20,7 @@ def summary(*outcomes: OutcomeWord | Reason) -> Summary:
 def test_rejects_are_named_by_reason() -> None:
     """How many for which reason, and the command that lists them."""
     said = str(summary("extracted", Reason.INVALID, Reason.REFUSED, Reason.INVALID))
-    assert said.startswith("4 messages finished (1 extracted, 3 rejected), 1 records, 0 calls, ")
+    assert said.startswith("4 messages finished (1 extracted, 3 rejected), 1 record, 0 calls, ")
     assert said.endswith("; rejected: 2 invalid, 1 refused (`sluice dead-letters list` shows them)")
 
 

@@ -45,7 +45,7 @@ def test_messages_that_are_asked_for_and_do_not_come_are_silence(looks: Looks) -
     assert [looks.look(5, 9) for _ in range(3)] == [None] * 3
     said = looks.look(5, 9)
     assert said == (
-        "silent: 1 partitions gave nothing for 30 s, among them texts[0] at offset 5 of 9"
+        "silent: 1 partition gave nothing for 30 s, among them texts[0] at offset 5 of 9"
     )
 
 

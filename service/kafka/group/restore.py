@@ -19,6 +19,7 @@ from service.core.errors import CannotRun, CommitFailed, PublishFailed
 from service.core.events import ForeignMetadata, Observe, Rebalanced
 from service.core.messages import Partition
 from service.core.tracker import Given, Progress
+from service.core.words import how_many
 from service.kafka.client.deadlines import within
 from service.kafka.client.meaning import is_lasting, stop_for
 from service.kafka.client.private import Membership
@@ -356,7 +357,8 @@ class Restore:
     def _tell_of_the_rebalance(self, assigned: int, kept: int) -> None:
         began_s, self._remembered.revoked_at_s = self._remembered.revoked_at_s, None
         took_s = 0.0 if began_s is None else clock.now_s() - began_s
-        log.info("assigned %d partitions, %d of them kept, in %.2f s", assigned, kept, took_s)
+        partitions = how_many(assigned, "partition")
+        log.info("assigned %s, %d of them kept, in %.2f s", partitions, kept, took_s)
         self._observe(Rebalanced(assigned, kept, took_s))
 
 

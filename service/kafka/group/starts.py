@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from service.core.completed import finished_ranges, runs_of
 from service.core.messages import Partition
 from service.core.tracker import Progress
+from service.core.words import how_many
 from service.kafka.client.instances import Bearer, has_lived_on
 from service.kafka.client.stored import NO_OTHERS, Others, Stored, reached, read
 
@@ -205,16 +206,17 @@ def made_again(partition: Partition, offset: int | None, end: int) -> str:
     return (
         f"The group's {which} stored for a topic of this name that has been deleted since, and "
         f"nothing is known of {partition} as it is now. Starting over would read, and pay for, "
-        f"its {end} offsets. " + _SAY_SO.format(whence="as a new group would (input.start)")
+        f"its {how_many(end, 'offset')}. "
+        + _SAY_SO.format(whence="as a new group would (input.start)")
     )
 
 
 def without_offsets(group_id: str, where: str, whence: str, messages: int) -> str:
     """What is told before the first call where no offset says how far the group was."""
     return (
-        f"The group {group_id} has no offsets for {where}: it starts at {whence}, with {messages} "
-        "messages before the present end. Where it has read them before (brokers forget offsets "
-        "of a group that is away for a week), they are paid for again."
+        f"The group {group_id} has no offsets for {where}: it starts at {whence}, with "
+        f"{how_many(messages, 'message')} before the present end. Where it has read them before "
+        "(brokers forget offsets of a group that is away for a week), they are paid for again."
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from service.core.messages import Partition
+from service.core.words import how_many
 
 SILENT_S = 30.0
 """A client is silent where messages are there, were asked for, and none has come for this long."""
@@ -88,7 +89,7 @@ class SilenceWatch:
         first = min(silent)
         behind = seen[first]
         return (
-            f"silent: {len(silent)} partitions gave nothing for "
+            f"silent: {how_many(len(silent), 'partition')} gave nothing for "
             f"{self._starving[first].silent_s:.0f} s, among them {first} at offset "
             f"{behind.next} of {behind.end}"
         )
@@ -149,8 +150,8 @@ class TopicsWatch:
                 continue
             if now_s - self._behind_since_s.setdefault(topic, now_s) >= self._behind_s:
                 return (
-                    f"its metadata is stale: it knows {seen.known} partitions of topic {topic}, "
-                    f"which has {seen.partitions}"
+                    f"its metadata is stale: it knows {how_many(seen.known, 'partition')} of topic "
+                    f"{topic}, which has {seen.partitions}"
                 )
         return None
 

@@ -38,6 +38,7 @@ from aiokafka.errors import KafkaError
 from service.core.errors import CannotRun, CommitFailed, PublishFailed, WrongSettings
 from service.core.events import Observe
 from service.core.messages import Partition
+from service.core.words import how_many
 from service.kafka.client.connection import client_options
 from service.kafka.client.deadlines import briefly, within
 from service.kafka.client.meaning import stop_for
@@ -113,9 +114,9 @@ def too_many(partitions: int, limit: int) -> str:
         files += f"{PARTITIONS_MAX * CONNECTIONS_EACH + FILES_BESIDES}), "
     return (
         f"delivery.mode exactly_once needs a producer for each input partition. This worker got "
-        f"{partitions} partitions and takes {limit}: {files}see that at least {workers} workers "
-        "are up at any time, read topics with fewer partitions, or set delivery.mode to "
-        "at_least_once."
+        f"{how_many(partitions, 'partition')} and takes {limit}: {files}see that at least "
+        f"{workers} workers are up at any time, read topics with fewer partitions, or set "
+        "delivery.mode to at_least_once."
     )
 
 
