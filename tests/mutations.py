@@ -1456,7 +1456,7 @@ TAKEN_AWAY = (
     ),
     Mutation(
         "asking another model's endpoint gets the main one's key",
-        "service/llm/extractor.py",
+        "service/llm/models.py",
         "connection = self._connections.get(model, self._connection_main)",
         "connection = self._connection_main",
         (ASKING_TESTS + "a_models_own_endpoint_gets_nothing_of_the_main_one",),
@@ -1470,16 +1470,16 @@ TAKEN_AWAY = (
     ),
     Mutation(
         "asking a refused form is not left",
-        "service/llm/extractor.py",
-        "            return self._another_form(step, asked.form)",
-        "            return False",
+        "service/llm/adapting.py",
+        "        return _another_form(step, asked.form)",
+        "        return False",
         (ASKING_TESTS + "auto_finds_what_the_endpoint_takes",),
     ),
     Mutation(
         "asking a form that another call has left is left again",
-        "service/llm/extractor.py",
-        "        if step.request.form != refused:",
-        "        if False:",
+        "service/llm/adapting.py",
+        "    if step.request.form != refused:",
+        "    if False:",
         (ASKING_TESTS + "auto_finds_what_the_endpoint_takes",),
     ),
     Mutation(
@@ -1512,7 +1512,7 @@ TAKEN_AWAY = (
     ),
     Mutation(
         "asking a limit of dollars without a price stops nothing",
-        "service/llm/extractor.py",
+        "service/llm/models.py",
         "if model and cost is None and self._settings.limits.spend_usd_per_hour is not None:",
         "if False:",
         (ASKING_TESTS + "a_limit_of_dollars_needs_a_price",),
@@ -1534,11 +1534,12 @@ TAKEN_AWAY = (
     Mutation(
         "asking a call is corrected by another estimate than it was charged with",
         "service/llm/extractor.py",
-        "            del self._said[next(iter(self._said))]\n        return estimate",
-        "            del self._said[next(iter(self._said))]\n"
-        "        return self._estimator.estimate(\n"
-        "            self._cascade.first.model,\n"
-        "            self._cascade.first.request.size_bytes + _bytes(text),\n        )",
+        "            estimate = self._charges.estimate(step, talk)\n        else:",
+        "            estimate = self._charges.estimate(step, talk)\n"
+        "            self._charges.remember(text, estimate)\n"
+        "            size_bytes = step.request.size_bytes + len(text.encode())\n"
+        "            return self._charges._estimator.estimate(step.model, size_bytes)\n"
+        "        else:",
         ("tests/contract/test_budget_of_tokens.py::test_the_budget_is_not_overdrawn",),
     ),
     Mutation(

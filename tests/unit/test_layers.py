@@ -47,11 +47,6 @@ PIPELINE_METHODS_MAX = 20
 FILE_LINES_MAX = 800
 """What one reader holds in mind; the pipeline's parts are bound closer."""
 
-TO_SPLIT = {
-    "service.llm.extractor",
-}
-"""Classes in these files exceed the bounds. None is added here; each goes as it is split."""
-
 AIOKAFKA_OFFERS = {
     "aiokafka",
     "aiokafka.abc",
@@ -292,7 +287,7 @@ def test_private_parts_of_aiokafka_are_used_in_one_file(file: Path) -> None:
         if not (path.startswith(REQUESTS) and name.startswith("aiokafka.protocol"))
     }
     assert hidden == set()
-    if path.startswith("service/kafka/") and module_of(file) not in TO_SPLIT:
+    if path.startswith("service/kafka/"):
         assert reads_of_private_names(source) == []
 
 
@@ -311,8 +306,6 @@ def test_private_parts_of_aiohttp_are_used_in_one_file(file: Path) -> None:
 def test_files_and_classes_fit_a_head(file: Path) -> None:
     """Whatever grows past these bounds is two things by then."""
     source = file.read_text(encoding="utf-8")
-    if module_of(file) in TO_SPLIT:
-        return
     assert len(source.splitlines()) <= FILE_LINES_MAX
     in_pipeline = module_of(file).startswith("service.pipeline")
     assert too_large(source, PIPELINE_METHODS_MAX if in_pipeline else CLASS_METHODS_MAX) == []
