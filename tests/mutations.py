@@ -341,9 +341,51 @@ TAKEN_AWAY = (
     Mutation(
         "14 a text that is refused alone is everybody's fault",
         BLAME,
-        "if not self._weigh(entry, route, shared=failure.shared).its_own:",
-        "if self._weigh(entry, route, shared=failure.shared):",
-        (ROUTES + "one_poisoned_text_slows_nobody",),
+        "        if found.its_own:\n",
+        "        if False:\n",
+        (ROUTES + "one_text_that_is_asked_to_wait_is_found_where_others_fail_now_and_then",),
+    ),
+    Mutation(
+        "14 each Retry-After of a text that is refused alone is everybody's",
+        BLAME,
+        "if failure.reason in OVERLOAD and not found.others_go_through:",
+        "if failure.reason in OVERLOAD:",
+        (ROUTES + "one_text_that_is_asked_to_wait_makes_the_others_wait_once",),
+    ),
+    Mutation(
+        "14 a Retry-After is everybody's only the first time, although its text alone was asked",
+        "service/core/admission/suspicion.py",
+        "return self.others_answered > 0 and self.others_failed == 0",
+        "return self.failures > 1 and self.others_failed == 0",
+        (
+            "tests/unit/test_suspicion.py::test_others_go_through_where_they_are_answered_and_none_fails",
+        ),
+    ),
+    Mutation(
+        "14 a Retry-After is the message's alone although others fail too",
+        "service/core/admission/suspicion.py",
+        "return self.others_answered > 0 and self.others_failed == 0",
+        "return self.others_answered > 0",
+        (
+            "tests/unit/test_suspicion.py::test_others_go_through_where_they_are_answered_and_none_fails",
+        ),
+    ),
+    Mutation(
+        "14 a Retry-After that everybody is told holds nobody else, so that it is ignored alone",
+        BLAME,
+        "if failure.reason in OVERLOAD and not found.others_go_through:",
+        "if False:",
+        (ROUTES + "a_provider_that_asks_everybody_to_wait_is_obeyed_each_time",),
+    ),
+    Mutation(
+        "14 what was under way at the first failure speaks for the others, not for it alone",
+        "service/core/admission/route.py",
+        "return Suspicion(name, since, since)",
+        "return Suspicion(name, since, now)",
+        (
+            "tests/unit/test_suspicion.py"
+            "::test_calls_that_began_after_its_first_failure_go_through_however_long_they_last",
+        ),
     ),
     Mutation(
         "14 what a message's own refusals have taught of the route stays",

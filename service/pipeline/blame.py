@@ -26,10 +26,19 @@ class Blame:
         self._attempts_max = bounds.attempts_max
 
     def failed(self, now_s: float, entry: Entry, turn: Turn, failure: CallFailure) -> None:
-        """A call for the message has failed; to be called before its attempts are counted."""
+        """A call for the message has failed; to be called before its attempts are counted.
+
+        A message's first refusal slows everybody down. A further one does not while calls of others
+        go through: its retry comes right after everybody's cooldown, so that too few others are
+        answered in between to say that the failures are its own.
+        """
         route = route_of(turn, failure)
-        if not self._weigh(entry, route, shared=failure.shared).its_own:
-            self._blame_the_route(now_s, entry, turn, failure)
+        found = self._weigh(entry, route, shared=failure.shared)
+        if found.its_own:
+            return
+        self._tell_the_circuit(now_s, entry, route, failure)
+        if failure.reason in OVERLOAD and not found.others_go_through:
+            self._admission.overloaded(now_s, turn, route, failure.reason, failure.retry_after_s)
 
     def _weigh(self, entry: Entry, route: str, *, shared: bool) -> Suspicion:
         """Count the failure against the message. As soon as its failures seem its own, what the
@@ -44,24 +53,21 @@ class Blame:
         entry.suspicion = found
         return found
 
-    def _blame_the_route(
-        self, now_s: float, entry: Entry, turn: Turn, failure: CallFailure
+    def _tell_the_circuit(
+        self, now_s: float, entry: Entry, route: str, failure: CallFailure
     ) -> None:
-        """Count the failure against the route.
+        """Count the failure for the route's circuit.
 
         A call for which several messages waited counts once. While a probe is out, only its answer
         counts: this call began before it. An `Unclear` refusal stops intake as long as the route
         has never answered; afterwards it is one failure in a row, like any other.
         """
-        route = route_of(turn, failure)
         unclear = isinstance(failure, Unclear)
         known = not unclear or self._admission.routes.last_success_s(route) is None
         a_try = self._probing.stands_for_a_probe(entry, route)
         if not failure.shared and (a_try or not self._admission.routes.probe_is_out(route)):
             service = isinstance(failure, ServiceFailure) and known
             tell_the_circuit(self._admission, now_s, route, failure, service=service)
-        if failure.reason in OVERLOAD:
-            self._admission.overloaded(now_s, turn, route, failure.reason, failure.retry_after_s)
 
     def gives_up(self, entry: Entry, turn: Turn, failure: CallFailure) -> bool:
         """Whether the message has failed often enough while others succeeded."""

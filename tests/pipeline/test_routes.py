@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import count, pairwise
 from typing import Any
 
 import pytest
@@ -170,6 +172,83 @@ def test_one_poisoned_text_slows_nobody(
         "in[0]@300 is given up"
     ]
     assert POISON not in caplog.text
+
+
+ASKED_TO_WAIT = (429, {"error": {"message": "slow down, try again in 3s"}})
+
+
+def pauses(refused: Callable[[str], Told | None], latency_s: float = 0.1) -> list[float]:
+    """How many seconds passed without an answer to others, each time that it was at least
+    the three that `ASKED_TO_WAIT` says. Messages come at half the speed that the slots allow.
+    `refused` tells what a text is answered with; None: a good answer."""
+    stage = Routes(8)
+    stage.arrived = {}
+    stage.judged.latency_s = latency_s
+    at_s: list[float] = []
+
+    def provider(text: str, model: str) -> Told:
+        if text.startswith("text"):
+            at_s.append(asyncio.get_running_loop().time())
+        return refused(text) or good(text, model)
+
+    stage.judged.provider = provider
+    texts = [f"text {n}" for n in range(600)]
+    texts.insert(100, POISON)
+
+    async def act() -> None:
+        await stage.arrive(texts, latency_s / (0.5 * 8))
+        await asyncio.sleep(90)
+
+    stage.show(act)
+    assert [rejected.reason for rejected in stage.rejected()] == [Reason.EXHAUSTED]
+    assert len(stage.broker.texts()) == 600
+    return [after - before for before, after in pairwise(at_s) if after - before >= 3.0]
+
+
+@pytest.mark.parametrize("latency_s", [0.1, 2.0])
+def test_one_text_that_is_asked_to_wait_makes_the_others_wait_once(latency_s: float) -> None:
+    """Its first Retry-After is everybody's; the next ones are its own."""
+    found = pauses(lambda text: ASKED_TO_WAIT if text == POISON else None, latency_s)
+    assert len(found) == 1
+
+
+def test_one_text_that_is_asked_to_wait_is_found_where_others_fail_now_and_then() -> None:
+    """One call of fifty is turned away by chance: the text's refusals are its own all the same, as
+    soon as chance does not explain them."""
+    turns = count(1)
+
+    def refused(text: str) -> Told | None:
+        if text == POISON:
+            return ASKED_TO_WAIT
+        return BUSY if next(turns) % 50 == 0 else None
+
+    assert 1 <= len(pauses(refused)) <= 2
+
+
+def test_a_provider_that_asks_everybody_to_wait_is_obeyed_each_time() -> None:
+    """It turns everybody away in three seconds of ten: once it has said so, no call begins before
+    they are over; those under way are told too."""
+    stage = Routes(8)
+    stage.arrived = {}
+    refused: Counter[int] = Counter()
+
+    def provider(text: str, model: str) -> Told:
+        period, second = divmod(asyncio.get_running_loop().time(), 10)
+        if second >= 3:
+            return good(text, model)
+        refused[int(period)] += 1
+        return ASKED_TO_WAIT
+
+    stage.judged.provider = provider
+
+    async def act() -> None:
+        await stage.arrive([f"text {n}" for n in range(2000)], 0.1 / (0.5 * 8))
+        await asyncio.sleep(90)
+
+    stage.show(act)
+    assert stage.rejected() == []
+    assert len(refused) >= 5
+    assert max(refused.values()) <= 8
 
 
 @pytest.mark.parametrize(

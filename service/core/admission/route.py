@@ -132,7 +132,7 @@ class Route:
         self.failed += not shared
         since = Tally(self.answered + self.busy, self.failed)
         if before is None or before.route != name:
-            return Suspicion(name, since)
+            return Suspicion(name, since, since)
         return before.again(now, since)
 
     @property

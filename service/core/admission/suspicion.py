@@ -44,8 +44,11 @@ class Suspicion:
     since: Tally
     """The route's calls at the last failure. Those in flight then count as answered already, so
     that only calls that began later speak against the message."""
+    first: Tally
+    """The route's calls at the first failure, counted in the same way."""
     chance: float = 1.0
     failures: int = 1
+    others_answered: int = 0
     others_failed: int = 0
 
     def again(self, now: Tally, since: Tally) -> Suspicion:
@@ -54,7 +57,21 @@ class Suspicion:
         answered = max(0, now.answered - self.since.answered)
         failed = max(0, now.failed - self.since.failed)
         chance = self.chance * (failed + 1) / (answered + failed + 1)
-        return Suspicion(self.route, since, chance, self.failures + 1, self.others_failed + failed)
+        return Suspicion(
+            self.route,
+            since,
+            self.first,
+            chance,
+            self.failures + 1,
+            max(0, now.answered - self.first.answered),
+            self.others_failed + failed,
+        )
+
+    @property
+    def others_go_through(self) -> bool:
+        """Whether calls of others that began after the message's first failure were answered, and
+        none failed: a provider that asks everybody to wait would have refused them too."""
+        return self.others_answered > 0 and self.others_failed == 0
 
     @property
     def its_own(self) -> bool:
