@@ -14,6 +14,7 @@ from service.core.admission.admission import Admission
 from service.llm.answers import Completion, read_completion
 from service.llm.cascade import Step
 from service.llm.conversation import Conversation
+from service.llm.exchange import Exchange
 from service.llm.extractor import PROBE_TEXT, OpenAIExtractor
 from service.llm.failures import Failure
 from service.settings import Settings
@@ -44,6 +45,22 @@ def refused_by_the_model(model: str) -> Told:
     return 200, body
 
 
+class InMemory(Exchange):
+    """Its requests go to the provider of `judged` instead of an endpoint."""
+
+    judged: Judged
+
+    async def _send(self, step: Step, talk: Conversation, *_: Any) -> Completion | Failure:
+        judged = self.judged
+        judged.calls[talk.whole, step.model] += 1
+        await asyncio.sleep(judged.latency_s)
+        status, body = judged.provider(talk.whole, step.model)
+        content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+        if status == 200:
+            return read_completion(content, "json_schema", many=False)
+        return self._classified(step, talk, status, httpx2.Response(status, content=content))
+
+
 class Judged(OpenAIExtractor):
     """An extractor whose requests are answered by `provider`, after `latency_s`."""
 
@@ -55,19 +72,13 @@ class Judged(OpenAIExtractor):
             prices={name: {"input": 1, "output": 1} for name in model.split(",")},
         )
         super().__init__(given, lambda _: None, admission)
+        exchange = InMemory(self.record_type, given.extraction, self._charges)
+        exchange.judged = self
+        self._exchange = exchange
         self.latency_s = latency_s
         self.provider: Callable[[str, str], Told] = good
         self.calls: Counter[tuple[str, str]] = Counter()
         """By text and model; probes are under `PROBE_TEXT`."""
-
-    async def _send(self, step: Step, talk: Conversation, *_: Any) -> Completion | Failure:
-        self.calls[talk.whole, step.model] += 1
-        await asyncio.sleep(self.latency_s)
-        status, body = self.provider(talk.whole, step.model)
-        content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-        if status == 200:
-            return read_completion(content, "json_schema", many=False)
-        return self._classified(step, talk, status, httpx2.Response(status, content=content))
 
     def probes(self, model: str = "small") -> int:
         return self.calls[PROBE_TEXT, model]
