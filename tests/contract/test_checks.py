@@ -281,7 +281,7 @@ async def test_a_topic_made_again_is_told_as_a_run_would(
     code, said = await checked(given)
     assert code == 1
     assert "has been deleted since" in said["group"][0]
-    assert said["group"][0].endswith(" And 1 more partitions.")
+    assert said["group"][0].endswith(" And 1 more partition.")
     async with kafka.member(topic, given.kafka.group_id) as one:
         await one.until(lambda: one.source.group().problem is not None)
         assert one.epochs == {}

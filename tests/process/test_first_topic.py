@@ -22,6 +22,8 @@ SECTION = (ROOT / "README.md").read_text().split("## Your topic in ten minutes\n
 SECTION = SECTION.split("\n## ")[0]
 SERVERS = "localhost:9092"
 """README's broker; the test's own takes its place, and names that no other test has."""
+FOLDER = "/home/ada/sluice/first"
+"""README's folder, and the test's own in its place."""
 
 pytestmark = [pytest.mark.real_kafka, pytest.mark.real_model, pytest.mark.timeout(300)]
 
@@ -69,20 +71,22 @@ async def test_the_first_topic(real_kafka: str, tmp_path: Path) -> None:
     mails, orders = unique_name("mails"), unique_name("orders")
 
     def ours(text: str) -> str:
-        text = re.sub(r"\bmails\b", mails, text.replace(SERVERS, real_kafka))
+        text = re.sub(
+            r"\bmails\b", mails, text.replace(SERVERS, real_kafka).replace(FOLDER, str(tmp_path))
+        )
         return re.sub(r"\borders\b", orders, text)
 
     (record,), (settings,), (messages,) = blocks("python"), blocks("yaml"), blocks("json")
     (tmp_path / "record.py").write_text(record)
-    (tmp_path / "sluice.yaml").write_text(ours(settings))
     (port,) = free_ports(1)
+    # In the file: `check` names each SLUICE_ variable, and README's reader has set none.
+    (tmp_path / "sluice.yaml").write_text(f"{ours(settings)}telemetry: {{port: {port}}}\n")
     environment = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("OPENAI_", "SLUICE_"))
     }
     environment |= {"PYTHONPATH": str(ROOT), "COLUMNS": "140", "NO_PROXY": "127.0.0.1"}
-    environment |= {"SLUICE_TELEMETRY__PORT": str(port)}
     async with local_model() as base_url:
         environment["OPENAI_BASE_URL"] = base_url
         for step in typed():
