@@ -99,6 +99,7 @@ HAND_OVER = "tests/unit/test_hand_over.py::test_"
 UNIT_FAILURES = "tests/unit/test_failures.py::test_"
 EXTRACTOR_TESTS = "tests/contract/test_extractor.py::test_"
 ASKING_TESTS = "tests/contract/test_asking.py::test_"
+STREAMED_TESTS = "tests/contract/test_extractor_streaming.py::test_"
 UNIT_ANSWER_TEXT = "tests/unit/test_answer_text.py::test_"
 UNIT_DEPARTURES = "tests/unit/test_departures.py::test_"
 UNIT_SENDING = "tests/unit/test_sending.py::test_"
@@ -1481,6 +1482,20 @@ TAKEN_AWAY = (
         "            if len(secret) >= SECRET_MIN_BYTES and secret in content:",
         "            if False:",
         (EXTRACTOR_TESTS + "the_key_is_in_no_dead_letter",),
+    ),
+    Mutation(
+        "asking a probe is told in pieces and read as a whole: it always fails",
+        "service/llm/extractor.py",
+        "publish = _to_nobody if self._extraction.streaming else None",
+        "publish = None",
+        (STREAMED_TESTS + "a_probe_asks_as_messages_do",),
+    ),
+    Mutation(
+        "asking a call that is read as a whole asks for a stream",
+        "service/llm/exchange.py",
+        "if publish is not None else step.asked(talk).whole()",
+        "",
+        (STREAMED_TESTS + "a_call_that_is_read_as_a_whole_asks_for_no_stream",),
     ),
     Mutation(
         "asking a model's own parameters are left out",

@@ -66,9 +66,10 @@ class Exchange:
         self, step: Step, talk: Conversation, publish: Publish | None
     ) -> Completion | Failure:
         """The answer to the next request of `talk`, which is made again at once, in another form,
-        where the endpoint does not take this one."""
+        where the endpoint does not take this one. Without `publish` the answer is read as a whole,
+        and no stream is asked for."""
         for _ in range(ADAPTATIONS_MAX):
-            asked = step.asked(talk)
+            asked = step.asked(talk) if publish is not None else step.asked(talk).whole()
             answer = await self._sent(step, asked, talk, publish)
             if not isinstance(answer, Unsupported):
                 break

@@ -14,7 +14,7 @@ from service.core.admission.admission import Admission, Limits, Meter
 from service.core.admission.budgets import NO_TOKENS, Estimate
 from service.core.errors import CallFailure
 from service.core.events import Called, CallResult, Observe, Repaired
-from service.core.messages import Extracted, Reason, Rejected
+from service.core.messages import Extracted, Part, Reason, Rejected
 from service.llm.answers import Completion
 from service.llm.cascade import Next
 from service.llm.charges import Charges
@@ -180,12 +180,14 @@ class OpenAIExtractor:
         return step.model
 
     async def probe(self, route: str) -> None:
-        """The request of any message to this model with a fixed tiny text. Raises as `call` does;
-        whatever it is answered, the provider is there and takes such requests."""
+        """The request of any message to this model with a fixed tiny text, streamed where those
+        are. Raises as `call` does; whatever it is answered, the provider is there and takes such
+        requests."""
         talk = self._begin(PROBE_TEXT)
         assert isinstance(talk, Conversation), "it is neither long nor broken"
         talk = self._models.cascade.moved(talk, route)
-        then = await self._turn(replace(talk, purpose="probe"), None, NO_TOKENS)
+        publish = _to_nobody if self._extraction.streaming else None
+        then = await self._turn(replace(talk, purpose="probe"), publish, NO_TOKENS)
         if isinstance(then, CallFailure):
             raise then
 
@@ -239,6 +241,10 @@ class OpenAIExtractor:
         if isinstance(answer, Completion):
             for how in answer.answer.repairs:
                 self._observe(Repaired(how))
+
+
+async def _to_nobody(_: Part) -> None:
+    """What a probe is answered is read and forgotten."""
 
 
 def _no_jitter(low: float, _: float) -> float:

@@ -37,6 +37,8 @@ _ANY_TEXT = "any"
 """Stands for the message's text while the request is prepared."""
 _DECIDES_NOTHING = frozenset({"service_tier", "cache_control"})
 """Parameters that say how fast or how cheap an answer is made, and not which."""
+_STREAMED: Mapping[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
+"""Asks for the answer piece by piece, and for its cost, which a stream says only on demand."""
 BREAKPOINT = "cache_control"
 """Up to where a provider is to keep what it has read (Anthropic's, also behind gateways): sent at
 the end of what is the same for every message, which is where it belongs."""
@@ -87,6 +89,13 @@ class RequestTemplate:
             rest[other] = self._rest[parameter]
             name = other if parameter == name else name
         return replace(self, foot=b"]," + _json(rest)[1:], _rest=rest, _limit_name=name)
+
+    def whole(self) -> RequestTemplate:
+        """The same for an answer that is read as a whole: no stream is asked for."""
+        if _STREAMED.keys().isdisjoint(self._rest):
+            return self
+        rest = {key: value for key, value in self._rest.items() if key not in _STREAMED}
+        return replace(self, foot=b"]," + _json(rest)[1:], _rest=rest)
 
     @property
     def size_bytes(self) -> int:
@@ -207,10 +216,8 @@ def _with_breakpoint(message: Mapping[str, Any], cache: object) -> dict[str, Any
 
 
 def _streamed(extraction: ExtractionSettings) -> dict[str, Any]:
-    """Asked for as a stream, the prompt is the same. Its cost is said only on demand."""
-    if not extraction.streaming:
-        return {}
-    return {"stream": True, "stream_options": {"include_usage": True}}
+    """Asked for as a stream, the prompt is the same."""
+    return dict(_STREAMED) if extraction.streaming else {}
 
 
 def shows_schema(mode: str, base_url: str) -> bool:

@@ -117,6 +117,35 @@ async def test_an_endpoint_that_does_not_stream_will_do(
     assert [*reader.out, *(record.json for record in outcome.records)] == ALL
 
 
+async def test_a_probe_asks_as_messages_do(endpoint: Endpoint) -> None:
+    """It is streamed as they are, since an endpoint may answer only that, and read as a stream:
+    it ends with the answer, and its failures are raised as a call's."""
+    steps = iter([Step(), Step("no_json"), Step("503"), Step("late_error")])
+    endpoint.script = lambda _: next(steps)
+    endpoint.record = True
+    reader = Reader()
+    async with started(reader) as extractor:
+        await extractor.probe(MODEL)
+        await extractor.probe(MODEL)
+        for reason in ("overloaded", "broken_answer"):
+            with pytest.raises(TransientFailure) as failed:
+                await extractor.probe(MODEL)
+            assert failed.value.reason == reason
+    assert [bool(request.json.get("stream")) for request in endpoint.requests] == [True] * 4
+    assert reader.parts == []
+
+
+async def test_a_call_that_is_read_as_a_whole_asks_for_no_stream(endpoint: Endpoint) -> None:
+    """`sluice check --call` hands nothing on: its answer is a whole one, with all records."""
+    endpoint.record = True
+    async with started(Reader()) as extractor:
+        outcome = await extractor.call(PEOPLE, None)
+    assert isinstance(outcome, Extracted)
+    assert ([record.json for record in outcome.records], outcome.earlier) == (ALL, 0)
+    [request] = endpoint.requests
+    assert request.json.keys().isdisjoint({"stream", "stream_options"})
+
+
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
