@@ -101,7 +101,7 @@ async def measure(servers: str, topic: str, count: int, given: argparse.Namespac
             group=group,
             partitions_max=count,
         )
-        transactions.ledger = ledger
+        transactions.ask(ledger)
         for partition in partitions:
             ledger.pages[partition] = Page(None)
         began_s = time.monotonic()

@@ -144,7 +144,7 @@ class Worker:
             group=tasks,
             **own,
         )
-        self.transactions.ledger = self.ledger
+        self.transactions.ask(self.ledger)
 
     def create(self, transactional_id: str) -> AIOKafkaProducer:
         client = AIOKafkaProducer(
