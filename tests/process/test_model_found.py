@@ -44,7 +44,7 @@ async def test_an_endpoint_that_is_down_is_waited_for(number: signal.Signals) ->
     """Alive and not ready, until it is told to stop."""
     async with service({**NOWHERE, "OPENAI_BASE_URL": DOWN}) as running:
         async with asyncio.timeout(30):
-            while "Waiting for it" not in running.printed:
+            while "The start waits for it" not in running.printed:
                 assert running.process.returncode is None, running.printed
                 await asyncio.sleep(0.05)
         assert (await running.get("/livez"))[0] == 200
