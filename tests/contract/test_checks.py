@@ -375,8 +375,13 @@ async def test_an_empty_kafka_needs_one_command(real_kafka: str, endpoint: Endpo
     first, second, third = await created(given)
     (name,) = given.input.topics
     assert first == f"topic {name} is made with 6 partitions and the brokers' number of replicas"
-    topics = await look_at_topics(given.kafka, (name, given.output.topic, given.dead_letters.topic))
-    assert {topic.partitions for topic in topics.values()} == {6}
+    names = (name, given.output.topic, given.dead_letters.topic)
+    async with asyncio.timeout(10):  # the broker that is asked hears of them from the controller
+        while {one.partitions for one in (await look_at_topics(given.kafka, names)).values()} != {
+            6
+        }:
+            await asyncio.sleep(0.05)
+    topics = await look_at_topics(given.kafka, names)
     assert len({topic.replicas for topic in topics.values()}) == 1
     assert [line.split(" is made")[0] for line in (second, third)] == [
         f"topic {given.output.topic}",
