@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -24,9 +25,14 @@ def told(lines: int) -> str:
 def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, int]]:
     monkeypatch.setattr(line_queue, "CLOSE_S", 1.0)
     reads, writes = os.pipe()
+    before = set(threading.enumerate())
     yield reads, writes
-    os.close(writes)
+    # Nobody reads any more, which ends a thread that still writes. It must not be there when
+    # another test gets a descriptor of the same number.
     os.close(reads)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(30.0)
+    os.close(writes)
 
 
 def read(descriptor: int, ending: bytes) -> bytes:
