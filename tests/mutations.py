@@ -403,6 +403,13 @@ TAKEN_AWAY = (
         (ROUTES + "a_crowded_provider_rejects_nobody",),
     ),
     Mutation(
+        "14 a count alone exhausts messages where calls fail at random",
+        BLAME,
+        "if entry.suspicion is not None and entry.suspicion.may_be_chance:",
+        "if False:",
+        (ROUTES + "failures_at_random_reject_nobody_and_the_poison_among_them",),
+    ),
+    Mutation(
         "14 an unknown refusal of a route that never answered does not stop intake",
         BLAME,
         "known = not unclear or self._admission.routes.last_success_s(route) is None",

@@ -20,6 +20,7 @@ from service.pipeline.blame import Blame, counts
 from service.pipeline.bounds import Bounds
 from service.pipeline.outcomes import (
     attempts,
+    from_the_cache,
     given_up,
     overstayed,
     with_calls_beside,
@@ -103,6 +104,8 @@ class Answering:
 
     def judged(self, entry: Entry, outcome: Extracted | Rejected) -> None:
         """The extractor has returned an outcome."""
+        if isinstance(outcome, Extracted) and not from_the_cache(outcome):
+            self._blame.recovered(entry)
         if (
             isinstance(outcome, Rejected)
             and outcome.reason is Reason.BAD_REQUEST

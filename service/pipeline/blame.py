@@ -8,7 +8,7 @@ credentials, model and settings are never a message's fault.
 from __future__ import annotations
 
 from service.core.admission.admission import Admission, Turn
-from service.core.admission.retry import NEVER_THE_MESSAGE, OVERLOAD, exhausted
+from service.core.admission.retry import NEVER_THE_MESSAGE, OVERLOAD, exhausted, others_succeed
 from service.core.admission.suspicion import Suspicion
 from service.core.errors import CallFailure, ServiceFailure, TransientFailure, Unclear
 from service.core.window import Entry
@@ -69,10 +69,17 @@ class Blame:
             service = isinstance(failure, ServiceFailure) and known
             tell_the_circuit(self._admission, now_s, route, failure, service=service)
 
+    def recovered(self, entry: Entry) -> None:
+        """The message has its records. If it had failed before, failures may be chance."""
+        if entry.suspicion is not None:
+            self._admission.routes.recovered(entry.suspicion.route)
+
     def gives_up(self, entry: Entry, turn: Turn, failure: CallFailure) -> bool:
         """Whether the message has failed often enough while others succeeded."""
         if self._beyond_chance(entry, failure):
             return True
+        if entry.suspicion is not None and entry.suspicion.may_be_chance:
+            return False
         success_s = self._admission.routes.last_success_s(route_of(turn, failure))
         return exhausted(entry.attempts_that_count, self._attempts_max, turn.started_s, success_s)
 
@@ -85,11 +92,21 @@ class Blame:
 
     def doubt(self, now_s: float, entry: Entry, turn: Turn, failure: CallFailure) -> None:
         """Send a probe where no other message shows that the provider is reachable."""
-        if entry.attempts_that_count >= self._attempts_max or self._only_witness(entry, failure):
-            self._admission.routes.doubt(now_s, route_of(turn, failure))
+        route = route_of(turn, failure)
+        success_s = self._admission.routes.last_success_s(route)
+        unknown = self._often(entry) and not others_succeed(turn.started_s, success_s)
+        if unknown or self._only_witness(entry, failure):
+            self._admission.routes.doubt(now_s, route)
+
+    def _often(self, entry: Entry) -> bool:
+        return entry.attempts_that_count >= self._attempts_max
 
     def _only_witness(self, entry: Entry, failure: CallFailure) -> bool:
-        by_evidence = failure.reason in NEVER_THE_MESSAGE or isinstance(failure, Unclear)
+        by_evidence = (
+            failure.reason in NEVER_THE_MESSAGE
+            or isinstance(failure, Unclear)
+            or self._often(entry)  # and others failed by chance, so that their number says little
+        )
         if not by_evidence or entry.attempts < 2 or entry.suspicion is None:
             return False
         return self._admission.routes.nobody_else(entry.suspicion)

@@ -16,6 +16,7 @@ import pytest
 from service.core.admission.admission import Admission, Limits
 from service.core.messages import Extracted, Reason
 from service.core.status import State
+from service.llm.extractor import PROBE_TEXT
 from service.pipeline import Pipeline
 from tests.pipeline.test_way import BOUNDS, SETTLED, Stage
 from tests.support.fakes import partition
@@ -26,6 +27,7 @@ FORBIDDEN = (403, "<html><h1>403 Forbidden</h1></html>")
 LEGAL = (451, {"error": {"message": "Unavailable"}})
 NOT_ACCEPTABLE = (406, "<html>Not Acceptable!</html>")
 BUSY = (503, {"error": {"message": "Service Unavailable"}})
+FAULT = (500, {"error": {"message": "The server had an error"}})
 TOO_FAST = (429, {"error": {"message": "slow down"}})
 KEY_EXPIRED = (
     400,
@@ -357,6 +359,31 @@ def test_a_crowded_provider_rejects_nobody() -> None:
     assert stage.rejected() == []
     assert max(tries.values()) >= 8
     assert stage.broker.committed == {partition(): 60}
+
+
+def test_failures_at_random_reject_nobody_and_the_poison_among_them() -> None:
+    """Six calls of ten end with a 500, whose text it is: as many as fail eight times in a row by
+    chance are answered later. A text that always fails is found all the same."""
+    stage = Routes(slots=20)
+    for n in range(1500):
+        stage.broker.append(POISON if n == 700 else f"text {n}")
+    tries: dict[str, int] = defaultdict(int)
+
+    def shaky(text: str, model: str) -> Told:
+        tries[text] += 1
+        fails = random.Random(f"{text} {tries[text]}").random() < 0.6
+        return FAULT if fails or text == POISON else good(text, model)
+
+    stage.judged.provider = shaky
+
+    async def wait() -> None:
+        await asyncio.sleep(1800)
+        assert stage.broker.committed == {partition(): 1500}
+
+    stage.show(wait)
+    assert [rejected.reason for rejected in stage.rejected()] == [Reason.EXHAUSTED]
+    assert sum(count > 8 for text, count in tries.items() if text != PROBE_TEXT) > 10
+    assert tries[POISON] < 60
 
 
 def test_a_poisoned_text_alone_is_found_by_probes() -> None:

@@ -56,7 +56,8 @@ class Backoff:
 def exhausted(
     attempts: int, attempts_max: int, began_s: float, other_success_s: float | None
 ) -> bool:
-    """Whether a message fails because of itself and not because of an outage.
+    """Whether a message fails because of itself and not because of an outage, if failures are no
+    matter of chance (core/admission/suspicion.py).
 
     It does where it failed `attempts_max` times although another message or a probe succeeded: not
     earlier than a minute before the last attempt began (an attempt may last longer than a minute).
@@ -98,7 +99,11 @@ class RetryQuota:
     def wait_s(self, now_s: float) -> float:
         """Seconds until the next retry may start; 0: now."""
         self._fill(now_s)
-        return max(0.0, (1.0 - self.saved - 1e-6) / RETRIES_PER_S)
+        if self.available(now_s):
+            return 0.0
+        # Until there is a whole one, above what `available` is content with: a wait that ends
+        # short of it by a rounding error would be followed by one too short to move the clock.
+        return (1.0 - self.saved) / RETRIES_PER_S
 
     def take(self, retries: int) -> None:
         assert retries <= self.saved + 1e-6, "more retries than there are"

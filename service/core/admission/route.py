@@ -47,6 +47,8 @@ class Route:
     cooldown_until_s: float = 0.0
     answered: int = 0
     failed: int = 0
+    recovered: int = 0
+    """How many messages were answered after they had failed here."""
     _restarting: bool = False  # True from a cooldown or an outage to the first call after it
     _restart_slots: int | None = None  # the limit after a restart, while it is the smaller
 
@@ -128,9 +130,9 @@ class Route:
     def suspicion(self, name: str, before: Suspicion | None, *, shared: bool) -> Suspicion:
         """A message's call has failed. `before` is what spoke against the message until now;
         `shared` is true where another message has reported this call already."""
-        now = Tally(self.answered, self.failed)
+        now = Tally(self.answered, self.failed, self.recovered)
         self.failed += not shared
-        since = Tally(self.answered + self.busy, self.failed)
+        since = Tally(self.answered + self.busy, self.failed, self.recovered)
         if before is None or before.route != name:
             return Suspicion(name, since, since)
         return before.again(now, since)

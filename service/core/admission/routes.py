@@ -87,6 +87,10 @@ class Routes:
         """A message's call on the route has failed: what now speaks against the message itself."""
         return self.of(route).suspicion(route, before, shared=shared)
 
+    def recovered(self, route: str) -> None:
+        """A message that had failed on the route was answered."""
+        self.of(route).recovered += 1
+
     def nobody_else(self, suspicion: Suspicion) -> bool:
         """Whether no call that began on its route after the message's failure was answered, and
         none is running."""
