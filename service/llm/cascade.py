@@ -107,10 +107,6 @@ class Step:
     def asked(self, talk: Conversation) -> RequestTemplate:
         return self.longer if talk.longer else self.request
 
-    def body(self, talk: Conversation) -> bytes:
-        request = self.asked(talk)
-        return request.body(request.opening(talk.text), talk.tail)
-
     def bill(self, answer: Completion | Failure) -> Bill:
         """What a call cost: only answers are charged, as far as endpoints tell."""
         if not isinstance(answer, Completion):

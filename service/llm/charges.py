@@ -48,9 +48,10 @@ class Charges:
     def estimate(self, step: Step, talk: Conversation) -> Estimate:
         """By the size of the very body that is sent: what quotes, line ends and other scripts take
         there is what was learned from the bodies before."""
-        return self._estimator.estimate(step.model, self._size_bytes(step, talk))
+        return self._estimator.estimate(step.model, self.size_bytes(step, talk))
 
-    def _size_bytes(self, step: Step, talk: Conversation) -> int:
+    def size_bytes(self, step: Step, talk: Conversation) -> int:
+        """The length of the next request's body (`RequestTemplate.body`), without making it."""
         text, size_bytes = self._sized
         if text is not talk.text:  # admission asks again and again for the one that waits
             size_bytes = len(step.request.opening(talk.text))

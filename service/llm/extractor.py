@@ -206,10 +206,10 @@ class OpenAIExtractor:
         result: CallResult = "cancelled"
         bill = Bill()
         try:
-            body = step.body(talk)
+            size_bytes = self._charges.size_bytes(step, talk)
             answer = await self._exchange.ask(step, talk, publish)
             talk = self._exchange.noted(step, talk, answer, began)
-            self._charges.used(step, answer, len(body), charged)
+            self._charges.used(step, answer, size_bytes, charged)
             self._repaired(answer)
             bill = step.bill(answer)
             if self._spend_limited and isinstance(answer, Completion) and bill.cost_usd is None:
